@@ -1,0 +1,30 @@
+"""``jax.grad`` for hyperparameters.
+
+The modules stand in floors, and each imports only from those below it (see ``README.md`` in
+this folder): the problem, the linear solve, the hypergradient, the outer update.
+"""
+
+from bilevel.hypergradient import Hypergradient as Hypergradient
+from bilevel.hypergradient import Implicit as Implicit
+from bilevel.hypergradient import Response as Response
+from bilevel.hypergradient import hypergrad as hypergrad
+from bilevel.hypergradient import hypergrad_init as hypergrad_init
+from bilevel.hypergradient import hypergrad_solve as hypergrad_solve
+from bilevel.hypergradient import value_and_hypergrad as value_and_hypergrad
+from bilevel.linear import CG as CG
+from bilevel.linear import Dense as Dense
+from bilevel.linear import Diagonal as Diagonal
+from bilevel.linear import Identity as Identity
+from bilevel.linear import LinearSolution as LinearSolution
+from bilevel.linear import LinearSolver as LinearSolver
+from bilevel.linear import Neumann as Neumann
+from bilevel.linear import Nystrom as Nystrom
+from bilevel.linear import Stochastic as Stochastic
+from bilevel.linear import Woodbury as Woodbury
+from bilevel.operators import GaussNewton as GaussNewton
+from bilevel.operators import Hessian as Hessian
+from bilevel.operators import LinearModel as LinearModel
+from bilevel.problem import Problem as Problem
+from bilevel.status import HypergradientError as HypergradientError
+from bilevel.status import Status as Status
+from bilevel.status import raise_for_status as raise_for_status

@@ -1,0 +1,163 @@
+"""What a caller can get wrong, said when the function is traced.
+
+Every check costs at most an abstract evaluation, never a computation on the device.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.aliases import Batch, Hparams, Params
+from bilevel.problem import Problem
+from bilevel.traced import depends
+from bilevel.tree import paths
+
+
+def check_inexact(tree: Any, name: str, remedy: str) -> None:
+    """Refuse leaves that are not real floating-point arrays, named by their path."""
+    for path, leaf in paths(tree, name):
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            raise TypeError(
+                f"{path} is a {type(leaf).__name__}, expected a real floating-point array. {remedy}"
+            ) from None
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{path} has dtype {dtype}, expected a real floating-point dtype. {remedy}"
+            )
+
+
+def check_batch(batch: Batch, name: str) -> None:
+    """Refuse a batch with an array of size zero: its mean loss would be NaN."""
+    for path, leaf in paths(batch, name):
+        if 0 in jnp.shape(leaf):
+            raise ValueError(
+                f"{path} is empty (shape {jnp.shape(leaf)}): expected at least one example."
+            )
+
+
+def check_scalar(shape: Any, name: str, has_aux_hint: bool) -> None:
+    """Refuse a loss that is not one real floating-point number."""
+    hint = (
+        " If it returns (scalar, aux), pass `has_aux=True`; if (scalar, model_state), "
+        "`has_state=True`."
+        if has_aux_hint
+        else " The inner loss has no auxiliary output; with `has_state=True` it returns "
+        "(scalar, model_state)."
+    )
+    leaf = shape
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise TypeError(f"`{name}` must return a scalar, got {jax.tree.structure(shape)}.{hint}")
+    if leaf.shape != ():
+        raise TypeError(
+            f"`{name}` must return a scalar, got an array of shape {leaf.shape}: "
+            f"take the mean or the sum over examples.{hint}"
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must return a real floating-point scalar, got {leaf.dtype}.")
+
+
+def _raw_shape(problem: Problem, which: str, *args: Any) -> Any:
+    """Shape of the scalar slot of a loss, with the structure it promised checked."""
+    loss = getattr(problem, which)
+    pair = problem.has_state or (which == "outer" and problem.has_aux)
+    if problem.has_state:
+        args = (*args, problem.model_state)
+    shape = jax.eval_shape(loss, *args)
+    if not pair:
+        return shape
+    if not isinstance(shape, tuple) or len(shape) != 2:
+        promised = "(scalar, model_state)" if problem.has_state else "(scalar, aux)"
+        raise TypeError(
+            f"`{which}` must return a pair {promised} as `has_state`/`has_aux` promise, "
+            f"got {jax.tree.structure(shape)}."
+        )
+    if problem.has_state:
+        new_state = shape[1]
+        if which == "outer" and problem.has_aux:
+            if not isinstance(new_state, tuple) or len(new_state) != 2:
+                raise TypeError(
+                    "with `has_state` and `has_aux`, `outer` must return "
+                    f"(scalar, (model_state, aux)), got {jax.tree.structure(shape)}."
+                )
+            new_state = new_state[0]
+        check_same_tree(new_state, problem.model_state, f"model state returned by `{which}`")
+    return shape[0]
+
+
+def check_same_tree(got: Any, expected: Any, name: str) -> None:
+    """Refuse another tree structure or other leaf shapes, naming the first leaf that differs."""
+    if jax.tree.structure(got) != jax.tree.structure(expected):
+        raise ValueError(
+            f"{name} has another tree structure than expected: got {jax.tree.structure(got)}, "
+            f"expected {jax.tree.structure(expected)}."
+        )
+    for (path, a), (_, b) in zip(paths(got, name), paths(expected, name), strict=True):
+        if jnp.shape(a) != jnp.shape(b):
+            raise ValueError(f"{path} has shape {jnp.shape(a)}, expected {jnp.shape(b)}.")
+
+
+def check_problem(
+    problem: Problem, params: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
+) -> None:
+    """All checks that need no response: trees, dtypes, batches, and the two losses' outputs."""
+    check_inexact(
+        params, "params", "Split the model into its trainable floats and the rest (keys, counters)."
+    )
+    check_inexact(
+        hparams,
+        "hparams",
+        "A gradient exists for real numbers only: relax the integer to a float, or tune it "
+        "through `BestResponse`, which samples it.",
+    )
+    if not jax.tree.leaves(params):
+        raise ValueError("`params` has no leaves: there is no inner variable to respond.")
+    if not jax.tree.leaves(hparams):
+        raise ValueError("`hparams` has no leaves: there is no hyperparameter to differentiate.")
+    check_batch(inner_batch, "inner_batch")
+    check_batch(outer_batch, "outer_batch")
+    check_scalar(_raw_shape(problem, "outer", params, hparams, outer_batch), "outer", True)
+
+
+def check_inner(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> None:
+    """The inner loss on *one* batch (a response that takes several checks its first)."""
+    check_scalar(_raw_shape(problem, "inner", params, hparams, batch), "inner", False)
+
+
+def check_is_read(
+    problem: Problem, params: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
+) -> None:
+    r"""Refuse hyperparameters whose hypergradient is zero by structure under implicit responses.
+
+    A leaf counts as read when :math:`B^\top v` depends on :math:`v` in it, or
+    :math:`\partial_\lambda f` on the outer cotangent.
+    """
+
+    def direct(cotangent: Any, params: Params, hparams: Hparams, batch: Batch) -> Hparams:
+        value, pull = jax.vjp(lambda lam: problem.outer_loss(params, lam, batch)[0], hparams)
+        return pull(cotangent.astype(value.dtype))[0]
+
+    def indirect(v: Any, params: Params, hparams: Hparams, batch: Batch) -> Hparams:
+        return problem.cross_vjp(params, hparams, batch, v)
+
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+    through_outer = depends(direct, one, params, hparams, outer_batch)
+    through_inner = depends(indirect, params, params, hparams, inner_batch)
+    dead = [
+        path
+        for (path, a), (_, b) in zip(
+            paths(through_outer, "hparams"), paths(through_inner, "hparams"), strict=True
+        )
+        if not (a or b)
+    ]
+    if dead:
+        raise ValueError(
+            f"No derivative reaches {', '.join(dead)}: neither the outer loss nor the gradient of "
+            "the inner loss depends on it differentiably, so its implicit hypergradient is zero "
+            "by structure. A learning rate, a momentum or another setting of the inner optimizer "
+            "needs `Unroll(inner_tx=lambda hparams: ..., steps=...)`; a sampled or discrete one "
+            "(dropout by a mask, a number of holes) needs `BestResponse`. Remove it from "
+            "`hparams` if it is not to be tuned."
+        )

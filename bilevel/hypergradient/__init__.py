@@ -1,0 +1,10 @@
+"""The hypergradient: responses, and the transforms that use them."""
+
+from bilevel.hypergradient.base import Hypergradient as Hypergradient
+from bilevel.hypergradient.base import Pullback as Pullback
+from bilevel.hypergradient.base import Response as Response
+from bilevel.hypergradient.implicit import Implicit as Implicit
+from bilevel.hypergradient.transform import hypergrad as hypergrad
+from bilevel.hypergradient.transform import hypergrad_init as hypergrad_init
+from bilevel.hypergradient.transform import hypergrad_solve as hypergrad_solve
+from bilevel.hypergradient.transform import value_and_hypergrad as value_and_hypergrad

@@ -1,0 +1,75 @@
+r"""What a response is: *how do the parameters follow the hyperparameters?*
+
+A response answers with a point and a pullback,
+
+.. code-block:: python
+
+    w, pullback = response.vjp(problem, params, hparams, inner_batch, state, key=key)
+    indirect, state, result, stats = pullback(g)
+
+where ``indirect`` is :math:`(\partial w/\partial\lambda)^\top g`. That is all the rest of the
+library knows of any method.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import jax
+
+from bilevel.aliases import Batch, Hparams, Key, Params, Stats, Vector
+from bilevel.problem import Problem
+
+Pullback: TypeAlias = Callable[[Vector], tuple[Hparams, Any, jax.Array, Stats]]
+
+
+@runtime_checkable
+class Response(Protocol):
+    """Anything with these methods is a response (see ``docs/extend.md``).
+
+    ``init`` returns what is carried from call to call (a warm start, an optimizer state);
+    it must accept ``jax.ShapeDtypeStruct`` leaves and return the structure ``pullback``
+    gives back. ``check`` raises at trace time what is specific to the response; it may be
+    left out.
+    """
+
+    def init(self, problem: Problem, params: Params, hparams: Hparams) -> Any: ...
+
+    def vjp(
+        self,
+        problem: Problem,
+        params: Params,
+        hparams: Hparams,
+        inner_batch: Batch,
+        state: Any,
+        *,
+        key: Key | None = None,
+    ) -> tuple[Params, Pullback]: ...
+
+
+class Hypergradient(NamedTuple):
+    r"""A hypergradient and the evidence for it.
+
+    Attributes:
+      value: :math:`f(w, \lambda)`.
+      aux: the outer loss's auxiliary output (``None`` without ``has_aux``).
+      params: the point where the outer loss was evaluated: the given parameters for an
+        implicit response, the advanced ones for an unrolled one.
+      grads: ``direct + indirect``, shaped like ``hparams``.
+      direct: :math:`\partial_\lambda f`.
+      indirect: :math:`(\partial w/\partial\lambda)^\top \nabla_w f`.
+      state: hand it to the next call.
+      result: int32 :class:`~bilevel.Status`; see :func:`~bilevel.raise_for_status`.
+      stats: scalars. Always ``stationarity`` (norm of the inner gradient at the point the
+        response linearises), ``direct_norm``, ``indirect_norm``; with a solve
+        also those of :class:`~bilevel.linear.LinearSolution`.
+    """
+
+    value: Any
+    aux: Any
+    params: Params
+    grads: Any
+    direct: Any
+    indirect: Any
+    state: Any
+    result: jax.Array
+    stats: Stats

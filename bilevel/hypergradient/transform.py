@@ -1,0 +1,266 @@
+r"""``hypergrad``: ``jax.grad`` for hyperparameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
+from bilevel.checks import check_problem
+from bilevel.hypergradient.base import Hypergradient, Response
+from bilevel.hypergradient.implicit import Implicit
+from bilevel.linear.base import status_of
+from bilevel.problem import Problem
+from bilevel.status import Status
+
+
+def hypergrad_solve(
+    outer: Loss,
+    inner: Loss,
+    response: Response,
+    params: Params,
+    *hparams: Hparams,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    state: Any = None,
+    key: Key | None = None,
+    argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    has_state: bool = False,
+    model_state: ModelState = None,
+) -> Hypergradient:
+    r"""The total derivative of the outer loss, with everything needed to judge it.
+
+    .. math::
+        \frac{dF}{d\lambda} = \partial_\lambda f
+            + \Bigl(\frac{\partial w}{\partial\lambda}\Bigr)^\top \nabla_w f
+
+    Args:
+      outer: :math:`f`, ``loss(params, hparams, batch) -> scalar`` (the validation loss).
+      inner: :math:`h`, ``loss(params, hparams, batch) -> scalar`` (the training loss).
+      response: how the parameters follow the hyperparameters, e.g. ``Implicit(CG())``.
+      params: the inner variable, n real numbers in any pytree.
+      *hparams: the outer variable, p real numbers in any pytree. Several positions are
+        allowed (``loss(params, a, b, batch)``); ``argnums`` says which to differentiate.
+      inner_batch: what ``inner`` reads. Keep randomness in it (a key as a leaf), so that all
+        products of a solve see one dropout mask.
+      outer_batch: what ``outer`` reads.
+      state: ``state`` of the previous result or of :func:`hypergrad_init`; ``None`` starts cold.
+      key: for responses that draw random numbers themselves.
+      argnums: positions in the losses' arguments, 1 or higher; a sequence gives a tuple.
+      has_aux: ``outer`` returns ``(scalar, aux)``.
+      has_state: both losses are ``loss(params, hparams, batch, model_state) -> (scalar,
+        model_state)``; the solve reads ``model_state`` frozen and discards what comes back.
+      model_state: those statistics.
+
+    Returns:
+      :class:`Hypergradient`. ``result`` and ``stats`` are computed only if read, under ``jit``.
+
+    Raises:
+      TypeError, ValueError: when traced, for trees, dtypes, shapes or settings that do not
+        fit; the message names the argument.
+
+    Cost: one outer gradient and what ``response`` costs.
+    """
+    problem, hparams_in, positions = _pack(outer, inner, hparams, argnums, has_aux, has_state)
+    problem = _with_model_state(problem, model_state, has_state)
+    params = jax.tree.map(_as_array, params)
+    hparams_in = jax.tree.map(_as_array, hparams_in)
+    check_problem(problem, params, hparams_in, inner_batch, outer_batch)
+    if hasattr(response, "check"):
+        response.check(problem, params, hparams_in, inner_batch, outer_batch, state)
+
+    w, pullback = response.vjp(problem, params, hparams_in, inner_batch, state, key=key)
+    (value, aux), (g, direct) = problem.outer_grads(w, hparams_in, outer_batch)
+    indirect, state, result, stats = pullback(g)
+    grads = tree.add(direct, indirect)
+
+    stats = {
+        **stats,
+        "direct_norm": tree.norm(direct),
+        "indirect_norm": tree.norm(indirect),
+    }
+    finite_in = jnp.isfinite(value) & tree.all_finite(g)
+    if "stationarity" in stats:
+        finite_in &= jnp.isfinite(stats["stationarity"])
+    result = status_of(
+        result,
+        (~finite_in, Status.nonfinite_input),
+        (~tree.all_finite(grads), Status.nonfinite_output),
+    )
+    out = positions if positions is not None else (lambda t: t)
+    return Hypergradient(
+        value, aux, w, out(grads), out(direct), out(indirect), state, result, stats
+    )
+
+
+def hypergrad_init(
+    outer: Loss,
+    inner: Loss,
+    response: Response,
+    params: Params,
+    *hparams: Hparams,
+    argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    has_state: bool = False,
+    model_state: ModelState = None,
+) -> Any:
+    """The first ``state`` of :func:`hypergrad_solve`, for loops whose carry needs one.
+
+    Its structure, dtypes and sharding are those of every later ``state``. Leaves may be
+    ``jax.ShapeDtypeStruct``. Cost: none but its memory.
+    """
+    problem, hparams_in, _ = _pack(outer, inner, hparams, argnums, has_aux, has_state)
+    problem = _with_model_state(problem, model_state, has_state)
+    return response.init(problem, params, hparams_in)
+
+
+def value_and_hypergrad(
+    outer: Loss,
+    inner: Loss,
+    response: Response | None = None,
+    *,
+    argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    has_state: bool = False,
+) -> Callable[..., Any]:
+    r"""The outer loss and its hypergradient, as ``jax.value_and_grad`` would return them.
+
+    Returns ``fn(params, *hparams, inner_batch=, outer_batch=, state=None, key=None,
+    model_state=None) -> (value, grads)``, with ``has_aux`` ``((value, aux), grads)``.
+    Arguments, errors and cost as :func:`hypergrad_solve`, which also tells how far to trust
+    the number.
+    """
+    _check_argnums(argnums)
+    response = Implicit() if response is None else response
+
+    def fn(params: Params, *hparams: Hparams, inner_batch: Batch, outer_batch: Batch, **kwargs):
+        solution = hypergrad_solve(
+            outer,
+            inner,
+            response,
+            params,
+            *hparams,
+            inner_batch=inner_batch,
+            outer_batch=outer_batch,
+            argnums=argnums,
+            has_aux=has_aux,
+            has_state=has_state,
+            **kwargs,
+        )
+        value = (solution.value, solution.aux) if has_aux else solution.value
+        return value, solution.grads
+
+    return fn
+
+
+def hypergrad(
+    outer: Loss,
+    inner: Loss,
+    response: Response | None = None,
+    *,
+    argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    has_state: bool = False,
+) -> Callable[..., Any]:
+    r"""The hypergradient :math:`dF/d\lambda`, as ``jax.grad`` would return it.
+
+    Returns ``fn(params, *hparams, inner_batch=, outer_batch=, ...) -> grads``, with
+    ``has_aux`` ``(grads, aux)``. Arguments, errors and cost as :func:`hypergrad_solve`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bilevel
+      >>> def train(w, lam, batch):
+      ...     x, y = batch
+      ...     return 0.5 * jnp.mean((x @ w - y) ** 2) + 0.5 * jnp.exp(lam) * jnp.sum(w**2)
+      >>> def valid(w, lam, batch):
+      ...     x, y = batch
+      ...     return 0.5 * jnp.mean((x @ w - y) ** 2)
+      >>> x, y = jnp.eye(2), jnp.array([1.0, 2.0])
+      >>> w = jnp.array([0.5, 1.0])  # the minimiser at lam = log(1/2)
+      >>> g = bilevel.hypergrad(valid, train, bilevel.Implicit(bilevel.CG(max_steps=2)))
+      >>> bool(jnp.allclose(g(w, jnp.log(0.5), inner_batch=(x, y), outer_batch=(x, y)), 0.3125))
+      True
+    """
+    with_value = value_and_hypergrad(
+        outer, inner, response, argnums=argnums, has_aux=has_aux, has_state=has_state
+    )
+
+    def fn(params: Params, *hparams: Hparams, inner_batch: Batch, outer_batch: Batch, **kwargs):
+        value, grads = with_value(
+            params, *hparams, inner_batch=inner_batch, outer_batch=outer_batch, **kwargs
+        )
+        return (grads, value[1]) if has_aux else grads
+
+    return fn
+
+
+def _as_array(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, (int, float, complex)) else leaf
+
+
+def _check_argnums(argnums: int | Sequence[int]) -> tuple[int, ...]:
+    several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
+    numbers = tuple(argnums) if several else (argnums,)
+    if not numbers or any(isinstance(i, bool) or not isinstance(i, int) for i in numbers):
+        raise TypeError(f"`argnums` must be an int or a sequence of ints, got {argnums!r}.")
+    if any(i < 1 for i in numbers):
+        raise ValueError(
+            f"`argnums` must be 1 or higher, got {argnums!r}: position 0 is `params`, the inner "
+            "variable, whose derivative the response supplies."
+        )
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"`argnums` repeats a position: {argnums!r}.")
+    return numbers
+
+
+def _pack(
+    outer: Loss,
+    inner: Loss,
+    hparams: tuple[Hparams, ...],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    has_state: bool,
+) -> tuple[Problem, Hparams, Callable[[Any], Any] | None]:
+    """One ``hparams`` out of the differentiated positions, and how to undo it.
+
+    The single position is passed on as it is; several become a tuple, and positions that are
+    not differentiated are bound into the losses.
+    """
+    numbers = _check_argnums(argnums)
+    for name, loss in (("outer", outer), ("inner", inner)):
+        if not callable(loss):
+            raise TypeError(f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}.")
+    if not hparams:
+        raise TypeError("`hparams` is missing: pass it after `params`.")
+    if max(numbers) > len(hparams):
+        raise ValueError(
+            f"`argnums`={argnums!r} names position {max(numbers)}, but the losses receive "
+            f"params and {len(hparams)} hyperparameter argument(s): the highest is {len(hparams)}."
+        )
+    if len(hparams) == 1:
+        several = not isinstance(argnums, int)
+        return Problem(outer, inner, has_aux, has_state), hparams[0], (
+            (lambda t: (t,)) if several else None
+        )
+
+    def unpacked(loss: Loss) -> Loss:
+        def call(params: Params, chosen: tuple, batch: Batch, *rest: Any) -> Any:
+            positions = list(hparams)
+            for i, value in zip(numbers, chosen, strict=True):
+                positions[i - 1] = value
+            return loss(params, *positions, batch, *rest)
+
+        return call
+
+    chosen = tuple(hparams[i - 1] for i in numbers)
+    undo = (lambda t: t[0]) if isinstance(argnums, int) else None
+    return Problem(unpacked(outer), unpacked(inner), has_aux, has_state), chosen, undo
+
+
+def _with_model_state(problem: Problem, model_state: ModelState, has_state: bool) -> Problem:
+    if not has_state and model_state is not None:
+        raise ValueError("`model_state` is given but `has_state` is False: pass `has_state=True`.")
+    return Problem(problem.outer, problem.inner, problem.has_aux, has_state, model_state)

@@ -1,0 +1,169 @@
+r"""What a linear solve is: ``solver.solve(mv, rhs, x0)`` answers :math:`A q = g`.
+
+A solver sees a function :math:`v \mapsto A v` and nothing of the bilevel problem. When the
+function is a :class:`LinearMap` it may also carry what some solvers can use: its damping
+apart, a diagonal, low-rank factors, fresh batches. A plain function works everywhere these
+are not needed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.aliases import Key, MatVec, Scalar, Stats, Vector
+from bilevel.status import Status, code
+
+
+class Factors(NamedTuple):
+    r""":math:`A = J^\top Q J + D` with :math:`D` diagonal and positive.
+
+    Attributes:
+      rows: tree like the vectors, each leaf with a leading axis of ``m`` = batch x outputs:
+        the Jacobian of the flattened model outputs.
+      weights: (m, m), the Hessian :math:`Q` of the output loss, PSD.
+      diagonal: tree like the vectors, damping included.
+    """
+
+    rows: Vector
+    weights: jax.Array
+    diagonal: Vector
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMap:
+    r""":math:`v \mapsto (M + \rho I) v` for a symmetric :math:`M`, with optional structure.
+
+    Attributes:
+      undamped: :math:`v \mapsto M v`.
+      damping: :math:`\rho`, a Python float or a scalar array.
+      unroll: loops over products should be straight-line code (convolutions on CPU).
+      diagonal: returns the exact diagonal of :math:`M + \rho I`, where known.
+      factors: returns :class:`Factors`, where known.
+      fresh: ``fresh(v, i)`` is the damped product on batch ``i``, where batches are fresh.
+    """
+
+    undamped: MatVec
+    damping: Any = 0.0
+    unroll: bool = False
+    diagonal: Callable[[], Vector] | None = None
+    factors: Callable[[], Factors] | None = None
+    fresh: Callable[[Vector, Any], Vector] | None = None
+
+    def __call__(self, v: Vector) -> Vector:
+        product = tree.cast_like(self.undamped(v), v)
+        if isinstance(self.damping, (int, float)) and self.damping == 0:
+            return product
+        return tree.axpy(self.damping, v, product)
+
+
+def as_map(mv: MatVec, rhs: Vector) -> LinearMap:
+    """``mv`` as a :class:`LinearMap`; a plain function has no structure."""
+    if isinstance(mv, LinearMap):
+        return mv
+    out = jax.eval_shape(mv, rhs)
+    if jax.tree.structure(out) != jax.tree.structure(rhs):
+        raise ValueError(
+            f"`mv` must map a vector to one of the same tree structure: it returned "
+            f"{jax.tree.structure(out)} for {jax.tree.structure(rhs)}."
+        )
+    return LinearMap(mv)
+
+
+class LinearSolution(NamedTuple):
+    r"""What a solve returns.
+
+    Attributes:
+      value: :math:`q`, shaped like ``rhs``, in the accumulator dtype.
+      result: int32 :class:`~bilevel.status.Status`.
+      stats: ``rhs_norm`` :math:`\|g\|`; ``residual_norm`` :math:`\|g - A q\|`, recomputed from
+        ``value``, never a recurrence; ``num_matvecs``, products the method used (the one that
+        recomputes the residual not counted); ``min_curvature``, ``max_curvature``, extremes
+        of :math:`v^\top A v / v^\top v` met on the way. What a method cannot know is absent.
+    """
+
+    value: Vector
+    result: jax.Array
+    stats: Stats
+
+
+@runtime_checkable
+class LinearSolver(Protocol):
+    """Anything with this method is a solver.
+
+    ``x0=None`` means a start at zero; ``key`` is for randomised solvers. ``certify=False``
+    leaves out ``residual_norm`` and with it the one product beyond the method's own (under
+    ``jit`` the compiler removes it anyway where nobody reads the number).
+    """
+
+    def solve(
+        self,
+        mv: MatVec,
+        rhs: Vector,
+        x0: Vector | None = None,
+        *,
+        key: Key | None = None,
+        certify: bool = True,
+    ) -> LinearSolution: ...
+
+
+def finish(
+    mv: MatVec, rhs: Vector, value: Vector, stats: Stats, result: jax.Array, certify: bool
+) -> LinearSolution:
+    """The record of a solve: residual recomputed, non-finite input or output said."""
+    stats = {"rhs_norm": tree.norm(rhs), **stats}
+    if certify:
+        stats["residual_norm"] = tree.norm(tree.sub(rhs, mv(value)))
+    result = status_of(
+        result,
+        (~jnp.isfinite(stats["rhs_norm"]), Status.nonfinite_input),
+        (~tree.all_finite(value), Status.nonfinite_output),
+    )
+    return LinearSolution(value, result, stats)
+
+
+def rayleigh(v: Vector, av: Vector) -> Scalar:
+    r""":math:`v^\top A v / v^\top v`; infinite-free at :math:`v = 0`, where it is 0."""
+    vv = tree.vdot(v, v)
+    return jnp.where(vv > 0, tree.vdot(v, av) / jnp.where(vv > 0, vv, 1), 0)
+
+
+def status_of(otherwise: Any, *failures: tuple[Any, Status]) -> jax.Array:
+    """The first failure whose condition holds, else ``otherwise`` (a status or an array)."""
+    result = jnp.asarray(otherwise, jnp.int32)
+    for condition, status in reversed(failures):
+        result = jnp.where(condition, code(status), result)
+    return result
+
+
+def require_fixed(mv: LinearMap, solver: str) -> None:
+    """Refuse fresh batches in a method whose theory needs one matrix."""
+    if mv.fresh is not None:
+        raise ValueError(
+            f"{solver} needs the same matrix in every product, but `fresh_batches=True` changes "
+            "it. Use `Stochastic(...)` or `Neumann(...)` with fresh batches, or set "
+            "`fresh_batches=False`."
+        )
+
+
+def require_key(key: Key | None, who: str) -> Key:
+    """Refuse a missing key where randomness is needed."""
+    if key is None:
+        raise ValueError(f"{who} draws random numbers: pass `key=jax.random.key(...)`.")
+    return key
+
+
+def loop(steps: int, body: Callable[[Any, Any], Any], carry: Any, unroll: bool) -> Any:
+    """``steps`` applications of ``body(i, carry)``; straight-line code if ``unroll``.
+
+    XLA on CPU runs convolution gradients inside a loop body tens of times slower than the
+    same code outside one, so an unrolled program is worth its compile time there.
+    """
+    if unroll:
+        for i in range(steps):
+            carry = body(i, carry)
+        return carry
+    return jax.lax.scan(lambda c, i: (body(i, c), None), carry, jnp.arange(steps))[0]

@@ -1,0 +1,312 @@
+r"""Which matrix stands for the curvature of the inner problem: Hessian or Gauss–Newton.
+
+An operator is a value with one method, ``bind``: given the problem and a point it returns a
+:class:`~bilevel.linear.LinearMap`, a function :math:`v \mapsto A v`, linearised once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import tree
+from bilevel.aliases import Batch, Hparams, Params, Scalar, Vector
+from bilevel.arguments import check_at_least
+from bilevel.linear.base import Factors, LinearMap
+from bilevel.problem import Problem
+from bilevel.traced import contains_primitive
+
+
+class Bound(NamedTuple):
+    """An operator at a point: the inner gradient there, and the product."""
+
+    inner_grad: Vector
+    mv: LinearMap
+
+
+class Operator(Protocol):
+    """Anything with this method is an operator.
+
+    With ``fresh`` the batch has a leading axis; product ``i`` uses its slice ``i``.
+    """
+
+    def bind(
+        self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
+    ) -> Bound: ...
+
+
+def wants_straight_line(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> bool:
+    """Whether loops over products must be unrolled: convolutions, on the CPU back end."""
+    return jax.default_backend() == "cpu" and contains_primitive(
+        problem.inner_loss, params, hparams, batch, prefix="conv_general_dilated"
+    )
+
+
+def slice_batch(batches: Batch, i: Any) -> Batch:
+    """Batch ``i`` of a stack, by index: nothing is copied but the slice."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=0, keepdims=False), batches
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hessian:
+    r""":math:`A = \nabla^2_{ww} h + \rho I`.
+
+    Args:
+      damping: :math:`\rho \ge 0`, in units of curvature; traced, so a change never recompiles.
+
+    Symmetric but indefinite away from a minimum of a non-convex loss. Cost: one gradient to
+    bind (linearised once at this batch), about 1.2 gradients a product, and one backward
+    pass of memory; with fresh batches about 2.5 gradients a product.
+    """
+
+    damping: float | jax.Array = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least("damping", self.damping, 0)
+
+    def bind(
+        self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
+    ) -> Bound:
+        """Linearise the inner gradient at ``params``."""
+        if fresh:
+            first = slice_batch(batch, 0)
+            bound = self.bind(problem, params, hparams, first, fresh=False)
+
+            def product(v: Vector, i: Any) -> Vector:
+                image = problem.hvp(params, hparams, slice_batch(batch, i), v)
+                return tree.axpy(self.damping, v, tree.cast_like(image, v))
+
+            return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
+        inner_grad, mv = problem.linearize(params, hparams, batch)
+        unroll = wants_straight_line(problem, params, hparams, batch)
+        return Bound(inner_grad, LinearMap(mv, self.damping, unroll))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearModel:
+    r"""The model :math:`z = X W + b` for a :class:`GaussNewton` that may use its structure.
+
+    Args:
+      features: ``features(hparams, batch) -> X``, (N, D).
+
+    ``params`` is W, (D, C) or (D,), or a pair ``(W, b)``, or a mapping with ``kernel`` and,
+    optionally, ``bias``, (C,). Knowing this form buys two things: the exact diagonal of the
+    Gauss–Newton matrix for less than a gradient (see :class:`~bilevel.Diagonal`), and products
+    that read X in the order it is stored, which XLA's own transpose of a thin product does not.
+    """
+
+    features: Callable[[Hparams, Batch], jax.Array]
+
+    def __call__(self, params: Params, hparams: Hparams, batch: Batch, *state: Any) -> jax.Array:
+        """Outputs, (N, C) or (N,)."""
+        return self.apply(params, self.features(hparams, batch))
+
+    def apply(self, params: Params, x: jax.Array) -> jax.Array:
+        """Outputs for given features."""
+        kernel, bias = _kernel_and_bias(params)
+        z = x @ kernel
+        return z if bias is None else z + jnp.broadcast_to(bias, z.shape)
+
+    def transpose(self, params: Params, x: jax.Array, u: jax.Array) -> Vector:
+        r""":math:`J^\top u`, shaped like ``params``."""
+        kernel, bias = _kernel_and_bias(params)
+        if u.ndim == 2:
+            # The barrier keeps XLA from folding the transpose back into `x.T @ u`, which
+            # walks X against its memory order and takes twice the time for few columns.
+            d_kernel = (jax.lax.optimization_barrier(u.T) @ x).T
+        else:
+            d_kernel = u @ x
+        d_bias = None if bias is None else u.sum(0)
+        return _like(params, d_kernel.astype(kernel.dtype), d_bias)
+
+
+def _kernel_and_bias(params: Params) -> tuple[jax.Array, jax.Array | None]:
+    if isinstance(params, (tuple, list)):
+        kernel, bias = params
+        return kernel, bias
+    if hasattr(params, "keys"):
+        extra = set(params.keys()) - {"kernel", "bias"}
+        if extra or "kernel" not in params:
+            raise ValueError(
+                "LinearModel expects params with the keys 'kernel' and, optionally, 'bias', got "
+                f"{sorted(map(str, params.keys()))}. Use a plain function for other models."
+            )
+        return params["kernel"], params.get("bias")
+    return params, None
+
+
+def _like(params: Params, kernel: jax.Array, bias: jax.Array | None) -> Vector:
+    leaves = [kernel] if bias is None else [kernel, bias]
+    if hasattr(params, "keys") and bias is not None:
+        leaves = [bias, kernel]  # mappings flatten in the order of their keys
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussNewton:
+    r""":math:`A = J^\top Q J + \nabla^2 r + \rho I` for :math:`h = \ell(z(w)) + r(w)`.
+
+    J is the Jacobian of the model's outputs z, Q the Hessian of the loss in z, r a penalty:
+    positive semi-definite whenever :math:`\ell` and r are convex, whatever the network.
+    Equal to the Hessian when the model is linear in its parameters. :math:`B` stays that of
+    the inner loss you pass; :meth:`loss` is the one that agrees with this operator.
+
+    Args:
+      model: ``model(params, hparams, batch) -> outputs`` (any pytree; with
+        ``has_state=True`` it also receives ``model_state``), or a :class:`LinearModel`.
+      output_loss: ``output_loss(outputs, hparams, batch) -> scalar``, convex in the outputs.
+      damping: :math:`\rho \ge 0`, in units of curvature.
+      penalty: ``penalty(params, hparams) -> scalar``, or ``None``.
+
+    Cost: about 0.75 of a Hessian product (a forward tangent and a backward pass).
+
+    Reference: Schraudolph, "Fast curvature matrix-vector products for second-order gradient
+    descent", Neural Computation 2002.
+    """
+
+    model: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    output_loss: Callable[..., Scalar] = dataclasses.field(metadata={"static": True})
+    damping: float | jax.Array = 0.0
+    penalty: Callable[[Params, Hparams], Scalar] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least("damping", self.damping, 0)
+        for name in ("model", "output_loss"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"`{name}` must be callable, got {getattr(self, name)!r}.")
+
+    def loss(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
+        r"""The inner loss this operator belongs to, :math:`\ell(z(w)) + r(w)`."""
+        value = self.output_loss(self.model(params, hparams, batch), hparams, batch)
+        return value if self.penalty is None else value + self.penalty(params, hparams)
+
+    def bind(
+        self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
+    ) -> Bound:
+        """Linearise model, output loss and penalty at ``params``."""
+        if fresh:
+            first = slice_batch(batch, 0)
+            bound = self.bind(problem, params, hparams, first, fresh=False)
+
+            def product(v: Vector, i: Any) -> Vector:
+                mv = _gauss_newton(self, problem, params, hparams, slice_batch(batch, i))
+                return tree.axpy(self.damping, v, tree.cast_like(mv(v), v))
+
+            return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
+        mv = _gauss_newton(self, problem, params, hparams, batch)
+        diagonal = None
+        if isinstance(self.model, LinearModel):
+
+            def diagonal() -> Vector:
+                return _linear_model_diagonal(self, params, hparams, batch)
+
+        return Bound(
+            problem.inner_grad(params, hparams, batch),
+            LinearMap(
+                mv,
+                self.damping,
+                wants_straight_line(problem, params, hparams, batch),
+                diagonal,
+                lambda: _factors(self, problem, params, hparams, batch),
+            ),
+        )
+
+
+def _outputs(op: GaussNewton, problem: Problem, hparams: Hparams, batch: Batch) -> Callable:
+    state = (problem.model_state,) if problem.has_state else ()
+    return lambda w: op.model(w, hparams, batch, *state)
+
+
+def _gauss_newton(
+    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+) -> Callable[[Vector], Vector]:
+    if isinstance(op.model, LinearModel):
+        x = op.model.features(hparams, batch)
+        z = op.model.apply(params, x)
+
+        def push(v: Vector) -> jax.Array:
+            return op.model.apply(v, x)
+
+        def pull(u: jax.Array) -> Vector:
+            return op.model.transpose(params, x, u)
+    else:
+        z, push = jax.linearize(_outputs(op, problem, hparams, batch), params)
+        transposed = jax.linear_transpose(push, params)
+
+        def pull(u: Any) -> Vector:
+            return transposed(u)[0]
+
+    weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
+    bend = None
+    if op.penalty is not None:
+        bend = jax.linearize(jax.grad(lambda w: op.penalty(w, hparams)), params)[1]
+
+    def mv(v: Vector) -> Vector:
+        v = tree.cast_like(v, params)
+        image = pull(weigh(push(v)))
+        return image if bend is None else tree.add(image, bend(v))
+
+    return mv
+
+
+def _separable_penalty(op: GaussNewton, params: Params, hparams: Hparams) -> Vector:
+    """Damping plus the diagonal of a separable penalty's Hessian (its product with ones)."""
+    ones = jax.tree.map(jnp.ones_like, params)
+    damping = tree.scale(op.damping, tree.accumulate(ones))
+    if op.penalty is None:
+        return damping
+    bend = jax.jvp(jax.grad(lambda w: op.penalty(w, hparams)), (params,), (ones,))[1]
+    return tree.add(damping, tree.accumulate(bend))
+
+
+def _linear_model_diagonal(
+    op: GaussNewton, params: Params, hparams: Hparams, batch: Batch
+) -> Vector:
+    r"""Exact for a loss that is a sum over examples: :math:`(X \circ X)^\top \mathrm{diag}(Q)`."""
+    x = op.model.features(hparams, batch)
+    z = op.model.apply(params, x)
+    weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
+    if z.ndim == 1:
+        weights = weigh(jnp.ones_like(z))
+    else:
+        # One direction per output, the same for all examples: Q has one block per example.
+        eye = jnp.eye(z.shape[-1], dtype=z.dtype)
+        weights = jnp.stack(
+            [weigh(jnp.broadcast_to(e, z.shape))[:, c] for c, e in enumerate(eye)], axis=-1
+        )
+    data = tree.accumulate(op.model.transpose(params, x * x, weights))
+    return tree.add(data, _separable_penalty(op, params, hparams))
+
+
+def _factors(
+    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+) -> Factors:
+    """Jacobian rows, output Hessian and diagonal, for the exact inverse."""
+
+    def flat(w: Params) -> jax.Array:
+        outputs = jax.tree.leaves(_outputs(op, problem, hparams, batch)(w))
+        return jnp.concatenate([o.reshape(-1) for o in outputs])
+
+    z, treedef = jax.tree.flatten(_outputs(op, problem, hparams, batch)(params))
+    shapes = [o.shape for o in z]
+    ends = np.cumsum([o.size for o in z])[:-1].tolist()
+
+    def flat_loss(u: jax.Array) -> Scalar:
+        parts = jnp.split(u, ends)
+        leaves = [p.reshape(s) for p, s in zip(parts, shapes, strict=True)]
+        return op.output_loss(jax.tree.unflatten(treedef, leaves), hparams, batch)
+
+    outputs, pull = jax.vjp(flat, params)
+    rows = jax.vmap(lambda e: pull(e)[0])(jnp.eye(outputs.size, dtype=outputs.dtype))
+    return Factors(
+        rows, jax.hessian(flat_loss)(outputs), _separable_penalty(op, params, hparams)
+    )

@@ -1,0 +1,129 @@
+r"""The bilevel problem: two losses and the derivative products they offer.
+
+.. math::
+    w^*(\lambda) = \operatorname*{argmin}_w h(w, \lambda), \qquad
+    F(\lambda) = f(w^*(\lambda), \lambda)
+
+with ``inner`` :math:`h` and ``outer`` :math:`f`. Every method of the field is built from
+
+=====================================  ================================================
+:meth:`Problem.inner_grad`             :math:`\nabla_w h`
+:meth:`Problem.hvp`                    :math:`H v`, with :math:`H = \nabla^2_{ww} h`
+:meth:`Problem.cross_vjp`              :math:`B^\top v`, with :math:`B = \partial_\lambda \nabla_w h`
+:meth:`Problem.products`               both at once
+:meth:`Problem.outer_grads`            :math:`f`, :math:`\nabla_w f` and :math:`\partial_\lambda f`
+=====================================  ================================================
+
+Second derivatives commute, so one JVP of :math:`\nabla_{(w,\lambda)} h` along :math:`(v, 0)`
+holds both products. All are forward-over-reverse: reverse-over-reverse costs up to three
+times as much for convolutions and more memory everywhere.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from bilevel.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar, Vector
+from bilevel.tree import cast_like
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    r"""Two losses and their products; the value every response receives.
+
+    Attributes:
+      outer: ``outer(params, hparams, batch) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
+      inner: ``inner(params, hparams, batch) -> scalar``.
+      has_aux: whether ``outer`` returns an auxiliary pytree beside its value.
+      has_state: whether both losses are ``loss(params, hparams, batch, model_state) ->
+        (scalar, model_state)``; with ``has_aux`` too, ``outer`` returns
+        ``(scalar, (model_state, aux))``.
+      model_state: the statistics that products and outer gradients read, frozen. What the
+        losses return in its place is discarded here; only training steps advance it.
+
+    ``params`` (n scalars) and ``hparams`` (p scalars) are any pytrees of real floating-point
+    arrays. Vectors of the inner space may come in a wider dtype than ``params`` (a solver
+    keeps float32 vectors for bfloat16 parameters): they are cast to it before they enter a
+    product, and what comes back has the dtype of ``params``.
+    """
+
+    outer: Loss
+    inner: Loss
+    has_aux: bool = False
+    has_state: bool = False
+    model_state: ModelState = None
+
+    def inner_loss(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
+        """:math:`h(w, \\lambda)` on one batch; advanced model state is discarded."""
+        if self.has_state:
+            return self.inner(params, hparams, batch, self.model_state)[0]
+        return self.inner(params, hparams, batch)
+
+    def inner_loss_and_state(
+        self, params: Params, hparams: Hparams, batch: Batch, model_state: ModelState
+    ) -> tuple[Scalar, ModelState]:
+        """One training evaluation: the loss at ``model_state`` and the advanced state."""
+        if self.has_state:
+            return self.inner(params, hparams, batch, model_state)
+        return self.inner(params, hparams, batch), model_state
+
+    def outer_loss(self, params: Params, hparams: Hparams, batch: Batch) -> tuple[Scalar, Any]:
+        """:math:`f(w, \\lambda)` on one batch, with its auxiliary output (``None`` without)."""
+        if self.has_state:
+            value, rest = self.outer(params, hparams, batch, self.model_state)
+            return value, (rest[1] if self.has_aux else None)
+        if self.has_aux:
+            return self.outer(params, hparams, batch)
+        return self.outer(params, hparams, batch), None
+
+    def inner_grad(self, params: Params, hparams: Hparams, batch: Batch) -> Vector:
+        r""":math:`\nabla_w h`. Cost: one gradient."""
+        return jax.grad(self.inner_loss)(params, hparams, batch)
+
+    def linearize(
+        self, params: Params, hparams: Hparams, batch: Batch
+    ) -> tuple[Vector, Callable[[Vector], Vector]]:
+        r"""``(\nabla_w h, v -> H v)`` with the primal computed once.
+
+        Cost: one gradient now, about 1.2 gradients for each later product, and the memory of
+        the linearisation's residuals (about that of one backward pass). For a fixed batch.
+        """
+        grad, mv = jax.linearize(lambda w: self.inner_grad(w, hparams, batch), params)
+        return grad, lambda v: mv(cast_like(v, params))
+
+    def hvp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Vector:
+        r""":math:`H v`. Cost: about 2.5 gradients, memory of one forward-mode gradient."""
+        v = cast_like(v, params)
+        return jax.jvp(lambda w: self.inner_grad(w, hparams, batch), (params,), (v,))[1]
+
+    def cross_vjp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Hparams:
+        r""":math:`B^\top v`, shaped like ``hparams``, as the JVP of :math:`\nabla_\lambda h`.
+
+        Cost: at most about 2.5 gradients. The compiler prunes it to a forward pass where
+        hyperparameters only weigh examples, and to elementwise work where they only
+        regularise. Never more than one gradient's memory.
+        """
+        v = cast_like(v, params)
+        grad = jax.grad(self.inner_loss, argnums=1)
+        return jax.jvp(lambda w: grad(w, hparams, batch), (params,), (v,))[1]
+
+    def products(
+        self, params: Params, hparams: Hparams, batch: Batch, v: Vector
+    ) -> tuple[Vector, Hparams]:
+        r""":math:`(H v, B^\top v)` from one JVP of :math:`\nabla_{(w,\lambda)} h`.
+
+        Cost: about 2.5 to 3 gradients together.
+        """
+        v = cast_like(v, params)
+        grads = jax.grad(self.inner_loss, argnums=(0, 1))
+        return jax.jvp(lambda w: grads(w, hparams, batch), (params,), (v,))[1]
+
+    def outer_grads(
+        self, params: Params, hparams: Hparams, batch: Batch
+    ) -> tuple[tuple[Scalar, Any], tuple[Vector, Hparams]]:
+        r""":math:`(f, aux), (\nabla_w f, \partial_\lambda f)`. Cost: one outer gradient."""
+        return jax.value_and_grad(self.outer_loss, argnums=(0, 1), has_aux=True)(
+            params, hparams, batch
+        )

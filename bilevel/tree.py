@@ -1,0 +1,117 @@
+r"""A pytree as a vector: the few operations that ``optax.tree`` does not give in our precision.
+
+``optax.tree`` adds, scales and subtracts in the dtype of the leaves. A linear solve on
+bfloat16 parameters needs more: its vectors and inner products live in the *accumulator*
+precision, float32 for the half precisions and the leaf's own dtype otherwise. Nothing here
+flattens a tree into one array, so leaves keep their sharding.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.aliases import Scalar, Vector
+
+
+def accumulator_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype in which sums over an array of ``dtype`` are carried (at least float32)."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def accumulate(tree: Vector) -> Vector:
+    """``tree`` with every leaf cast to its accumulator dtype (no copy where it already is)."""
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(accumulator_dtype(jnp.result_type(x))), tree)
+
+
+def cast_like(tree: Vector, like: Vector) -> Vector:
+    """``tree`` with every leaf cast to the dtype of the matching leaf of ``like``."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def zeros_accumulated(tree: Vector) -> Vector:
+    """Zeros with the shapes of ``tree`` (arrays or ``ShapeDtypeStruct``), accumulator dtypes."""
+    return jax.tree.map(
+        lambda x: jnp.zeros(jnp.shape(x), accumulator_dtype(jnp.result_type(x))), tree
+    )
+
+
+def add(a: Vector, b: Vector) -> Vector:
+    """Leafwise ``a + b``."""
+    return jax.tree.map(operator.add, a, b)
+
+
+def sub(a: Vector, b: Vector) -> Vector:
+    """Leafwise ``a - b``."""
+    return jax.tree.map(operator.sub, a, b)
+
+
+def scale(s: Any, a: Vector) -> Vector:
+    """Leafwise ``s a``; the scalar takes the dtype of each leaf."""
+    return jax.tree.map(lambda x: jnp.asarray(s).astype(x.dtype) * x, a)
+
+
+def axpy(s: Any, a: Vector, b: Vector) -> Vector:
+    """Leafwise ``s a + b``; the scalar takes the dtype of each leaf."""
+    return jax.tree.map(lambda x, y: jnp.asarray(s).astype(x.dtype) * x + y, a, b)
+
+
+def where(condition: Any, a: Vector, b: Vector) -> Vector:
+    """Leafwise selection by one scalar condition."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def _sum(parts: list[Any]) -> Scalar:
+    if not parts:
+        return jnp.zeros((), jnp.float32)
+    dtype = jnp.result_type(*parts)
+    return sum((x.astype(dtype) for x in parts[1:]), parts[0].astype(dtype))
+
+
+def vdot(a: Vector, b: Vector) -> Scalar:
+    r"""Inner product :math:`\sum_i a_i b_i` over all leaves, summed in the accumulator dtype."""
+
+    def leaf(x: Any, y: Any) -> Scalar:
+        dtype = accumulator_dtype(jnp.promote_types(jnp.result_type(x), jnp.result_type(y)))
+        return jnp.sum(jnp.asarray(x).astype(dtype) * jnp.asarray(y).astype(dtype))
+
+    return _sum(jax.tree.leaves(jax.tree.map(leaf, a, b)))
+
+
+def norm(a: Vector) -> Scalar:
+    """Euclidean norm over all leaves, accumulated as :func:`vdot` does."""
+    return jnp.sqrt(vdot(a, a))
+
+
+def size(a: Vector) -> int:
+    """Number of scalars in the tree (static)."""
+    return sum(int(np.prod(jnp.shape(x))) for x in jax.tree.leaves(a))
+
+
+def all_finite(a: Vector) -> Scalar:
+    """True when no leaf contains a NaN or an infinity; non-float leaves are finite."""
+    leaves = [x for x in jax.tree.leaves(a) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    result = jnp.asarray(True)
+    for leaf in leaves:
+        result = result & jnp.all(jnp.isfinite(leaf))
+    return result
+
+
+def paths(tree: Any, name: str) -> list[tuple[str, Any]]:
+    """``(path, leaf)`` pairs with readable paths that start with ``name``, for messages."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in flat]
+
+
+def random_like(key: jax.Array, tree: Vector, draw: Callable[..., jax.Array]) -> Vector:
+    """One independent ``draw(key, shape, dtype)`` per leaf, in the accumulator dtype."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    drawn = [
+        draw(k, jnp.shape(x), accumulator_dtype(jnp.result_type(x)))
+        for k, x in zip(keys, leaves, strict=False)
+    ]
+    return jax.tree.unflatten(treedef, drawn)
