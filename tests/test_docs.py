@@ -19,7 +19,7 @@ def test_python_blocks_run(page):
         line = text[: match.start()].count("\n") + 2
         # Padding keeps line numbers of a traceback equal to those of the page.
         source = "\n" * (line - 1) + match.group(1)
-        with jax.enable_x64(False):  # the reader's default
+        with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):  # the defaults of a reader
             exec(compile(source, str(page), "exec"), namespace)
 
 
