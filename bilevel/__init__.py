@@ -4,6 +4,14 @@ The modules stand in floors, and each imports only from those below it (see ``RE
 this folder): the problem, the linear solve, the hypergradient, the outer update.
 """
 
+from bilevel.adapters import Split as Split
+from bilevel.adapters import split_equinox as split_equinox
+from bilevel.adapters import split_linen as split_linen
+from bilevel.adapters import split_nnx as split_nnx
+from bilevel.check import HypergradCheck as HypergradCheck
+from bilevel.check import check_hypergrad as check_hypergrad
+from bilevel.diagnose import Diagnosis as Diagnosis
+from bilevel.diagnose import diagnose as diagnose
 from bilevel.hypergradient import Hypergradient as Hypergradient
 from bilevel.hypergradient import Implicit as Implicit
 from bilevel.hypergradient import Response as Response
@@ -11,12 +19,14 @@ from bilevel.hypergradient import hypergrad as hypergrad
 from bilevel.hypergradient import hypergrad_init as hypergrad_init
 from bilevel.hypergradient import hypergrad_solve as hypergrad_solve
 from bilevel.hypergradient import value_and_hypergrad as value_and_hypergrad
+from bilevel.hypergradient import with_response as with_response
 from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense
 from bilevel.linear import Diagonal as Diagonal
 from bilevel.linear import Identity as Identity
 from bilevel.linear import LinearSolution as LinearSolution
 from bilevel.linear import LinearSolver as LinearSolver
+from bilevel.linear import Lineax as Lineax
 from bilevel.linear import Neumann as Neumann
 from bilevel.linear import Nystrom as Nystrom
 from bilevel.linear import Stochastic as Stochastic
@@ -24,6 +34,12 @@ from bilevel.linear import Woodbury as Woodbury
 from bilevel.operators import GaussNewton as GaussNewton
 from bilevel.operators import Hessian as Hessian
 from bilevel.operators import LinearModel as LinearModel
+from bilevel.outer import Free as Free
+from bilevel.outer import Integer as Integer
+from bilevel.outer import Interval as Interval
+from bilevel.outer import Positive as Positive
+from bilevel.outer import Simplex as Simplex
+from bilevel.outer import Space as Space
 from bilevel.problem import Problem as Problem
 from bilevel.status import HypergradientError as HypergradientError
 from bilevel.status import Status as Status

@@ -1,6 +1,8 @@
 """Checks of plain settings (numbers and counts), shared by every dataclass of the library."""
 
+import importlib
 import numbers
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,3 +33,13 @@ def check_count(name: str, value: Any, low: int = 1) -> None:
         )
     if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+
+
+def require_extra(module: str, extra: str, who: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'{who} needs the package `{module}`: pip install "bilevel[{extra}]".'
+        ) from error

@@ -154,10 +154,19 @@ def check_is_read(
     ]
     if dead:
         raise ValueError(
-            f"No derivative reaches {', '.join(dead)}: neither the outer loss nor the gradient of "
-            "the inner loss depends on it differentiably, so its implicit hypergradient is zero "
-            "by structure. A learning rate, a momentum or another setting of the inner optimizer "
-            "needs `Unroll(inner_tx=lambda hparams: ..., steps=...)`; a sampled or discrete one "
-            "(dropout by a mask, a number of holes) needs `BestResponse`. Remove it from "
-            "`hparams` if it is not to be tuned."
+            unread_message(
+                dead,
+                "neither the outer loss nor the gradient of the inner loss depends on it",
+            )
         )
+
+
+def unread_message(dead: list[str], why: str) -> str:
+    """What to say of hyperparameters that an implicit response cannot see."""
+    return (
+        f"No derivative reaches {', '.join(dead)}: {why} differentiably, so its implicit "
+        "hypergradient is zero by structure. A learning rate, a momentum or another setting of "
+        "the inner optimizer needs `Unroll(inner_tx=lambda hparams: ..., steps=...)`; a sampled "
+        "or discrete one (dropout by a mask, a number of holes) needs `BestResponse`. Remove it "
+        "from `hparams` if it is not to be tuned."
+    )

@@ -8,3 +8,4 @@ from bilevel.hypergradient.transform import hypergrad as hypergrad
 from bilevel.hypergradient.transform import hypergrad_init as hypergrad_init
 from bilevel.hypergradient.transform import hypergrad_solve as hypergrad_solve
 from bilevel.hypergradient.transform import value_and_hypergrad as value_and_hypergrad
+from bilevel.hypergradient.with_response import with_response as with_response

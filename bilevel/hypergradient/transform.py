@@ -12,7 +12,7 @@ from bilevel.checks import check_problem
 from bilevel.hypergradient.base import Hypergradient, Response
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.base import status_of
-from bilevel.problem import Problem
+from bilevel.problem import Point, Problem
 from bilevel.status import Status
 
 
@@ -91,6 +91,7 @@ def hypergrad_solve(
         (~tree.all_finite(grads), Status.nonfinite_output),
     )
     out = positions if positions is not None else (lambda t: t)
+    w = w.params if isinstance(w, Point) else w
     return Hypergradient(
         value, aux, w, out(grads), out(direct), out(indirect), state, result, stats
     )
@@ -232,7 +233,9 @@ def _pack(
     numbers = _check_argnums(argnums)
     for name, loss in (("outer", outer), ("inner", inner)):
         if not callable(loss):
-            raise TypeError(f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}.")
+            raise TypeError(
+                f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
+            )
     if not hparams:
         raise TypeError("`hparams` is missing: pass it after `params`.")
     if max(numbers) > len(hparams):
@@ -242,8 +245,10 @@ def _pack(
         )
     if len(hparams) == 1:
         several = not isinstance(argnums, int)
-        return Problem(outer, inner, has_aux, has_state), hparams[0], (
-            (lambda t: (t,)) if several else None
+        return (
+            Problem(outer, inner, has_aux, has_state),
+            hparams[0],
+            ((lambda t: (t,)) if several else None),
         )
 
     def unpacked(loss: Loss) -> Loss:

@@ -125,10 +125,14 @@ def finish(
     return LinearSolution(value, result, stats)
 
 
-def rayleigh(v: Vector, av: Vector) -> Scalar:
-    r""":math:`v^\top A v / v^\top v`; infinite-free at :math:`v = 0`, where it is 0."""
+def widen(low: Scalar, high: Scalar, v: Vector, av: Vector) -> tuple[Scalar, Scalar]:
+    r"""The interval ``(low, high)`` with :math:`v^\top A v / v^\top v` in it; :math:`v = 0` says nothing."""
     vv = tree.vdot(v, v)
-    return jnp.where(vv > 0, tree.vdot(v, av) / jnp.where(vv > 0, vv, 1), 0)
+    curvature = tree.vdot(v, av) / jnp.where(vv == 0, 1, vv)
+    return (
+        jnp.where(vv == 0, low, jnp.minimum(low, curvature)),
+        jnp.where(vv == 0, high, jnp.maximum(high, curvature)),
+    )
 
 
 def status_of(otherwise: Any, *failures: tuple[Any, Status]) -> jax.Array:

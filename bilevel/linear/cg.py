@@ -138,8 +138,10 @@ class CG:
             (last.indefinite, Status.negative_curvature),
             (unmet & has_tolerance, Status.max_steps),
         )
-        # A NaN seen on the way makes the whole value NaN: nothing is silently kept.
-        value = jax.tree.map(lambda v: jnp.where(jnp.isnan(last.rr), jnp.nan, v), last.x)
+        # A NaN or an overflow on the way makes the whole value NaN: an infinite right side
+        # would otherwise meet its infinite tolerance at zero, and look like an answer.
+        lost = ~jnp.isfinite(last.rr)
+        value = jax.tree.map(lambda v: jnp.where(lost, jnp.nan, v), last.x)
         solution = finish(amap, rhs, value, stats, result, certify)
         if not (certify and has_tolerance):
             return solution

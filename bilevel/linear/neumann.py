@@ -13,8 +13,8 @@ from bilevel.linear.base import (
     as_map,
     finish,
     loop,
-    rayleigh,
     status_of,
+    widen,
 )
 from bilevel.status import Status
 
@@ -86,20 +86,20 @@ class Neumann:
         if step is None:
             offset = self.power_steps
             largest = _largest_eigenvalue(product, rhs, self.power_steps, unroll)
-            step = 1 / jnp.where(largest > 0, largest, 1)
+            step = 1 / jnp.where(largest == 0, 1, largest)  # a NaN stays one
         step = jnp.asarray(step)
 
         def body(i, carry):
             term, total, low, high, growth = carry
             image = product(term, i + offset)
-            curvature = rayleigh(term, image)
+            low, high = widen(low, high, term, image)
             following = tree.axpy(-step, image, term)
             before, after = tree.vdot(term, term), tree.vdot(following, following)
             return (
                 following,
                 tree.add(total, following),
-                jnp.minimum(low, curvature),
-                jnp.maximum(high, curvature),
+                low,
+                high,
                 jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 0),
             )
 

@@ -96,7 +96,7 @@ class Nystrom:
         kept = eigenvalues > small
         root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, eigenvalues, 1)), 0)
         low_rank = jax.tree.map(  # C: the columns in the core's eigenbasis, scaled
-            lambda c: jnp.tensordot((basis * root).T.astype(c.dtype), c, axes=1), columns
+            lambda c: jnp.tensordot((basis * root[None, :]).T.astype(c.dtype), c, axes=1), columns
         )
         damping = jnp.asarray(amap.damping, eigenvalues.dtype)
         gram = jax.lax.map(

@@ -10,7 +10,7 @@ import optax
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Vector
 from bilevel.arguments import check_count
-from bilevel.linear.base import LinearSolution, as_map, finish, loop, rayleigh, status_of
+from bilevel.linear.base import LinearSolution, as_map, finish, loop, status_of, widen
 from bilevel.status import Status
 
 
@@ -86,19 +86,12 @@ class Stochastic:
         def body(i, carry):
             q, opt_state, low, high, first, _ = carry
             image = product(q, i)
-            curvature = rayleigh(q, image)
+            low, high = widen(low, high, q, image)
             gradient = tree.sub(image, rhs)
             length = tree.norm(gradient)
             q, opt_state = update(q, gradient, opt_state)
             first = jnp.where(i == 0, length, first)
-            return (
-                q,
-                opt_state,
-                jnp.minimum(low, curvature),
-                jnp.maximum(high, curvature),
-                first,
-                length,
-            )
+            return q, opt_state, low, high, first, length
 
         zero = jnp.zeros_like(tree.norm(rhs))
         carry = (q, opt_state, zero + jnp.inf, zero - jnp.inf, zero, zero)

@@ -69,7 +69,7 @@ class Woodbury:
                 f"`max_outputs`={self.max_outputs}. Use a smaller inner batch, or `CG()`."
             )
         rows, diagonal = tree.accumulate(rows), tree.cast_like(diagonal, rhs)
-        scaled = jax.tree.map(lambda j, d: j / d, rows, diagonal)  # J D^-1
+        scaled = jax.tree.map(lambda j, d: j / d[None], rows, diagonal)  # J D^-1
         kernel = _contract(scaled, rows)  # J D^-1 J'
         system = jnp.eye(m, dtype=kernel.dtype) + weights.astype(kernel.dtype) @ kernel
         projected = _contract(scaled, jax.tree.map(lambda g: g[None], rhs))[:, 0]

@@ -1,0 +1,261 @@
+r"""``check_hypergrad``: a hypergradient against differences of the re-solved inner problem."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import tree
+from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Vector
+from bilevel.arguments import check_at_least, check_count
+from bilevel.hypergradient.base import Response
+from bilevel.hypergradient.transform import hypergrad_solve
+from bilevel.linear.cg import CG
+from bilevel.operators import Hessian
+from bilevel.problem import Problem
+
+NEWTON_STEPS = 50
+LINE_SEARCH = 25
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradCheck:
+    r"""What :func:`check_hypergrad` found, one entry a direction; the first is the gradient's own.
+
+    Attributes:
+      derivatives: :math:`\langle d, \mathrm{hypergrad}\rangle`.
+      differences: central differences of :math:`F` along :math:`d`.
+      errors: relative, ``|derivatives - differences|`` over the larger of the two, and of
+        the root mean square derivative in a random direction.
+      noise: what rounding and the unfinished re-solves alone can contribute to ``errors``.
+      step: the half-width of the differences, in units of the hyperparameters.
+      stationarity: :math:`\|\nabla_w h\|` where the hypergradient was evaluated, and the largest
+        one after a re-solve.
+      distance: from ``params`` to the re-solved parameters, relative to the longer of the two.
+      converged: every re-solve left less noise than ``tolerance``.
+      passed: ``converged``, and every error is below ``tolerance`` plus its noise.
+      tolerance: the one asked for.
+      message: one sentence.
+    """
+
+    derivatives: np.ndarray
+    differences: np.ndarray
+    errors: np.ndarray
+    noise: np.ndarray
+    step: float
+    stationarity: tuple[float, float]
+    distance: float
+    converged: bool
+    passed: bool
+    tolerance: float
+    message: str
+
+
+def check_hypergrad(
+    outer: Loss,
+    inner: Loss,
+    response: Response,
+    params: Params,
+    hparams: Hparams,
+    *,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    solve: Callable[[Params, Hparams, Batch], Params] | None = None,
+    directions: int = 3,
+    key: Key | None = None,
+    step: float | None = None,
+    tolerance: float | None = None,
+    resolve_first: bool = False,
+) -> HypergradCheck:
+    r"""Compare ``hypergrad`` with
+
+    .. math:: \frac{F(\lambda + s d) - F(\lambda - s d)}{2 s}, \qquad
+        F(\lambda) = f(w^*(\lambda), \lambda)
+
+    where :math:`w^*` is solved anew on both sides, along the hypergradient's own direction and
+    ``directions`` - 1 random ones.
+
+    Args:
+      outer, inner, response, params, hparams, inner_batch, outer_batch: as for
+        :func:`~bilevel.hypergrad`. The hypergradient is evaluated at ``params``.
+      solve: ``solve(params, hparams, inner_batch) -> params``, your own solver, to rounding
+        error. By default Newton's method with CG and a line search, jitted, from ``params``.
+      directions: how many.
+      key: of the random directions; also handed to ``response``. Fixed by default.
+      step: s, for directions of length one; by default :math:`\epsilon^{1/3}\max(1,
+        \|\lambda\|)`, the best compromise between rounding and curvature.
+      tolerance: relative; 1e-4 in float64 and 5e-2 in float32 by default.
+      resolve_first: evaluate the hypergradient at the re-solved parameters instead, to tell a
+        wrong response from parameters that are not at a minimum.
+
+    Returns:
+      :class:`HypergradCheck`. A re-solve that did not converge is never passed over: then
+      ``converged`` and ``passed`` are False and the message says how much noise it left, as
+      estimated by :math:`|\nabla_w f^\top H^{-1}\nabla_w h|`.
+
+    Raises:
+      ValueError: for a ``step`` so small that the differences would be rounding error
+        (below :math:`\sqrt\epsilon\,\max(1, \|\lambda\|)`), and what ``hypergrad`` raises.
+
+    Cost: one hypergradient and ``2 * directions + 1`` inner solves. A tool for tests and for the
+    host: not for use under ``jit``. For non-convex problems it follows the minimum that
+    Newton's method finds from ``params``: look at ``distance``.
+    """
+    check_count("directions", directions)
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params), *jax.tree.leaves(hparams))
+    eps = float(jnp.finfo(dtype).eps)
+    single = eps > 1e-10
+    scale = max(1.0, float(tree.norm(hparams)))
+    if step is None:
+        step = eps ** (1 / 3) * scale
+    check_at_least("step", step, 0, strict=True)
+    if step < np.sqrt(eps) * scale:
+        raise ValueError(
+            f"`step`={step:.1e} is below {np.sqrt(eps) * scale:.1e}, where differences in {dtype} "
+            "are rounding error: use a larger step (`None` chooses one), or float64 "
+            "(`jax.config.update('jax_enable_x64', True)` and float64 inputs)."
+        )
+    tolerance = (5e-2 if single else 1e-4) if tolerance is None else tolerance
+    check_at_least("tolerance", tolerance, 0, strict=True)
+    key = jax.random.key(0) if key is None else key
+    problem = Problem(outer, inner)
+    resolve = jax.jit(_newton(problem)) if solve is None else solve
+    evaluate = jax.jit(lambda *args: _evaluate(problem, *args))
+
+    def value(lam: Hparams, start: Params) -> tuple[_Value, Params]:
+        w = resolve(start, lam, inner_batch)
+        return evaluate(w, lam, inner_batch, outer_batch), w
+
+    here, w = value(hparams, params)
+    longer = jnp.maximum(tree.norm(params), tree.norm(w))
+    distance = float(tree.norm(tree.sub(w, params)) / jnp.where(longer > 0, longer, 1))
+    point = w if resolve_first else params
+
+    @jax.jit
+    def analytic(response: Any, w: Params, lam: Hparams, tr: Batch, va: Batch, key: Key):
+        solution = hypergrad_solve(
+            outer, inner, response, w, lam, inner_batch=tr, outer_batch=va, key=key
+        )
+        return solution.grads, solution.stats.get("stationarity", jnp.nan)
+
+    grads, stationarity = analytic(response, point, hparams, inner_batch, outer_batch, key)
+    length = float(tree.norm(grads))
+    typical = length / np.sqrt(tree.size(hparams))
+
+    derivatives, differences, noise, worst = [], [], [], float(here.stationarity)
+    for i in range(directions):
+        d = grads
+        if i or not (np.isfinite(length) and length > 0):
+            d = tree.random_like(jax.random.fold_in(key, i), hparams, jax.random.normal)
+        d = tree.scale(1 / tree.norm(d), d)
+        above, _ = value(tree.cast_like(tree.axpy(step, d, hparams), hparams), w)
+        below, _ = value(tree.cast_like(tree.axpy(-step, d, hparams), hparams), w)
+        derivatives.append(float(tree.vdot(d, grads)))
+        differences.append((float(above.value) - float(below.value)) / (2 * step))
+        rounding = 4 * eps * max(abs(float(above.value)), abs(float(below.value)))
+        unsolved = float(above.unsolved) + float(below.unsolved)
+        noise.append((rounding + unsolved) / (2 * step))
+        worst = max(worst, float(above.stationarity), float(below.stationarity))
+
+    a, b = np.array(derivatives), np.array(differences)
+    size = np.maximum(np.maximum(np.abs(a), np.abs(b)), max(typical, 1e-30))
+    errors, noise = np.abs(a - b) / size, np.array(noise) / size
+    converged = bool(np.all(noise <= tolerance))  # False for NaN
+    passed = converged and bool(np.all(errors <= tolerance + noise))
+    if passed:
+        message = f"The hypergradient agrees to {errors.max():.1e}."
+    elif not converged:
+        message = (
+            f"Inconclusive: rounding and unfinished inner solves leave noise of {noise.max():.1e}, "
+            f"above the tolerance {tolerance:.1e}. Give `solve` a solver that goes to rounding "
+            "error, use float64, or a larger `step`."
+        )
+    else:
+        message = (
+            f"The hypergradient is off by {errors.max():.1e} (tolerance {tolerance:.1e}). "
+            f"The inner gradient's norm is {float(stationarity):.1e} at its point and {worst:.1e} "
+            "after the re-solves; `resolve_first=True` tells a wrong response from parameters "
+            "that are not at a minimum."
+        )
+    return HypergradCheck(
+        derivatives=a,
+        differences=b,
+        errors=errors,
+        noise=noise,
+        step=float(step),
+        stationarity=(float(stationarity), worst),
+        distance=distance,
+        converged=converged,
+        passed=passed,
+        tolerance=tolerance,
+        message=message,
+    )
+
+
+class _Value(NamedTuple):
+    value: jax.Array
+    stationarity: jax.Array
+    unsolved: jax.Array
+
+
+def _evaluate(
+    problem: Problem, w: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
+) -> _Value:
+    """The outer value, the inner gradient's norm, and what the latter can do to the former."""
+    value, pull = jax.vjp(lambda w: problem.outer_loss(w, hparams, outer_batch)[0], w)
+    gradient, direction, _ = _newton_direction(problem, w, hparams, inner_batch)
+    slope = tree.vdot(pull(jnp.ones_like(value))[0], direction)
+    return _Value(value, tree.norm(gradient), jnp.abs(slope))
+
+
+def _newton_direction(
+    problem: Problem, w: Params, hparams: Hparams, batch: Batch
+) -> tuple[Vector, Vector, jax.Array]:
+    r"""``(\nabla h, p, p' \nabla h)`` with :math:`p \approx -H^{-1}\nabla h`, which descends."""
+    gradient, mv = Hessian().bind(problem, w, hparams, batch, fresh=False)
+    gradient = tree.accumulate(gradient)
+    p = tree.scale(-1, CG(max_steps=200, rtol=1e-3).solve(mv, gradient, certify=False).value)
+    slope = tree.vdot(p, gradient)
+    descends = slope < 0  # CG stops at zero where the first curvature is not positive
+    p = tree.where(descends, p, tree.scale(-1, gradient))
+    return gradient, p, jnp.where(descends, slope, -tree.vdot(gradient, gradient))
+
+
+def _newton(problem: Problem) -> Callable[[Params, Hparams, Batch], Params]:
+    """Newton-CG with a backtracking line search, until no step lowers the gradient or the loss."""
+
+    def solve(params: Params, hparams: Hparams, batch: Batch) -> Params:
+        def loss(w: Params) -> jax.Array:
+            return problem.inner_loss(w, hparams, batch)
+
+        def advance(carry):
+            w, step, _ = carry
+            gradient, p, slope = _newton_direction(problem, w, hparams, batch)
+            here, size = loss(w), tree.norm(gradient)
+
+            def moved(t):
+                return tree.cast_like(tree.axpy(t, p, tree.accumulate(w)), w)
+
+            def good(t):
+                new = moved(t)
+                down = loss(new) <= here + 1e-4 * t * slope
+                # Near the minimum the loss no longer resolves a decrease; the gradient still does.
+                flat = jnp.abs(slope) <= 100 * jnp.finfo(size.dtype).eps * (1 + jnp.abs(here))
+                shrinks = tree.norm(problem.inner_grad(new, hparams, batch)) < size
+                return jnp.where(flat, shrinks, down)
+
+            t, tries = jax.lax.while_loop(
+                lambda c: (c[1] < LINE_SEARCH) & ~good(c[0]),
+                lambda c: (c[0] / 2, c[1] + 1),
+                (jnp.ones_like(size), 0),
+            )
+            moves = tries < LINE_SEARCH
+            return tree.where(moves, moved(t), w), step + 1, ~moves
+
+        start = (params, 0, jnp.asarray(False))
+        return jax.lax.while_loop(lambda c: (c[1] < NEWTON_STEPS) & ~c[2], advance, start)[0]
+
+    return solve

@@ -1,0 +1,256 @@
+r"""``diagnose``: before the first hypergradient, is this inner problem fit for one?"""
+
+import dataclasses
+import math
+import sys
+from typing import Any
+
+import jax
+
+from bilevel import tree
+from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
+from bilevel.arguments import check_count
+from bilevel.checks import check_batch, check_inexact, check_inner
+from bilevel.hypergradient.implicit import Implicit
+from bilevel.linear.cg import CG
+from bilevel.linear.dense import Dense
+from bilevel.linear.lanczos import Extremes, extremes, lanczos
+from bilevel.linear.neumann import Neumann
+from bilevel.operators import GaussNewton, Hessian, Operator
+from bilevel.problem import Problem
+
+STATIONARY = 1e-3
+CONDITION = 1e4  # beyond it a float32 solve loses four of its seven digits
+ACCURACY = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    r"""What :func:`diagnose` found; plain Python numbers.
+
+    Attributes:
+      num_params: n.
+      loss: the inner loss.
+      grad_norm: :math:`\|\nabla_w h\|`.
+      stationarity: :math:`\|\nabla_w h\| / (\lambda_{max}\|w\|)`: by how much, relative to
+        their length, one gradient step of size :math:`1/\lambda_{max}` would move the parameters.
+      stationary: whether that is at most 1e-3.
+      min_curvature, max_curvature: extreme eigenvalues of the operator as given.
+      min_error, max_error: an eigenvalue lies within this distance of each. A large
+        ``min_error`` asks for more ``num_steps``.
+      damping: what to *add* so that the condition number is at most 1e4; 0 if nothing.
+      condition: the condition number with that damping.
+      step_size: :math:`1/\lambda_{max}`, damping included: for ``Neumann`` and for plain SGD.
+      cg_steps: CG steps to a relative error of 1e-4 by the classical bound, at most n.
+      solver: the linear solver advised.
+      operator: the operator advised, damping included.
+      advice: sentences, the most urgent first.
+    """
+
+    num_params: int
+    loss: float
+    grad_norm: float
+    stationarity: float
+    stationary: bool
+    min_curvature: float
+    max_curvature: float
+    min_error: float
+    max_error: float
+    damping: float
+    condition: float
+    step_size: float
+    cg_steps: int
+    solver: Any
+    operator: Operator
+    advice: tuple[str, ...]
+
+    @property
+    def response(self) -> Implicit:
+        """The response advised, ready for ``hypergrad``."""
+        return Implicit(self.solver, self.operator)
+
+
+def diagnose(
+    inner: Loss,
+    params: Params,
+    hparams: Hparams,
+    *,
+    inner_batch: Batch,
+    key: Key | None = None,
+    num_steps: int = 30,
+    operator: Operator | None = None,
+    has_state: bool = False,
+    model_state: ModelState = None,
+    print: bool = True,
+) -> Diagnosis:
+    r"""Is w stationary, how is the curvature spread, and which solver and damping suit it?
+
+    Extreme eigenvalues come from Lanczos' method with full reorthogonalisation; damping and
+    expected steps from
+
+    .. math:: \rho = \max\Bigl(0, \frac{\lambda_{max} - \kappa\lambda_{min}}{\kappa - 1}\Bigr),
+        \ \kappa = 10^4, \qquad
+        k = \left\lceil \tfrac12\sqrt{\kappa_\rho}\,\ln\frac{2}{10^{-4}} \right\rceil
+
+    Args:
+      inner: ``inner(params, hparams, batch) -> scalar``.
+      params, hparams, inner_batch: the point, as for :func:`~bilevel.hypergrad`.
+      key: of the random start; fixed by default, so that a call repeats itself.
+      num_steps: Lanczos steps, at most n.
+      operator: ``Hessian()`` by default, or a ``GaussNewton(...)``.
+      has_state, model_state: as for :func:`~bilevel.hypergrad`.
+      print: write the table to the standard output, with ``rich`` where it is installed.
+
+    Returns:
+      :class:`Diagnosis`.
+
+    Raises:
+      TypeError, ValueError: as ``hypergrad``; the message names the argument.
+
+    Cost: ``num_steps`` products, ``num_steps`` + 2 vectors of memory, and a compilation. A tool
+    for the host: not for use under ``jit``.
+
+    Reference: Ghorbani, Krishnan, Xiao, "An investigation into neural net optimization via
+    Hessian eigenvalue density", ICML 2019.
+    """
+    check_count("num_steps", num_steps)
+    check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
+    check_inexact(hparams, "hparams", "Hyperparameters are real numbers.")
+    check_batch(inner_batch, "inner_batch")
+    if not tree.size(params):
+        raise ValueError("`params` has no numbers: there is no inner variable to diagnose.")
+    operator = Hessian() if operator is None else operator
+    steps = min(num_steps, tree.size(params))
+    key = jax.random.key(0) if key is None else key
+
+    @jax.jit
+    def measure(
+        operator: Any, params: Params, hparams: Hparams, batch: Batch, state: Any, key: Any
+    ):
+        problem = Problem(lambda *_: None, inner, has_state=has_state, model_state=state)
+        check_inner(problem, params, hparams, batch)
+        grad, mv = operator.bind(problem, params, hparams, batch, fresh=False)
+        loss = problem.inner_loss(params, hparams, batch)
+        return loss, tree.norm(grad), tree.norm(params), lanczos(mv, params, steps, key)
+
+    loss, grad_norm, length, coefficients = measure(
+        operator, params, hparams, inner_batch, model_state, key
+    )
+    found = _conclude(
+        tree.size(params),
+        float(loss),
+        float(grad_norm),
+        float(length),
+        extremes(coefficients),
+        operator,
+    )
+    if print:
+        _show(found)
+    return found
+
+
+def _conclude(
+    n: int, loss: float, grad_norm: float, length: float, found: Extremes, operator: Operator
+) -> Diagnosis:
+    low, high = found.smallest, found.largest
+    broken = not all(map(math.isfinite, (loss, grad_norm, low, high)))
+    certain_low = low - found.smallest_error
+    damping = max(0.0, (high - CONDITION * certain_low) / (CONDITION - 1))
+    if broken or high <= 0:
+        damping = math.nan if broken else abs(certain_low) * 1.1
+    top, bottom = high + damping, max(certain_low + damping, 0.0)
+    condition = top / bottom if bottom > 0 and top > 0 else math.inf
+    cg_steps = n
+    if math.isfinite(condition):
+        cg_steps = min(n, math.ceil(0.5 * math.sqrt(condition) * math.log(2 / ACCURACY)))
+    scale = max(high, -low)
+    stationarity = grad_norm / (scale * length) if scale * length > 0 else math.inf
+    if grad_norm == 0:
+        stationarity = 0.0
+    stationary = stationarity <= STATIONARY
+
+    solver: Any
+    if n <= 500:
+        solver = Dense()
+    elif condition <= 10 and top > 0:
+        solver = Neumann(max(1, math.ceil(condition * math.log(1 / ACCURACY))), 1 / top)
+    else:
+        solver = CG(max_steps=cg_steps, rtol=ACCURACY)
+    advised = operator
+    if damping > 0 and isinstance(operator, (Hessian, GaussNewton)):
+        advised = dataclasses.replace(operator, damping=float(operator.damping) + damping)
+
+    advice = []
+    if broken:
+        advice.append("Loss, gradient or curvature is NaN or infinite: trust no number here.")
+    if not broken and not stationary:
+        advice.append(
+            f"The parameters are not at a minimum (a gradient step would move them by "
+            f"{stationarity:.1e} of their length): train further, or use a response that does not "
+            "assume a minimum, such as `Unroll(...)`."
+        )
+    if low < -1e-4 * scale:
+        advice.append(
+            f"The curvature is negative in some direction ({low:.2e}): use `GaussNewton(...)`, or "
+            f"damping of at least {damping:.1e}."
+        )
+    elif damping > 0:
+        advice.append(
+            f"Some direction is nearly flat: damping of {damping:.1e} bounds the condition number "
+            f"by {CONDITION:.0e}; a penalty on all weights does the same without a bias."
+        )
+    if found.smallest_error > 0.1 * max(abs(low), 1e-6 * abs(high)) and found.steps < n:
+        advice.append("The smallest eigenvalue has not settled: raise `num_steps`.")
+    if isinstance(solver, CG) and condition > 100:
+        advice.append("`CG(preconditioner=Diagonal())` often halves the steps.")
+    return Diagnosis(
+        num_params=n,
+        loss=loss,
+        grad_norm=grad_norm,
+        stationarity=stationarity,
+        stationary=stationary,
+        min_curvature=low,
+        max_curvature=high,
+        min_error=found.smallest_error,
+        max_error=found.largest_error,
+        damping=damping,
+        condition=condition,
+        step_size=1 / top if top > 0 else math.inf,
+        cg_steps=cg_steps,
+        solver=solver,
+        operator=advised,
+        advice=tuple(advice) or ("Ready for implicit differentiation.",),
+    )
+
+
+def _rows(d: Diagnosis) -> list[tuple[str, str]]:
+    return [
+        ("parameters", f"{d.num_params}"),
+        ("inner loss", f"{d.loss:.6g}"),
+        ("gradient norm", f"{d.grad_norm:.3g}"),
+        ("stationarity", f"{d.stationarity:.2e} ({'yes' if d.stationary else 'NO'})"),
+        ("smallest eigenvalue", f"{d.min_curvature:.4g} (± {d.min_error:.1e})"),
+        ("largest eigenvalue", f"{d.max_curvature:.4g} (± {d.max_error:.1e})"),
+        ("add damping", f"{d.damping:.3g}"),
+        ("condition number then", f"{d.condition:.3g}"),
+        ("step size 1/λmax", f"{d.step_size:.3g}"),
+        (f"CG steps to {ACCURACY:.0e}", f"{d.cg_steps}"),
+        ("solver", f"{d.solver}"),
+    ]
+
+
+def _show(d: Diagnosis) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        lines = [f"{name:<24}{value}" for name, value in _rows(d)]
+        sys.stdout.write("\n".join([*lines, *(f"- {a}" for a in d.advice)]) + "\n")
+        return
+    table = Table(title="Inner problem", show_header=False)
+    for row in _rows(d):
+        table.add_row(*row)
+    console = Console(file=sys.stdout, markup=False)
+    console.print(table)
+    for sentence in d.advice:
+        console.print(f"- {sentence}", soft_wrap=True)
