@@ -1,4 +1,4 @@
-"""Checks every relative link, anchor and picture of the Markdown pages: `python tests/check_docs.py`.
+"""Checks every relative link, anchor and picture of the pages: `python tests/check_docs.py`.
 
 The code blocks are run by the test suite; this script looks at everything else that can rot.
 Exits 1 and prints one line a defect.

@@ -1,0 +1,1 @@
+"""What all experiments share: data, records, budgets, black-box baselines, figures, the runner."""

@@ -1,0 +1,234 @@
+"""`python -m experiments list | run NAME | report`."""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from experiments.common import expected, outputs, record
+from experiments.common.files import DataMissing, HashMismatch
+from experiments.common.outputs import RunnerError
+
+PRESETS = ("smoke", "cpu", "paper")
+SEEDS = {"smoke": 1, "cpu": 3, "paper": 3}
+NEEDED = ("matplotlib", "optuna", "PIL", "pooch", "rich", "sklearn")
+
+
+def folder_of(package: str) -> Path:
+    """The folder that holds the experiments of a package."""
+    return Path(next(iter(importlib.import_module(package).__path__)))
+
+
+def discover(package: str = "experiments") -> list[str]:
+    """The experiments there are: the folders that hold `run.py`."""
+    return sorted(path.parent.name for path in folder_of(package).glob("*/run.py"))
+
+
+def claim_of(folder: Path) -> str:
+    """The first line of text under the title of an experiment's README."""
+    readme = folder / "README.md"
+    lines = readme.read_text("utf-8").splitlines() if readme.exists() else []
+    return next((line.strip() for line in lines if line.strip() and line[0] not in "#!["), "")
+
+
+def part(package: str, name: str, module: str) -> ModuleType:
+    """Imports `run`, `config` or `figure` of an experiment."""
+    if name not in (known := discover(package)):
+        raise RunnerError(
+            f"there is no experiment {name!r}; there are: {', '.join(known) or 'none'}"
+        )
+    return importlib.import_module(f"{package}.{name}.{module}")
+
+
+def configuration(package: str, name: str, preset: str) -> Any:
+    """The configuration of an experiment at a preset."""
+    module = part(package, name, "config")
+    known = [word for word in PRESETS if callable(getattr(module, word, None))]
+    if preset not in known:
+        raise RunnerError(
+            f"experiment {name!r} has no preset {preset!r}; it has: {', '.join(known)}"
+        )
+    return getattr(module, preset)()
+
+
+def require(modules: Sequence[str] = NEEDED) -> None:
+    """Raises `RunnerError` if a library that the experiments use is not installed."""
+    absent = [module for module in modules if importlib.util.find_spec(module) is None]
+    if absent:
+        raise RunnerError(
+            f"the experiments need {', '.join(absent)}: "
+            "python -m pip install 'bilevel[experiments]'"
+        )
+
+
+def execute(
+    name: str,
+    *,
+    preset: str = "cpu",
+    seeds: int | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    package: str = "experiments",
+) -> tuple[Path, dict[str, Any]]:
+    """Runs an experiment, draws its figures and judges it; returns its folder and its summary."""
+    module, config = part(package, name, "run"), configuration(package, name, preset)
+    seeds = SEEDS[preset] if seeds is None else seeds
+    out = Path("results") / name / preset if out is None else out
+    folder = folder_of(package) / name
+    run = outputs.claim(out, outputs.describe(name, preset, config, folder), seeds, resume)
+    outputs.save(out, run)
+    for seed in run["seeds"]:
+        if seed in run["done"]:
+            continue
+        begun = seed in run["begun"]
+        if not begun:
+            run["begun"].append(seed)
+            outputs.save(out, run)
+        start = time.monotonic()
+        module.run(config, seed, out, resume and begun)
+        run["done"].append(seed)
+        run["minutes"] += (time.monotonic() - start) / 60
+        outputs.save(out, run)
+    run.update(status="finished", ended=outputs.now())
+    outputs.save(out, run)
+    summary = summarise(name, out, package)
+    record.write_json(out / "summary.json", summary)
+    return out, summary
+
+
+def summarise(name: str, out: Path, package: str = "experiments") -> dict[str, Any]:
+    """Draws the figures of a finished run and judges it by `expected.json`, from records alone."""
+    run = record.read_json(out / outputs.FILE)
+    records = record.read(out)
+    statistics = expected.summarise(records)
+    own = getattr(part(package, name, "run"), "summary", None)
+    if own is not None:
+        statistics = {**statistics, **own(records)}
+    entries = expected.load(folder_of(package) / name / "expected.json")
+    verdicts = expected.judge(entries, statistics, run["preset"])
+    figures = part(package, name, "figure").figures(out)
+    return {
+        "run": {key: value for key, value in run.items() if key != "begun"},
+        "statistics": statistics,
+        "verdicts": [verdict._asdict() for verdict in verdicts],
+        "figures": sorted(Path(figure).name for figure in figures),
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Prints the last record of every method and the inequalities, met or not."""
+    from rich.console import Console
+    from rich.table import Table
+
+    run, statistics = summary["run"], summary["statistics"]
+    console = Console()
+    methods = {
+        name: metrics
+        for name, metrics in statistics.items()
+        if isinstance(metrics, dict) and "mean" in (metrics.get("cost") or {})
+    }
+    columns = list(dict.fromkeys(metric for metrics in methods.values() for metric in metrics))
+    seeds = len(run["seeds"])
+    results = Table(title=f"{run['experiment']}, preset {run['preset']}, mean of {seeds} seed(s)")
+    results.add_column("method")
+    for metric in columns:
+        results.add_column(metric.replace("_", " "), justify="right")
+    for name, metrics in methods.items():
+        cells = (metrics.get(metric) for metric in columns)
+        results.add_row(name, *(f"{cell['mean']:.4g}" if cell else "" for cell in cells))
+    console.print(results)
+    claims = Table("claim", "value", "bound", "", title="what was expected")
+    for verdict in summary["verdicts"]:
+        word = {True: "[green]met[/]", False: "[red]not met[/]", None: "not judged"}[verdict["met"]]
+        value = "" if verdict["value"] is None else f"{verdict['value']:.4g}"
+        bound = f"{verdict['relation']} {verdict['bound']:g}"
+        claims.add_row(verdict["name"], value, bound, f"{word} {verdict['reason']}".strip())
+    console.print(claims)
+
+
+def _list(package: str) -> int:
+    width = max(map(len, discover(package)), default=0)
+    for name in discover(package):
+        print(f"{name:{width}}  {claim_of(folder_of(package) / name)}".rstrip())
+    return 0
+
+
+def _run(options: argparse.Namespace, package: str) -> int:
+    require()
+    out, summary = execute(
+        options.name,
+        preset=options.preset,
+        seeds=options.seeds,
+        out=options.out,
+        resume=options.resume,
+        package=package,
+    )
+    show(summary)
+    print(f"records, figures and summary are in {out}")
+    if options.commit_summary:
+        committed = folder_of(package) / options.name / "results"
+        record.write_json(committed / "summary.json", summary)
+        print(f"summary kept in {options.name}/results/summary.json")
+    unmet = any(verdict["met"] is False for verdict in summary["verdicts"])
+    return 1 if options.check and unmet else 0
+
+
+def _report(options: argparse.Namespace, package: str) -> int:
+    require(("matplotlib",))
+    from experiments.common import report
+
+    page = report.write(options.results, options.docs, package)
+    print(f"report written to {page}")
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of seeds, at least 1, got {text!r}"
+        )
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    main_parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    commands = main_parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="list the experiments and what each claims")
+    run = commands.add_parser("run", help="run one experiment and judge it")
+    run.add_argument("name")
+    run.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
+    run.add_argument("--seeds", type=_count, help="seeds 0 .. N-1 (default: 1 for smoke, else 3)")
+    run.add_argument("--out", type=Path, help="output folder (default: results/NAME/PRESET)")
+    run.add_argument("--resume", action="store_true", help="continue the run that --out holds")
+    run.add_argument("--check", action="store_true", help="exit 1 if an expectation is not met")
+    run.add_argument(
+        "--commit-summary",
+        action="store_true",
+        help="also keep the summary in the experiment's own folder, to be committed",
+    )
+    report = commands.add_parser("report", help="one page and picture of all finished runs")
+    report.add_argument("--results", type=Path, default=Path("results"), help="folder of outputs")
+    report.add_argument("--docs", type=Path, default=Path("docs"), help="where the page is written")
+    return main_parser
+
+
+def main(arguments: Sequence[str] | None = None, package: str = "experiments") -> int:
+    """Runs the command line and returns its exit status; 2 for an error the user can put right."""
+    options = parser().parse_args(arguments)
+    try:
+        match options.command:
+            case "list":
+                return _list(package)
+            case "run":
+                return _run(options, package)
+            case _:
+                return _report(options, package)
+    except (RunnerError, DataMissing, HashMismatch) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

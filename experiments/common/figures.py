@@ -1,0 +1,202 @@
+"""One look for all figures: a quiet style, and one colour for a method wherever it appears.
+
+Figures are drawn from saved records by the Agg backend, so they need no display. The palette is
+that of Okabe and Ito (Color Universal Design, 2008), safe for the common kinds of colour blindness.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import matplotlib
+import numpy as np
+
+from experiments.common.record import Record
+
+matplotlib.use("Agg")
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, GOLD, BLACK, GREY = "#56B4E9", "#E69F00", "#000000", "#8A8A8A"
+BROWN, NAVY, OLIVE = "#7F4F24", "#332288", "#6B7A12"
+
+# Baselines are grey or black, so that the methods under test stand out.
+COLOURS = {
+    "none": GREY,
+    "no_tuning": GREY,
+    "random_search": BLACK,
+    "tpe": BROWN,
+    "cg": BLUE,
+    "neumann": ORANGE,
+    "nystrom": PURPLE,
+    "woodbury": NAVY,
+    "stochastic": GOLD,
+    "identity": SKY,
+    "dense": OLIVE,
+    "unroll": GREEN,
+    "truncated": OLIVE,
+    "evolution": GOLD,
+    "stn": GREEN,
+    "delta_stn": PURPLE,
+}
+OTHERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD, NAVY, OLIVE)
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 2.0,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "image.cmap": "viridis",
+}
+
+
+def colour(method: str) -> str:
+    """The colour of a method; `cg_per_weight` has that of `cg`, an unknown name a stable one."""
+    name = method
+    while name:
+        if name in COLOURS:
+            return COLOURS[name]
+        name = name.rpartition("_")[0]
+    return OTHERS[crc32(method.encode()) % len(OTHERS)]
+
+
+def label(method: str) -> str:
+    """A method's name as it is written in a legend."""
+    return {"cg": "CG", "tpe": "TPE", "stn": "STN"}.get(method, method.replace("_", " "))
+
+
+@contextmanager
+def figure(
+    path: Path, *, rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 4.0
+) -> Iterator[tuple["Figure", Any]]:
+    """Opens a figure (inches; one cell, or an array of cells) and saves it as a PNG at the end.
+
+    The file carries no time stamp and no version of the drawing library, so equal records give an
+    equal figure.
+    """
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        drawn, axes = plt.subplots(rows, columns, figsize=(width, height))
+        try:
+            yield drawn, axes
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn.savefig(path, metadata={"Software": None})
+        finally:
+            plt.close(drawn)
+
+
+def curves(
+    records: Sequence[Record], method: str, metric: str, *, best_so_far: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """One metric against cost, all seeds on one grid: costs (k,), values (seeds, k).
+
+    A value holds from its own cost until the next record. The grid starts where every seed has a
+    record and ends with the cheapest seed: nothing is extrapolated.
+    """
+    columns: dict[int, list[tuple[float, float]]] = {}
+    for entry in records:
+        if entry.method == method and metric in entry.metrics:
+            columns.setdefault(entry.seed, []).append((entry.cost, float(entry.metrics[metric])))
+    if not columns:
+        raise ValueError(f"no record of method {method!r} has the metric {metric!r}")
+    series = [np.array(sorted(points, key=lambda point: point[0])).T for points in columns.values()]
+    start, stop = max(cost[0] for cost, _ in series), min(cost[-1] for cost, _ in series)
+    grid = np.unique(np.concatenate([cost for cost, _ in series]))
+    grid = grid[(grid >= start) & (grid <= stop)]
+    if not grid.size:
+        raise ValueError(f"the seeds of method {method!r} have no cost in common")
+    rows = []
+    for cost, values in series:
+        values = np.fmin.accumulate(values) if best_so_far else values
+        rows.append(values[np.searchsorted(cost, grid, side="right") - 1])
+    return grid, np.stack(rows)
+
+
+def band(
+    axes: "Axes",
+    records: Sequence[Record],
+    method: str,
+    metric: str,
+    *,
+    best_so_far: bool = False,
+    name: str | None = None,
+    dashed: bool = False,
+) -> None:
+    """Draws the median over seeds against cost, and the range between the quartiles."""
+    cost, values = curves(records, method, metric, best_so_far=best_so_far)
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+    axes.plot(
+        cost,
+        middle,
+        color=colour(method),
+        label=name or label(method),
+        linestyle="--" if dashed else "-",
+        drawstyle="steps-post" if best_so_far else "default",
+    )
+    if len(values) > 1:
+        step = "post" if best_so_far else None
+        axes.fill_between(cost, low, high, color=colour(method), alpha=0.18, linewidth=0, step=step)
+
+
+def cost_axes(axes: "Axes", ylabel: str, *, log: bool = True) -> None:
+    """Labels axes of a metric against cost, with a legend."""
+    axes.set(xlabel="cost (inner-gradient evaluations)", ylabel=ylabel)
+    if log:
+        axes.set_yscale("log")
+    axes.legend()
+
+
+def trajectories(
+    axes: "Axes", steps: Sequence[float], values: Mapping[str, Sequence[float]], ylabel: str
+) -> None:
+    """Draws each named hyperparameter against the outer step, labelled at the right end."""
+    for index, (name, series) in enumerate(values.items()):
+        shade = OTHERS[index % len(OTHERS)]
+        axes.plot(steps, series, color=shade)
+        axes.annotate(
+            name,
+            (steps[-1], series[-1]),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=shade,
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set(xlabel="outer step", ylabel=ylabel)
+
+
+def heat_map(
+    axes: "Axes", values: np.ndarray, title: str, *, unit: str = "", centred: bool = False
+) -> None:
+    """Draws a matrix with its colour bar; `centred` puts white at zero, for signed values."""
+    limit = float(np.nanmax(np.abs(values))) if centred else None
+    image = axes.imshow(
+        values,
+        cmap="RdBu_r" if centred else None,
+        vmin=None if limit is None else -limit,
+        vmax=limit,
+    )
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.grid(False)
+    axes.figure.colorbar(image, ax=axes, label=unit, shrink=0.85)

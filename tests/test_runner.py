@@ -1,0 +1,371 @@
+"""The runner of the experiments, on toy experiments written into a temporary folder."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optuna", reason="needs bilevel[experiments]")
+pytest.importorskip("matplotlib", reason="needs bilevel[experiments]")
+
+from experiments.common import baselines, budget, cli, expected, figures, record, report
+
+ROOT = Path(__file__).resolve().parent.parent
+numbers = itertools.count()
+
+CONFIG = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 4
+    rate: float = 0.5
+
+def smoke():
+    return Config(steps=2)
+
+def cpu():
+    return Config()
+"""
+RUN = """
+import os
+from experiments.common.record import Records, read
+
+def run(config, seed, out, resume):
+    records = Records(out, seed)
+    done = len(read(out, seed=seed)) if resume else 0
+    records.rewind(step=done)
+    for step in range(done + 1, config.steps + 1):
+        if (seed, step) == (1, 3) and "TOY_FAILS" in os.environ:
+            raise KeyboardInterrupt
+        records.append("cg", step, cost=10.0 * step, loss=(1 + seed) * config.rate**step)
+    records.append("tpe", 1, cost=10.0, loss=1.0 + seed)
+"""
+FIGURE = """
+from experiments.common import record
+from experiments.common.figures import band, cost_axes, figure
+
+def figures(out):
+    path = out / "figures" / "loss.png"
+    with figure(path) as (_, axes):
+        band(axes, record.read(out), "cg", "loss")
+        cost_axes(axes, "loss")
+    return [path]
+"""
+EXPECTED = [
+    {
+        "name": "cg beats TPE",
+        "expression": "cg.loss.mean / tpe.loss.mean",
+        "relation": "<=",
+        "bound": 0.9,
+        "source": "ours",
+        "published": 0.8,
+    },
+    {"name": "too good", "expression": "cg.loss.max", "bound": 1e-9, "source": "ours"},
+    {
+        "name": "paper only",
+        "expression": "cg.loss.max",
+        "bound": 1.0,
+        "source": "ours",
+        "presets": ["paper"],
+    },
+]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with one toy experiment, and the working directory in an empty folder."""
+    name = f"toys_{next(numbers)}"
+    folder = tmp_path / name / "toy"
+    folder.mkdir(parents=True)
+    (tmp_path / name / "__init__.py").touch()
+    (tmp_path / name / "not_an_experiment").mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "run.py").write_text(RUN)
+    (folder / "figure.py").write_text(FIGURE)
+    (folder / "expected.json").write_text(json.dumps(EXPECTED))
+    (folder / "README.md").write_text("# toy\n\nA loss that halves.\n")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(work)
+    return name
+
+
+def run(package, *arguments):
+    return cli.main(["run", "toy", *arguments], package)
+
+
+def lines(out):
+    return sorted((out / "records.jsonl").read_text().splitlines())
+
+
+def test_list_names_every_folder_that_runs(package, capsys):
+    assert cli.main(["list"], package) == 0
+    assert capsys.readouterr().out == "toy  A loss that halves.\n"
+
+
+def test_run_writes_everything_and_judges(package, capsys):
+    assert run(package, "--seeds", "2", "--commit-summary") == 0
+    out = Path("results/toy/cpu")
+    told = record.read_json(out / "run.json")
+    assert told["status"] == "finished" and told["done"] == [0, 1] and told["minutes"] > 0
+    assert told["config"] == {"steps": 4, "rate": 0.5} and told["started"] <= told["ended"]
+    assert set(told["versions"]) == {"python", "jax", "jaxlib", "numpy", "optax", "flax"}
+    assert str(Path.cwd()) not in (out / "run.json").read_text()
+    first = record.read(out)[0]
+    assert first == record.Record(0, "cg", 1, 10.0, {"loss": 0.5})
+    assert (out / "figures/loss.png").stat().st_size > 5_000
+    verdicts = record.read_json(out / "summary.json")["verdicts"]
+    # Seeds 0 and 1 end at 1/16 and 2/16; TPE at 1 and 2.
+    assert verdicts[0]["value"] == pytest.approx(0.0625, rel=1e-12)
+    assert [verdict["met"] for verdict in verdicts] == [True, False, None]
+    said = capsys.readouterr().out
+    assert "cg beats TPE" in said and "met" in said and "not judged" in said
+    committed = cli.folder_of(package) / "toy/results/summary.json"
+    assert record.read_json(committed) == record.read_json(out / "summary.json")
+
+
+def test_check_turns_an_unmet_claim_into_an_exit_status(package):
+    assert run(package, "--preset", "smoke") == 0
+    assert run(package, "--preset", "smoke", "--resume", "--check") == 1
+
+
+def test_default_seeds_depend_on_the_preset(package):
+    assert run(package, "--preset", "smoke") == 0
+    assert record.read_json(Path("results/toy/smoke/run.json"))["seeds"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "toi"], "there is no experiment 'toi'; there are: toy"),
+        (["run", "toy", "--preset", "paper"], "no preset 'paper'; it has: smoke, cpu"),
+        (["run", "toy", "--resume"], "holds no run to resume; leave out --resume"),
+        (["report"], "no finished run under results and no committed summary"),
+    ],
+)
+def test_mistakes_are_told_with_what_there_is(package, capsys, arguments, message):
+    assert cli.main(arguments, package) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_seeds_must_be_a_count(package, capsys):
+    with pytest.raises(SystemExit):
+        run(package, "--seeds", "0")
+    assert "at least 1, got '0'" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_another_run_is_refused(package, capsys):
+    assert run(package, "--preset", "smoke", "--out", "here") == 0
+    before = lines(Path("here"))
+    capsys.readouterr()
+    assert run(package, "--preset", "cpu", "--out", "here", "--resume") == 2
+    said = capsys.readouterr().err
+    assert "holds another run" in said and "config.steps: there 2, now 4" in said
+    assert "preset: there 'smoke', now 'cpu'" in said and "--out" in said
+    assert run(package, "--preset", "smoke", "--out", "here") == 2
+    assert "Continue it with --resume" in capsys.readouterr().err
+    for key, value in (("revision", "f00"), ("code", "f00"), ("versions", {"jax": "0.1"})):
+        told = record.read_json(Path("here/run.json"))
+        record.write_json(Path("here/run.json"), {**told, key: value})
+        assert run(package, "--preset", "smoke", "--out", "here", "--resume") == 2
+        assert key in capsys.readouterr().err
+        record.write_json(Path("here/run.json"), told)
+    assert lines(Path("here")) == before
+
+
+def test_a_folder_with_other_files_is_refused(package, capsys):
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("precious")
+    assert run(package, "--out", "mine") == 2
+    assert "is not empty and holds no run" in capsys.readouterr().err
+    assert run(package, "--out", "mine/thesis.txt") == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_an_edited_source_is_another_run(package, capsys):
+    assert run(package, "--preset", "smoke", "--out", "here") == 0
+    path = cli.folder_of(package) / "toy/run.py"
+    path.write_text(path.read_text() + "\n# edited\n")
+    assert run(package, "--preset", "smoke", "--out", "here", "--resume") == 2
+    assert "code: there" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_resumes_to_the_same_records(package, monkeypatch):
+    assert run(package, "--seeds", "2", "--out", "whole") == 0
+    monkeypatch.setenv("TOY_FAILS", "1")
+    with pytest.raises(KeyboardInterrupt):
+        run(package, "--seeds", "2", "--out", "broken")
+    monkeypatch.delenv("TOY_FAILS")
+    told = record.read_json(Path("broken/run.json"))
+    assert (told["status"], told["begun"], told["done"]) == ("running", [0, 1], [0])
+    with Path("broken/records.jsonl").open("a") as file:
+        file.write('{"seed": 1, "method": "cg", "st')  # what a kill in mid-line leaves
+    assert run(package, "--seeds", "2", "--out", "broken", "--resume") == 0
+    assert Path("broken/records.jsonl").read_bytes() == Path("whole/records.jsonl").read_bytes()
+
+
+def test_more_seeds_can_be_added_to_a_finished_run(package):
+    assert run(package, "--seeds", "1", "--out", "here") == 0
+    assert run(package, "--seeds", "3", "--out", "here", "--resume") == 0
+    assert {entry.seed for entry in record.read(Path("here"))} == {0, 1, 2}
+    assert len(record.read(Path("here"), seed=0)) == 5
+
+
+def test_report_puts_the_published_figure_beside_ours(package):
+    assert run(package, "--seeds", "2", "--commit-summary") == 0
+    assert cli.main(["report", "--results", "nowhere"], package) == 0
+    page = Path("docs/experiments.md").read_text()
+    assert "| toy | cpu | cg beats TPE | 0.8 | 0.0625 | <= 0.9 | 2 | " in page
+    assert "**not met**" in page and "not judged" in page
+    assert Path("docs/figures/report.png").stat().st_size > 5_000
+
+
+def test_the_command_line_runs_from_the_repository_root():
+    command = [sys.executable, "-m", "experiments", "run", "no_such_experiment"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 2 and told.stdout == ""
+    assert told.stderr.startswith("error: there is no experiment 'no_such_experiment'; there are:")
+
+
+def test_records_keep_values_exactly_and_refuse_what_json_cannot_hold(tmp_path):
+    records = record.Records(tmp_path, seed=3)
+    exact = float(np.float32(0.1))
+    records.append(
+        "cg", 0, np.float32(2.5), loss=np.float32(0.1), decay=np.arange(3.0), bad=math.nan
+    )
+    (back,) = record.read(tmp_path)
+    assert back[:4] == (3, "cg", 0, 2.5)
+    assert back.metrics["loss"] == exact and back.metrics["decay"] == [0.0, 1.0, 2.0]
+    assert math.isnan(back.metrics["bad"]) and "NaN" in (tmp_path / "records.jsonl").read_text()
+    json.loads((tmp_path / "records.jsonl").read_text(), parse_constant=pytest.fail)
+    with pytest.raises(ValueError, match="'random-search' cannot name a method"):
+        records.append("random-search", 0, 1.0)
+    with pytest.raises(TypeError, match="numbers, strings, lists"):
+        records.append("cg", 0, 1.0, path=tmp_path)
+    record.save_arrays(tmp_path, "decay", map=np.eye(2))
+    np.testing.assert_array_equal(record.load_arrays(tmp_path, "decay")["map"], np.eye(2))
+
+
+def test_expressions_are_arithmetic_and_nothing_else():
+    summary = {"cg": {"loss": {"mean": 0.5, "max": 2.0}}}
+    assert expected.evaluate("-cg.loss.mean * 4 + max(cg.loss.max, 1) ** 3", summary) == 6.0
+    assert math.isnan(expected.evaluate("1 / (cg.loss.mean - 0.5)", summary))
+    for text, message in (
+        ("cg.los.mean", "asks for 'los', but there is only: loss"),
+        ("cg.loss", "stops short of a number"),
+        ("__import__('os').getcwd()", "may hold numbers"),
+        ("cg.loss.mean <= 1", "may hold numbers"),
+        ("cg.loss.mean +", "is not arithmetic"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expected.evaluate(text, summary)
+
+
+def test_what_cannot_be_evaluated_is_not_met():
+    entries = [
+        {"name": "typing error", "expression": "cg.los.mean", "bound": 1, "source": ""},
+        {"name": "diverged", "expression": "cg.loss.mean", "bound": 1, "source": ""},
+    ]
+    verdicts = expected.judge(entries, {"cg": {"loss": {"mean": math.nan}}}, "cpu")
+    assert [verdict.met for verdict in verdicts] == [False, False]
+    assert "asks for 'los'" in verdicts[0].reason
+
+
+def test_expected_json_is_checked(tmp_path):
+    (tmp_path / "expected.json").write_text('[{"name": "x", "expression": "1", "bond": 1}]')
+    with pytest.raises(ValueError, match=r"missing: \['bound', 'source'\], unknown: \['bond'\]"):
+        expected.load(tmp_path / "expected.json")
+
+
+def test_costs_follow_the_one_convention():
+    step = budget.training(20).plus(budget.implicit_hypergradient(num_matvecs=10))
+    assert step.cost == 20 + 10 * 2.5 + 2.5 + 1
+    assert step.times(3).cost == 3 * step.cost
+    assert budget.unrolled_hypergradient(4).cost == 4 + 4 * 2.5 + 1
+
+
+@pytest.mark.parametrize("sampler", baselines.SAMPLERS)
+def test_search_spends_the_budget_and_resumes_to_the_same_trials(sampler):
+    asked, logged = [], []
+
+    def objective(hparams):
+        asked.append(hparams)
+        return math.nan if len(asked) == 3 else (hparams["log_decay"] - 1.0) ** 2
+
+    settings = dict(budget=165.0, cost=10.0, sampler=sampler, seed=5)
+    space = {"log_decay": (-5.0, 5.0)}
+    trials = baselines.search(objective, space, log=logged.append, **settings)
+    assert len(trials) == len(asked) == 16 and logged == trials
+    assert trials[-1].cost == 160.0 and math.isnan(trials[2].value)
+    assert baselines.best(trials).value == trials[-1].best == min(trials[-1].best, trials[0].value)
+
+    done = [trial.value for trial in trials[:12]]
+    again = baselines.search(objective, space, done=done, **settings)
+    assert [trial.hparams for trial in again] == [trial.hparams for trial in trials]
+    assert len(asked) == 16 + 4
+    other = baselines.search(objective, space, **{**settings, "seed": 6})
+    assert other[0].hparams != trials[0].hparams
+
+
+def test_search_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="does not pay for one trial"):
+        baselines.search(sum, {}, budget=1.0, cost=2.0, sampler="tpe", seed=0)
+    with pytest.raises(ValueError, match="random, tpe, got 'grid'"):
+        baselines.search(sum, {}, budget=2.0, cost=1.0, sampler="grid", seed=0)
+    with pytest.raises(ValueError, match="none of the 1 trials"):
+        baselines.best([baselines.Trial(0, {}, math.inf, 1.0, math.inf)])
+
+
+def test_curves_put_all_seeds_on_one_grid_of_costs():
+    points = {0: [(1, 4.0), (3, 5.0), (6, 1.0)], 1: [(2, 8.0), (4, 2.0)]}
+    records = [
+        record.Record(seed, "cg", step, cost, {"loss": value})
+        for seed, series in points.items()
+        for step, (cost, value) in enumerate(series)
+    ]
+    cost, values = figures.curves(records, "cg", "loss")
+    np.testing.assert_array_equal(cost, [2, 3, 4])
+    np.testing.assert_array_equal(values, [[4, 5, 5], [8, 8, 2]])
+    np.testing.assert_array_equal(
+        figures.curves(records, "cg", "loss", best_so_far=True)[1], [[4, 4, 4], [8, 8, 2]]
+    )
+    with pytest.raises(ValueError, match="no record of method 'tpe'"):
+        figures.curves(records, "tpe", "loss")
+
+
+def test_a_method_keeps_its_colour_and_figures_are_reproducible(tmp_path):
+    assert figures.colour("cg") == figures.colour("cg_per_weight") != figures.colour("neumann")
+    assert figures.colour("something_new") == figures.colour("something_new")
+    contents = []
+    for name in ("a.png", "b.png"):
+        with figures.figure(tmp_path / name, columns=2) as (_, axes):
+            figures.heat_map(axes[0], np.arange(4.0).reshape(2, 2) - 1, "decay", centred=True)
+            figures.trajectories(axes[1], [0, 1, 2], {"layer 1": [0, 1, 2]}, "log decay")
+        contents.append((tmp_path / name).read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_every_experiment_of_the_project_is_complete():
+    for name in cli.discover():
+        folder = cli.folder_of("experiments") / name
+        for preset in ("smoke", "cpu"):
+            assert cli.configuration("experiments", name, preset) is not None, (name, preset)
+        assert callable(cli.part("experiments", name, "figure").figures), name
+        assert expected.load(folder / "expected.json"), name
+        assert cli.claim_of(folder), name
+
+
+def test_report_reads_only_finished_runs(package):
+    assert run(package, "--preset", "smoke", "--out", "results/a") == 0
+    summary = record.read_json(Path("results/a/summary.json"))
+    summary["run"]["status"] = "running"
+    record.write_json(Path("results/a/summary.json"), summary)
+    assert report.collect(Path("results"), package) == []
