@@ -29,6 +29,21 @@ from bilevel.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar, Ve
 from bilevel.tree import cast_like
 
 
+class Point:
+    """Where a response sends the outer loss when that is more than parameters.
+
+    A response may return, instead of plain parameters, a pytree of a subclass with
+    ``params`` and ``outer_loss``: an unrolled one carries the model state that training
+    advanced, a population its members. The outer gradient is then taken in all of it.
+    """
+
+    params: Params
+
+    def outer_loss(self, problem: "Problem", hparams: Hparams, batch: Batch) -> tuple[Scalar, Any]:
+        """As :meth:`Problem.outer_loss`, at this point."""
+        return problem.outer_loss(self.params, hparams, batch)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     r"""Two losses and their products; the value every response receives.
@@ -71,6 +86,8 @@ class Problem:
 
     def outer_loss(self, params: Params, hparams: Hparams, batch: Batch) -> tuple[Scalar, Any]:
         """:math:`f(w, \\lambda)` on one batch, with its auxiliary output (``None`` without)."""
+        if isinstance(params, Point):
+            return params.outer_loss(self, hparams, batch)
         if self.has_state:
             value, rest = self.outer(params, hparams, batch, self.model_state)
             return value, (rest[1] if self.has_aux else None)
@@ -124,6 +141,7 @@ class Problem:
         self, params: Params, hparams: Hparams, batch: Batch
     ) -> tuple[tuple[Scalar, Any], tuple[Vector, Hparams]]:
         r""":math:`(f, aux), (\nabla_w f, \partial_\lambda f)`. Cost: one outer gradient."""
-        return jax.value_and_grad(self.outer_loss, argnums=(0, 1), has_aux=True)(
-            params, hparams, batch
-        )
+        # A point may hold integers (counters of a model state): they get no gradient.
+        return jax.value_and_grad(
+            self.outer_loss, argnums=(0, 1), has_aux=True, allow_int=isinstance(params, Point)
+        )(params, hparams, batch)

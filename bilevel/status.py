@@ -53,7 +53,10 @@ MESSAGES: dict[Status, str] = {
     ),
     Status.nonfinite_output: (
         "Losses and gradients were finite but the hypergradient is not: a product overflowed, "
-        "or a second derivative is undefined at this point (a square root or a norm at zero)."
+        "or a second derivative is undefined at this point (a square root or a norm at zero). "
+        "Unrolling Adam or another optimizer that divides by the root of a second moment, where "
+        "a gradient is exactly zero (a dead unit, a constant input), is the usual case: give it "
+        "`eps_root`, for example `optax.adam(lr, eps_root=1e-16)`."
     ),
 }
 

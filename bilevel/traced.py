@@ -30,7 +30,9 @@ def contains_primitive(function: Callable[..., Any], *args: Any, prefix: str) ->
     return search(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _masks(jaxpr: Any, inputs: list[bool]) -> list[bool]:
+def _masks(
+    jaxpr: Any, inputs: list[bool], blocked: Callable[[Any], bool] | None = None
+) -> list[bool]:
     """Which outputs depend on the marked inputs; loops and branches count as one operation."""
     marked = dict(zip(jaxpr.invars, inputs, strict=True))
 
@@ -39,7 +41,7 @@ def _masks(jaxpr: Any, inputs: list[bool]) -> list[bool]:
 
     for eqn in jaxpr.eqns:
         incoming = [mark(atom) for atom in eqn.invars]
-        if not any(incoming):
+        if not any(incoming) or (blocked is not None and blocked(eqn)):
             continue
         bodies = list(_subjaxprs(eqn))
         one_to_one = (
@@ -48,18 +50,21 @@ def _masks(jaxpr: Any, inputs: list[bool]) -> list[bool]:
             and len(bodies[0].outvars) == len(eqn.outvars)
             and eqn.primitive.name not in ("scan", "while")
         )
-        outgoing = _masks(bodies[0], incoming) if one_to_one else [True] * len(eqn.outvars)
+        outgoing = _masks(bodies[0], incoming, blocked) if one_to_one else [True] * len(eqn.outvars)
         marked.update({v: m for v, m in zip(eqn.outvars, outgoing, strict=True) if m})
     return [mark(atom) for atom in jaxpr.outvars]
 
 
-def depends(function: Callable[..., Any], *args: Any) -> Any:
+def depends(
+    function: Callable[..., Any], *args: Any, blocked: Callable[[Any], bool] | None = None
+) -> Any:
     """For each output leaf of ``function(*args)``: does it depend on the *first* argument?
 
     Static and conservative: False means that no chain of operations leads there, so a
     derivative, which is linear in the first argument when that is a tangent, is zero.
+    Operations for which ``blocked(equation)`` holds pass nothing on.
     """
     closed, out_shape = jax.make_jaxpr(function, return_shape=True)(*args)
     first = len(jax.tree.leaves(args[0]))
     inputs = [i < first for i in range(len(closed.jaxpr.invars))]
-    return jax.tree.unflatten(jax.tree.structure(out_shape), _masks(closed.jaxpr, inputs))
+    return jax.tree.unflatten(jax.tree.structure(out_shape), _masks(closed.jaxpr, inputs, blocked))
