@@ -28,8 +28,9 @@ class Response(Protocol):
 
     ``init`` returns what is carried from call to call (a warm start, an optimizer state);
     it must accept ``jax.ShapeDtypeStruct`` leaves and return the structure ``pullback``
-    gives back. ``check`` raises at trace time what is specific to the response; it may be
-    left out.
+    gives back. Two further methods may be left out. ``check`` raises at trace time what is
+    specific to the response. ``num_inner_batches() -> int | None`` tells outer loops the length
+    of the leading axis of ``inner_batch``; None, or no such method, means one single batch.
     """
 
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> Any: ...

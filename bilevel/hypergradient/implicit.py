@@ -51,6 +51,10 @@ class Implicit:
         """A zero warm start, shaped like ``params`` in the accumulator dtype, or ``None``."""
         return tree.zeros_accumulated(params) if self._carries_start() else None
 
+    def num_inner_batches(self) -> int | None:
+        """Length of the leading axis of ``inner_batch``, or None where it is a single batch."""
+        return self.solver.num_products() + 1 if self.fresh_batches else None
+
     def _carries_start(self) -> bool:
         return self.warm_start and getattr(self.solver, "uses_start", False)
 
