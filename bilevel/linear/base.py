@@ -126,7 +126,7 @@ def finish(
 
 
 def widen(low: Scalar, high: Scalar, v: Vector, av: Vector) -> tuple[Scalar, Scalar]:
-    r"""The interval ``(low, high)`` with :math:`v^\top A v / v^\top v` in it; :math:`v = 0` says nothing."""
+    r"""The interval widened to :math:`v^\top A v / v^\top v`; :math:`v = 0` says nothing."""
     vv = tree.vdot(v, v)
     curvature = tree.vdot(v, av) / jnp.where(vv == 0, 1, vv)
     return (
