@@ -109,12 +109,11 @@ def check_hypergrad(
     eps = float(jnp.finfo(dtype).eps)
     single = eps > 1e-10
     scale = max(1.0, float(tree.norm(hparams)))
-    if step is None:
-        step = eps ** (1 / 3) * scale
-    check_at_least("step", step, 0, strict=True)
-    if step < np.sqrt(eps) * scale:
+    half = float(eps ** (1 / 3) * scale if step is None else step)
+    check_at_least("step", half, 0, strict=True)
+    if half < np.sqrt(eps) * scale:
         raise ValueError(
-            f"`step`={step:.1e} is below {np.sqrt(eps) * scale:.1e}, where differences in {dtype} "
+            f"`step`={half:.1e} is below {np.sqrt(eps) * scale:.1e}, where differences in {dtype} "
             "are rounding error: use a larger step (`None` chooses one), or float64 "
             "(`jax.config.update('jax_enable_x64', True)` and float64 inputs)."
         )
@@ -151,13 +150,13 @@ def check_hypergrad(
         if i or not (np.isfinite(length) and length > 0):
             d = tree.random_like(jax.random.fold_in(key, i), hparams, jax.random.normal)
         d = tree.scale(1 / tree.norm(d), d)
-        above, _ = value(tree.cast_like(tree.axpy(step, d, hparams), hparams), w)
-        below, _ = value(tree.cast_like(tree.axpy(-step, d, hparams), hparams), w)
+        above, _ = value(tree.cast_like(tree.axpy(half, d, hparams), hparams), w)
+        below, _ = value(tree.cast_like(tree.axpy(-half, d, hparams), hparams), w)
         derivatives.append(float(tree.vdot(d, grads)))
-        differences.append((float(above.value) - float(below.value)) / (2 * step))
+        differences.append((float(above.value) - float(below.value)) / (2 * half))
         rounding = 4 * eps * max(abs(float(above.value)), abs(float(below.value)))
         unsolved = float(above.unsolved) + float(below.unsolved)
-        noise.append((rounding + unsolved) / (2 * step))
+        noise.append((rounding + unsolved) / (2 * half))
         worst = max(worst, float(above.stationarity), float(below.stationarity))
 
     a, b = np.array(derivatives), np.array(differences)
@@ -185,7 +184,7 @@ def check_hypergrad(
         differences=b,
         errors=errors,
         noise=noise,
-        step=float(step),
+        step=half,
         stationarity=(float(stationarity), worst),
         distance=distance,
         converged=converged,

@@ -69,8 +69,9 @@ def hypergrad_solve(
     params = jax.tree.map(_as_array, params)
     hparams_in = jax.tree.map(_as_array, hparams_in)
     check_problem(problem, params, hparams_in, inner_batch, outer_batch)
-    if hasattr(response, "check"):
-        response.check(problem, params, hparams_in, inner_batch, outer_batch, state)
+    check = getattr(response, "check", None)
+    if check is not None:
+        check(problem, params, hparams_in, inner_batch, outer_batch, state)
 
     w, pullback = response.vjp(problem, params, hparams_in, inner_batch, state, key=key)
     (value, aux), (g, direct) = problem.outer_grads(w, hparams_in, outer_batch)
@@ -203,8 +204,7 @@ def _as_array(leaf: Any) -> Any:
 
 
 def _check_argnums(argnums: int | Sequence[int]) -> tuple[int, ...]:
-    several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
-    numbers = tuple(argnums) if several else (argnums,)
+    numbers: tuple[Any, ...] = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
     if not numbers or any(isinstance(i, bool) or not isinstance(i, int) for i in numbers):
         raise TypeError(f"`argnums` must be an int or a sequence of ints, got {argnums!r}.")
     if any(i < 1 for i in numbers):

@@ -1,7 +1,7 @@
 r"""The door for a solver of the user's own: ``jax.grad`` sees through it by a response."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,23 @@ def _no_outer(*_: Any) -> Any:
     raise TypeError("`with_response` has no outer loss: a response may read `inner` only.")
 
 
+class _Rest(NamedTuple):
+    """What a pullback reads and no derivative is given for."""
+
+    inner_batch: Batch
+    key: Any
+    response: Any
+    closed_over: Any
+
+
+_NAMES = _Rest(
+    "`inner_batch`",
+    "`key`",
+    "a number inside `response`",
+    "a value that `inner` or `response` closes over",
+)
+
+
 def _attach(
     problem: Problem,
     response: Response,
@@ -110,16 +127,18 @@ def _attach(
 ) -> Params:
     """The identity on ``w``, whose pullback to ``hparams`` is the response's."""
 
-    def pull(
-        g: Vector, w: Params, hparams: Hparams, inner_batch: Batch, key: Any, response: Response
-    ) -> Hparams:
-        state = response.init(problem, w, hparams)
-        return response.vjp(problem, w, hparams, inner_batch, state, key=key)[1](g)[0]
+    # A response of somebody else need not be a pytree; then it is closed over like a loss.
+    plain = all(isinstance(x, (jax.Array, float, int)) for x in jax.tree.leaves(response))
+    carried = response if plain else None
+
+    def pull(g: Vector, w: Params, hparams: Hparams, batch: Batch, key: Any, carried: Any):
+        chosen = response if carried is None else carried
+        state = chosen.init(problem, w, hparams)
+        return chosen.vjp(problem, w, hparams, batch, state, key=key)[1](g)[0]
 
     # Traced once, so that everything that losses and operators close over becomes an
     # argument: a custom rule that closes over tracers cannot be transformed inside `scan`.
-    inputs = (w, hparams, inner_batch, key, response)
-    closed = jax.make_jaxpr(pull)(w, *inputs)
+    closed = jax.make_jaxpr(pull)(w, w, hparams, inner_batch, key, carried)
     structure = jax.tree.structure(hparams)
     run = jaxpr_as_fun(closed.replace(jaxpr=_consts_as_inputs(closed), consts=[]))
 
@@ -152,12 +171,7 @@ def _attach(
         return None, jax.tree.unflatten(structure, out), None
 
     identity.defvjp(forward, backward, symbolic_zeros=True)
-    rest = {
-        "inner_batch": inner_batch,
-        "key": key,
-        "response": response,
-        "a value closed over by `inner` or `response`": closed.consts,
-    }
+    rest = _Rest(inner_batch, key, carried, closed.consts)
     return identity(w, hparams, rest)
 
 
@@ -167,10 +181,9 @@ def _consts_as_inputs(closed: Any) -> Any:
     return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=info)
 
 
-def _evaluate(run: Callable, g: Vector, w: Params, hparams: Hparams, rest: Any) -> list[Any]:
-    *_, consts = rest.values()
-    inputs = (g, w, hparams, rest["inner_batch"], rest["key"], rest["response"])
-    return run(*consts, *jax.tree.leaves(inputs))
+def _evaluate(run: Callable, g: Vector, w: Params, hparams: Hparams, rest: _Rest) -> list[Any]:
+    inputs = (g, w, hparams, rest.inner_batch, rest.key, rest.response)
+    return run(*rest.closed_over, *jax.tree.leaves(inputs))
 
 
 def _is_zero(x: Any) -> bool:
@@ -181,11 +194,11 @@ def _primals(x: Any) -> list[Any]:
     return jax.tree.leaves(x, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
 
 
-def _refuse_other_derivatives(rest: dict[str, Any]) -> None:
-    for name, part in rest.items():
+def _refuse_other_derivatives(rest: _Rest) -> None:
+    for name, part in zip(_NAMES, rest, strict=True):
         if any(leaf.perturbed for leaf in _primals(part)):
             raise ValueError(
-                f"a derivative is asked with respect to {name}, which `with_response` does not "
+                f"A derivative is asked with respect to {name}, which `with_response` does not "
                 "give: the response differentiates with respect to `hparams` alone. Make it part "
                 "of `hparams` (and let `inner` read it there), or cut it with "
                 "`jax.lax.stop_gradient`."
