@@ -1,0 +1,305 @@
+r"""Best response: a trained network says how the parameters follow the hyperparameters."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend import core
+
+from bilevel import tree
+from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
+from bilevel.arguments import check_at_least, check_count
+from bilevel.checks import check_inner, check_same_tree
+from bilevel.hypergradient.base import Pullback
+from bilevel.inner.groups import draw_noise, fold_keys, split_batch
+from bilevel.inner.network import Network, StructuredResponse
+from bilevel.operators import GaussNewton
+from bilevel.problem import Problem
+from bilevel.status import Status, code
+from bilevel.traced import depends
+
+
+class BestResponseState(NamedTuple):
+    """What a :class:`BestResponse` carries: the network's parameters and their optimiser's."""
+
+    response: Any
+    opt_state: Any
+
+
+def perturbed_loss(
+    problem: Problem,
+    network: Network,
+    response: Any,
+    params: Params,
+    displacement: Hparams,
+    hparams: Hparams,
+    batch: Batch,
+    linearize: GaussNewton | None = None,
+) -> Scalar:
+    r"""The inner loss of the weights the network gives at one ``displacement``.
+
+    .. math::
+        h(\hat w_\phi(d), \lambda') \qquad\text{or, linearised,}\qquad
+        \ell\bigl(z(w) + J_d z(\hat w_\phi(d))|_{d=0}\,d, \lambda'\bigr)
+            + r(\hat w_\phi(d), \lambda')
+
+    The linearised form is one forward-mode pass in weight space: primal and tangent share the
+    random numbers of the batch. The penalty r is not linearised, it needs no model.
+
+    Args:
+      hparams: :math:`\lambda'`, what the losses read (constrained, discrete ones rounded).
+      linearize: the inner loss split as ``GaussNewton(model, output_loss, penalty=...)``; with
+        ``None`` the loss is taken at the perturbed weights themselves.
+    """
+    if linearize is None:
+        return problem.inner_loss(network.apply(response, params, displacement), hparams, batch)
+    state = (problem.model_state,) if problem.has_state else ()
+
+    def outputs(d: Hparams) -> Any:
+        return linearize.model(network.apply(response, params, d), hparams, batch, *state)
+
+    centre = jax.tree.map(jnp.zeros_like, displacement)
+    at_centre, change = jax.jvp(outputs, (centre,), (displacement,))
+    loss = linearize.output_loss(tree.add(at_centre, change), hparams, batch)
+    if linearize.penalty is not None:
+        loss = loss + linearize.penalty(network.apply(response, params, displacement), hparams)
+    return loss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BestResponse:
+    r"""The pullback :math:`g \mapsto (\partial\hat w_\phi/\partial\lambda)^\top g` of a network.
+
+    ``params`` are the base weights, the plain model's, as for every response; the network's own
+    parameters :math:`\phi` are the ``state``. With a centred network (Delta-STN)
+    :math:`\hat w_\phi(\lambda') = w + \Delta_\phi(\lambda' - \lambda)`, so ``params`` come back
+    unchanged and only their derivative is new. With an uncentred one (STN, hypernetworks)
+    the point returned is :math:`\hat w_\phi(\lambda)`.
+
+    Where :math:`\phi` comes from: with ``steps`` > 0 each call first trains it, on
+    ``inner_batch`` and with fresh perturbations :math:`\varepsilon \sim N(0, I)`,
+
+    .. math::
+        \min_\phi \; \mathrm{E}_\varepsilon\,
+            h\bigl(\hat w_\phi(\lambda + \sigma\varepsilon), \lambda + \sigma\varepsilon\bigr)
+
+    from the previous ``state`` on; with ``steps=0`` the ``state`` is taken as trained, such as
+    that of ``self_tuning``: ``BestResponseState(response, None)``. No derivative of the inner
+    loss in :math:`\lambda` is taken, so sampled and discrete hyperparameters respond too;
+    what the inner loss does not read cannot (a learning rate is for ``Unroll``).
+
+    Args:
+      network: a :class:`~bilevel.StructuredResponse` or a hypernetwork.
+      tx: optax transformation that trains :math:`\phi`; needed with ``steps``.
+      steps: training steps of :math:`\phi` a call.
+      groups: perturbations a step; the batch is cut in as many parts.
+      scale: :math:`\sigma > 0`, a scalar for all or a tree like ``hparams``.
+      linearize: ``GaussNewton(model, output_loss, penalty=...)``, the inner loss split in a
+        model and a loss of its outputs: trains on the linearised outputs, whose optimum is
+        the true response Jacobian rather than a secant of width :math:`\sigma`.
+      seed: of the network's first parameters.
+
+    Cost: ``steps`` inner gradients (linearised: about two each), then one multiply-add a weight.
+    One network and its optimiser state carried.
+
+    Raises:
+      ValueError, TypeError: when traced: an untrained network with ``steps=0``, training without
+        ``tx`` or ``key``, an uncentred network to be trained alone, or a hyperparameter that
+        neither loss reads.
+
+    Reference: Bae and Grosse, "Delta-STN: Efficient Bilevel Optimization for Neural Networks
+    using Structured Response Jacobians", 2020.
+    """
+
+    network: Network = dataclasses.field(
+        default=StructuredResponse(), metadata={"static": True}
+    )
+    tx: optax.GradientTransformation | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    steps: int = dataclasses.field(default=0, metadata={"static": True})
+    groups: int = dataclasses.field(default=1, metadata={"static": True})
+    scale: Any = 0.5
+    linearize: GaussNewton | None = None
+    seed: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps, 0)
+        check_count("groups", self.groups)
+        check_at_least("scale", self.scale, 0, strict=True)
+        if self.steps and self.tx is None:
+            raise ValueError("`steps` > 0 needs `tx`, e.g. `tx=optax.sgd(0.1, momentum=0.9)`.")
+        if self.steps and not self.network.centred:
+            raise ValueError(
+                "an uncentred network is trained together with the base weights: use "
+                "`self_tuning`, or `StructuredResponse(centred=True)`."
+            )
+
+    def init(self, problem: Problem, params: Params, hparams: Hparams) -> BestResponseState:
+        """An untrained network (see ``seed``) and its optimiser's state."""
+        response = self.network.init(jax.random.key(self.seed), params, hparams)
+        return BestResponseState(response, None if self.tx is None else self.tx.init(response))
+
+    def check(
+        self,
+        problem: Problem,
+        params: Params,
+        hparams: Hparams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        state: Any,
+    ) -> None:
+        """Raise what this response can tell is wrong, when traced."""
+        check_inner(problem, params, hparams, inner_batch)
+        check_responds(problem, params, hparams, inner_batch, outer_batch)
+        if state is None:
+            if self.steps == 0:
+                raise ValueError(
+                    "`state` is None and `steps` is 0: an untrained response says that nothing "
+                    "moves. Pass `state=BestResponseState(response, None)` of a trained one, or "
+                    "set `steps` and `tx` to train it in every call."
+                )
+            return
+        if not isinstance(state, BestResponseState):
+            raise TypeError(
+                f"`state` must be a BestResponseState(response, opt_state), got "
+                f"{type(state).__name__}."
+            )
+        expected = jax.eval_shape(lambda: self.init(problem, params, hparams).response)
+        check_same_tree(state.response, expected, "state.response")
+
+    def vjp(
+        self,
+        problem: Problem,
+        params: Params,
+        hparams: Hparams,
+        inner_batch: Batch,
+        state: BestResponseState | None,
+        *,
+        key: Key | None = None,
+    ) -> tuple[Params, Pullback]:
+        """The network's weights at ``hparams`` and the transposed Jacobian of that map."""
+        if state is None:
+            state = self.init(problem, params, hparams)
+        stats: Stats = {}
+        if self.steps:
+            if key is None:
+                raise ValueError("`key` is missing: training a BestResponse draws perturbations.")
+            state, loss = self._train(problem, params, hparams, inner_batch, state, key)
+            stats["response_loss"] = loss
+        centre = jax.lax.stop_gradient(hparams)
+
+        def point(hparams: Hparams) -> Params:
+            d = tree.sub(hparams, centre) if self.network.centred else hparams
+            return self.network.apply(state.response, params, d)
+
+        w, transposed = jax.vjp(point, hparams)
+
+        def pullback(g: Vector) -> tuple[Hparams, Any, jax.Array, Stats]:
+            (indirect,) = transposed(tree.cast_like(g, w))
+            stationarity = tree.norm(problem.inner_grad(w, hparams, inner_batch))
+            return indirect, state, code(Status.ok), {"stationarity": stationarity, **stats}
+
+        return w, pullback
+
+    def _train(
+        self,
+        problem: Problem,
+        params: Params,
+        hparams: Hparams,
+        batch: Batch,
+        state: BestResponseState,
+        key: Key,
+    ) -> tuple[BestResponseState, Scalar]:
+        scale = scale_like(self.scale, hparams)
+
+        def step(state: BestResponseState, i: jax.Array) -> tuple[BestResponseState, Scalar]:
+            def loss(response: Any) -> Scalar:
+                noise = draw_noise(jax.random.fold_in(key, i), hparams, self.groups)
+                d = jax.tree.map(lambda s, e: s * e, scale, noise)
+                return mean_over_groups(
+                    lambda d, part: perturbed_loss(
+                        problem,
+                        self.network,
+                        response,
+                        params,
+                        d,
+                        tree.add(hparams, d),
+                        part,
+                        self.linearize,
+                    ),
+                    d,
+                    fold_keys(batch, i),
+                    self.groups,
+                )
+
+            value, grads = jax.value_and_grad(loss)(state.response)
+            updates, opt_state = self.tx.update(grads, state.opt_state, state.response)
+            return BestResponseState(optax.apply_updates(state.response, updates), opt_state), value
+
+        state, losses = jax.lax.scan(step, state, jnp.arange(self.steps))
+        return state, losses[-1]
+
+
+def scale_like(scale: Any, hparams: Hparams) -> Hparams:
+    """A scalar scale for every hyperparameter, or the tree as given, in at least float32."""
+    if jax.tree.structure(scale) != jax.tree.structure(hparams):
+        if jnp.ndim(scale) != 0 or len(jax.tree.leaves(scale)) != 1:
+            raise ValueError(
+                "`scale` must be a scalar or a tree like `hparams`, got "
+                f"{jax.tree.structure(scale)} for {jax.tree.structure(hparams)}."
+            )
+        scale = jax.tree.map(lambda x: scale, hparams)
+    return jax.tree.map(
+        lambda s, x: jnp.broadcast_to(
+            jnp.asarray(s, tree.accumulator_dtype(jnp.result_type(x))), jnp.shape(x)
+        ),
+        scale,
+        hparams,
+    )
+
+
+def mean_over_groups(loss: Any, displacements: Any, batch: Batch, groups: int) -> Scalar:
+    """Mean of ``loss(displacement, part)``; one group takes the batch as it is, without a map."""
+    if groups == 1:
+        return loss(jax.tree.map(lambda x: x[0], displacements), batch)
+    return jnp.mean(jax.vmap(loss)(displacements, split_batch(batch, groups)))
+
+
+def check_responds(
+    problem: Problem, params: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
+) -> None:
+    """Refuse hyperparameters that neither loss reads, in value: no response can follow them."""
+    leaves, treedef = jax.tree.flatten(hparams)
+
+    def dead_in(loss: Any, batch: Batch) -> list[bool]:
+        closed = jax.make_jaxpr(loss)(leaves, params, batch)
+        program = core.jaxpr_as_fun(closed)
+        flat = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
+
+        def reads(i: int) -> bool:
+            rest = flat[:i] + flat[i + 1 :]
+            return any(depends(lambda x, *xs: program(*xs[:i], x, *xs[i:]), flat[i], *rest))
+
+        return [not reads(i) for i in range(len(leaves))]
+
+    def inner(leaves: Any, params: Params, batch: Batch) -> Scalar:
+        return problem.inner_loss(params, jax.tree.unflatten(treedef, leaves), batch)
+
+    def outer(leaves: Any, params: Params, batch: Batch) -> Scalar:
+        return problem.outer_loss(params, jax.tree.unflatten(treedef, leaves), batch)[0]
+
+    unread = dead_in(inner, inner_batch)
+    if any(unread):
+        in_outer = dead_in(outer, outer_batch)
+        names = [path for path, _ in tree.paths(hparams, "hparams")]
+        named = [n for n, *dead in zip(names, unread, in_outer, strict=True) if all(dead)]
+        if named:
+            raise ValueError(
+                f"Neither loss reads {', '.join(named)}: the weights that minimise the inner loss "
+                "do not respond to it. A learning rate, a momentum or another setting of the "
+                "inner optimizer needs `Unroll(inner_tx=lambda hparams: ..., steps=...)`."
+            )

@@ -1,0 +1,93 @@
+r"""Perturbations in groups: a batch is cut in G parts, and each part sees its own draw."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.aliases import Batch, Hparams, Key
+from bilevel.tree import accumulator_dtype, paths
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf holds typed PRNG keys (``jax.random.key``)."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def fold_keys(batch: Batch, data: Any) -> Batch:
+    """``batch`` with every PRNG key in it folded with ``data``; other leaves as they are."""
+
+    def fold(leaf: Any) -> Any:
+        if not is_key(leaf):
+            return leaf
+        flat = jax.vmap(lambda k: jax.random.fold_in(k, data))(leaf.reshape(-1))
+        return flat.reshape(leaf.shape)
+
+    return jax.tree.map(fold, batch)
+
+
+def batch_size(batch: Batch) -> int:
+    """The one leading length of the arrays of ``batch`` (scalars and single keys have none).
+
+    Raises:
+      ValueError: arrays of different leading lengths, named, or no array at all.
+    """
+    sized = [(path, leaf) for path, leaf in paths(batch, "batch") if jnp.ndim(leaf) > 0]
+    if not sized:
+        raise ValueError("`batch` has no array with a leading axis of examples.")
+    first, size = sized[0][0], jnp.shape(sized[0][1])[0]
+    for path, leaf in sized:
+        if jnp.shape(leaf)[0] != size:
+            hint = (
+                " A raw uint32 key is not known as one: make it with `jax.random.key`."
+                if jnp.shape(leaf) == (2,) and jnp.result_type(leaf) == jnp.uint32
+                else " Constants of a loss belong in its closure or in `model_state`."
+            )
+            raise ValueError(
+                f"{path} has {jnp.shape(leaf)[0]} examples, but {first} has {size}: all arrays of "
+                f"a batch that is perturbed in groups share their leading axis.{hint}"
+            )
+    return size
+
+
+def split_batch(batch: Batch, groups: int) -> Batch:
+    r"""Every array ``(B, ...)`` as ``(G, B/G, ...)``; single keys split, scalars repeated.
+
+    Raises:
+      ValueError: ``groups`` does not divide the batch.
+    """
+    size = batch_size(batch)
+    if size % groups:
+        raise ValueError(
+            f"`groups`={groups} does not divide the batch of {size} examples: choose a divisor."
+        )
+
+    def split(leaf: Any) -> Any:
+        if jnp.ndim(leaf) == 0:
+            if is_key(leaf):
+                return jax.random.split(leaf, groups)
+            return jnp.broadcast_to(leaf, (groups,))
+        return leaf.reshape(groups, size // groups, *jnp.shape(leaf)[1:])
+
+    return jax.tree.map(split, batch)
+
+
+def draw_noise(key: Key, hparams: Hparams, count: int, shared: Any = None) -> Hparams:
+    r"""Standard normal draws, each leaf ``(count,) + leaf.shape``, in at least float32.
+
+    Args:
+      key: a PRNG key.
+      hparams: the unconstrained hyperparameters, for their shapes.
+      count: number of groups or examples.
+      shared: a tree of Python booleans like ``hparams``; True repeats one draw for all, for
+        hyperparameters of a whole batch (a weight decay).
+    """
+    leaves, treedef = jax.tree.flatten(hparams)
+    flags = [False] * len(leaves) if shared is None else treedef.flatten_up_to(shared)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    drawn = []
+    for k, leaf, same in zip(keys, leaves, flags, strict=False):
+        dtype = accumulator_dtype(jnp.result_type(leaf))
+        noise = jax.random.normal(k, (1 if same else count, *jnp.shape(leaf)), dtype)
+        drawn.append(jnp.broadcast_to(noise, (count, *jnp.shape(leaf))))
+    return jax.tree.unflatten(treedef, drawn)
