@@ -1,0 +1,35 @@
+"""What `digits` compares, and what each costs."""
+
+import bilevel
+from experiments.common import budget
+from experiments.digits.config import Config
+
+BLACK_BOX = ("random_search", "tpe")
+GRADIENT = ("cg_per_tensor", "neumann_per_tensor", "cg_per_weight", "neumann_per_weight")
+
+
+def response(method: str, config: Config, operator: bilevel.GaussNewton) -> bilevel.Implicit:
+    """The response of a gradient method: CG on Gauss–Newton, or the Neumann series on the Hessian."""
+    if method.startswith("cg"):
+        return bilevel.Implicit(bilevel.CG(max_steps=config.products), operator)
+    return bilevel.Implicit(
+        bilevel.Neumann(num_matvecs=config.products), bilevel.Hessian(config.damping)
+    )
+
+
+def products(method: str, config: Config) -> int:
+    """Curvature products of one hypergradient: CG pays one for its warm start, Neumann ten for
+    its step size."""
+    extra = 1 if method.startswith("cg") else bilevel.Neumann().power_steps
+    return config.products + extra
+
+
+def step_cost(method: str, config: Config) -> float:
+    """G of one outer step: the training steps and the hypergradient."""
+    hypergradient = budget.implicit_hypergradient(products(method, config))
+    return budget.training(config.inner_steps).plus(hypergradient).cost
+
+
+def outer_steps(method: str, config: Config) -> int:
+    """As many outer steps as the budget pays for."""
+    return int(config.budget // step_cost(method, config))

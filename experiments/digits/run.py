@@ -1,0 +1,216 @@
+"""Runs `digits`: tune weight decays by hypergradients, and by search at equal cost."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel
+from experiments.common import baselines, data, record
+from experiments.digits import problem
+from experiments.digits.config import Config
+from experiments.digits.methods import BLACK_BOX, GRADIENT, outer_steps, response, step_cost
+
+TOTAL = 1797  # images in the set
+
+
+def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+    """All methods on one seed, each skipped if a resumed run had finished it."""
+    records = record.Records(out, seed)
+    batches = _batches(config, seed)
+    _no_tuning(config, seed, batches, records)
+    for method in BLACK_BOX:
+        _search(method, config, seed, batches, records)
+    for method in GRADIENT:
+        _tune(method, config, seed, batches, records, out)
+
+
+def _batches(config: Config, seed: int) -> dict[str, Any]:
+    test = TOTAL - config.train - config.valid
+    sets = data.digits(valid=config.valid, test=test, seed=seed)
+    return {
+        name: {"x": jnp.asarray(part.x.reshape(-1, 64)), "y": jnp.asarray(part.y)}
+        for name, part in zip(("train", "valid", "test"), sets, strict=True)
+    }
+
+
+@functools.cache
+def _pieces(config: Config) -> tuple[Any, Any, Any]:
+    """Operator, jitted training and jitted evaluation: made once, compiled once for all seeds."""
+    operator = problem.operator(config)
+    tx = optax.adam(config.inner_lr)
+
+    @jax.jit
+    def train(params: Any, opt_state: Any, hparams: Any, batch: Any, steps: Any) -> Any:
+        def step(_: Any, carry: Any) -> Any:
+            params, opt_state = carry
+            grads = jax.grad(operator.loss)(params, hparams, batch)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        return jax.lax.fori_loop(0, steps, step, (params, opt_state))
+
+    @jax.jit
+    def evaluate(params: Any, batches: Any) -> dict[str, jax.Array]:
+        return _metrics(operator, params, batches)
+
+    return operator, train, evaluate
+
+
+def _metrics(operator: bilevel.GaussNewton, params: Any, batches: Any) -> dict[str, jax.Array]:
+    measured = {}
+    for name, part in (("validation", "valid"), ("test", "test")):
+        logits = operator.model(params, None, batches[part])
+        measured[f"{name}_loss"] = problem.cross_entropy(logits, None, batches[part])
+        measured[f"{name}_error"] = jnp.mean(jnp.argmax(logits, -1) != batches[part]["y"])
+    return measured
+
+
+def _floats(metrics: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _no_tuning(config: Config, seed: int, batches: Any, records: record.Records) -> None:
+    """One network at the starting decay, trained with the whole budget."""
+    if record.read(records.out, seed=seed, method="random_search"):
+        return  # a resumed run that got this far has these records
+    records.rewind("no_tuning")
+    _, train, evaluate = _pieces(config)
+    params = problem.initial(config, seed)
+    hparams = problem.decays(params, config.start, per_weight=False)
+    opt_state = optax.adam(config.inner_lr).init(params)
+    every = max(1, int(config.budget) // 40)
+    for step in range(int(config.budget) // every):
+        params, opt_state = train(params, opt_state, hparams, batches["train"], every)
+        metrics = _floats(evaluate(params, batches))
+        records.append("no_tuning", step, every * (step + 1), **metrics)
+
+
+def _search(
+    method: str, config: Config, seed: int, batches: Any, records: record.Records
+) -> None:
+    """Random search or TPE over one log decay per tensor, each trial a network from scratch."""
+    _, train, evaluate = _pieces(config)
+    tx = optax.adam(config.inner_lr)
+    start = problem.initial(config, seed)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(start)]
+    before = record.read(records.out, seed=seed, method=method)
+    best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
+    measured: dict[str, float] = {}
+
+    def objective(setting: dict[str, Any]) -> float:
+        leaves = [jnp.float32(setting[name]) for name in names]
+        hparams = jax.tree.unflatten(jax.tree.structure(start), leaves)
+        params, _ = train(start, tx.init(start), hparams, batches["train"], config.trial_steps)
+        measured.update(_floats(evaluate(params, batches)))
+        return measured["validation_loss"]
+
+    def log(trial: baselines.Trial) -> None:
+        nonlocal best
+        if trial.value < best["validation_loss"]:
+            best = dict(measured)
+        records.append(method, trial.number, trial.cost, **{**best, "trial_loss": trial.value})
+
+    baselines.search(
+        objective,
+        {name: (config.low, config.high) for name in names},
+        budget=config.budget,
+        cost=config.trial_steps,
+        sampler={"random_search": "random", "tpe": "tpe"}[method],
+        seed=seed,
+        done=[r.metrics["trial_loss"] for r in before],
+        log=log,
+    )
+
+
+@functools.cache
+def _algorithm(method: str, config: Config) -> Any:
+    operator, _, _ = _pieces(config)
+
+    def outer(params: Any, hparams: Any, batch: Any) -> tuple[jax.Array, Any]:
+        metrics = _metrics(operator, params, batch)
+        return metrics["validation_loss"], {**metrics, **_spread(hparams)}
+
+    return bilevel.alternate(
+        outer,
+        operator.loss,
+        response(method, config, operator),
+        inner_tx=optax.adam(config.inner_lr),
+        outer_tx=optax.adam(config.outer_lr),
+        inner_steps=config.inner_steps,
+        has_aux=True,
+    )
+
+
+def _spread(hparams: Any) -> dict[str, jax.Array]:
+    """Quartiles of the log decays of every tensor."""
+    quartiles = {"low": 0.25, "median": 0.5, "high": 0.75}
+    return {
+        f"{layer}_{name}_{word}": jnp.quantile(decay, q)
+        for layer, tensors in hparams.items()
+        for name, decay in tensors.items()
+        for word, q in quartiles.items()
+    }
+
+
+def _tune(
+    method: str, config: Config, seed: int, batches: Any, records: record.Records, out: Path
+) -> None:
+    """One gradient method: the network trains once, and its decays move while it does."""
+    steps, cost = outer_steps(method, config), step_cost(method, config)
+    if len(record.read(out, seed=seed, method=method)) == steps:
+        return
+    records.rewind(method)
+    algorithm = _algorithm(method, config)
+    params = problem.initial(config, seed)
+    hparams = problem.decays(params, config.start, per_weight=method.endswith("per_weight"))
+    folder = out / "runs" / f"{method}_{seed}"
+    # Full-batch training: the same stack, on the device, for every step.
+    stack = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (config.inner_steps, *x.shape)), batches["train"]
+    )
+    result = bilevel.fit(
+        algorithm,
+        algorithm.init(params, hparams),
+        stack,
+        {"valid": batches["valid"], "test": batches["test"]},
+        steps=steps,
+        key=jax.random.key(seed),
+        log=folder / "log.jsonl",
+        checkpoint_dir=folder / "checkpoints",
+        checkpoint_every=config.checkpoint_every,
+        run_id=f"digits {method} seed {seed}",
+        title=f"{method.replace('_', ' ')}, seed {seed}",
+    )
+    for entry in record.restored(_lines(folder / "log.jsonl")):
+        metrics = {k: v for k, v in entry["aux"].items()}
+        records.append(
+            method,
+            entry["step"],
+            cost * (entry["step"] + 1),
+            **metrics,
+            relative_residual=entry["residual_norm"] / entry["rhs_norm"],
+            stationarity=entry["stationarity"],
+        )
+    pixels = np.asarray(batches["train"]["x"])
+    record.save_arrays(
+        out,
+        f"{method}_{seed}",
+        hidden_kernel=np.broadcast_to(
+            result.state.hparams["hidden"]["kernel"], params["hidden"]["kernel"].shape
+        ),
+        params=np.concatenate([np.ravel(x) for x in jax.tree.leaves(result.state.params)]),
+        hparams=np.concatenate([np.ravel(x) for x in jax.tree.leaves(result.state.hparams)]),
+        mean_image=pixels.mean(0),
+        deviation=pixels.std(0),
+    )
+
+
+def _lines(path: Path) -> list[Any]:
+    import json
+
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
