@@ -29,6 +29,15 @@ def check_inexact(tree: Any, name: str, remedy: str) -> None:
             )
 
 
+def check_response(response: Any) -> None:
+    """Refuse what is not a value with a ``vjp``: a solver, or a class without its brackets."""
+    if isinstance(response, type) or not hasattr(response, "vjp"):
+        raise TypeError(
+            "`response` must be a response such as `Implicit(CG())` (a solver alone is none, and a "
+            f"class must be called), got {response!r}."
+        )
+
+
 def check_batch(batch: Batch, name: str) -> None:
     """Refuse a batch with an array of size zero: its mean loss would be NaN."""
     for path, leaf in paths(batch, name):

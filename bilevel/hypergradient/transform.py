@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
-from bilevel.checks import check_problem
+from bilevel.checks import check_problem, check_response
 from bilevel.hypergradient.base import Hypergradient, Response
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.base import status_of
@@ -64,6 +64,7 @@ def hypergrad_solve(
 
     Cost: one outer gradient and what ``response`` costs.
     """
+    check_response(response)
     problem, hparams_in, positions = _pack(outer, inner, hparams, argnums, has_aux, has_state)
     problem = _with_model_state(problem, model_state, has_state)
     params = jax.tree.map(_as_array, params)
@@ -114,6 +115,7 @@ def hypergrad_init(
     Its structure, dtypes and sharding are those of every later ``state``. Leaves may be
     ``jax.ShapeDtypeStruct``. Cost: none but its memory.
     """
+    check_response(response)
     problem, hparams_in, _ = _pack(outer, inner, hparams, argnums, has_aux, has_state)
     problem = _with_model_state(problem, model_state, has_state)
     return response.init(problem, params, hparams_in)
@@ -137,6 +139,7 @@ def value_and_hypergrad(
     """
     _check_argnums(argnums)
     response = Implicit() if response is None else response
+    check_response(response)
 
     def fn(params: Params, *hparams: Hparams, inner_batch: Batch, outer_batch: Batch, **kwargs):
         solution = hypergrad_solve(

@@ -10,7 +10,14 @@ from jax.extend.core import jaxpr_as_fun
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Vector
-from bilevel.checks import check_batch, check_inexact, check_inner, check_same_tree, unread_message
+from bilevel.checks import (
+    check_batch,
+    check_inexact,
+    check_inner,
+    check_response,
+    check_same_tree,
+    unread_message,
+)
 from bilevel.hypergradient.base import Response
 from bilevel.problem import Problem
 from bilevel.traced import depends
@@ -72,8 +79,7 @@ def with_response(
     for name, function in (("solve", solve), ("inner", inner)):
         if not callable(function):
             raise TypeError(f"`{name}` must be callable, got {function!r}.")
-    if not hasattr(response, "vjp"):
-        raise TypeError(f"`response` must be a response such as `Implicit()`, got {response!r}.")
+    check_response(response)
     problem = Problem(outer=_no_outer, inner=inner)
 
     def solved(
