@@ -1,0 +1,103 @@
+r"""Forward mode: one tangent a hyperparameter, pushed along with the training steps.
+
+.. math:: Z_{t+1} = (\partial_w U_t) Z_t + \partial_\lambda U_t, \qquad
+    \text{indirect} = Z_T^\top g
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import tree
+from bilevel.aliases import Hparams
+from bilevel.inner.descend import InnerState
+from bilevel.inner.mixed import is_cotangent, is_float
+
+
+def no_tangents(carry: InnerState, p: int) -> list[jax.Array]:
+    """``p`` zero tangents of every floating-point leaf of a training state, stacked."""
+    return [jnp.zeros((p, *jnp.shape(x)), x.dtype) for x in jax.tree.leaves(carry) if is_float(x)]
+
+
+def _floats(carry: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(carry) if is_float(x)]
+
+
+def _with_floats(carry: InnerState, floats: list[Any]) -> InnerState:
+    values = iter(floats)
+    return jax.tree.map(lambda x: next(values) if is_float(x) else x, carry)
+
+
+def _basis(hparams: Hparams) -> Hparams:
+    """The p unit vectors of the space of hyperparameters, stacked along a leading axis."""
+    leaves, treedef = jax.tree.flatten(hparams)
+    p, offset, out = tree.size(hparams), 0, []
+    for leaf in leaves:
+        size = int(np.prod(jnp.shape(leaf)))
+        block = jnp.eye(p, size, -offset, dtype=leaf.dtype)
+        out.append(block.reshape(p, *jnp.shape(leaf)))
+        offset += size
+    return jax.tree.unflatten(treedef, out)
+
+
+def push_forward(
+    begin: Callable[[Hparams], InnerState],
+    finish: Callable[[InnerState, Hparams], tuple[InnerState, Any]],
+    hparams: Hparams,
+    tangent: list[jax.Array] | None,
+) -> tuple[InnerState, Any, list[jax.Array], Callable[[Any], Hparams]]:
+    """Run ``finish(begin(hparams), hparams)`` with one tangent a hyperparameter.
+
+    Args:
+      begin: the carry before the first step.
+      finish: the steps; returns the last carry and whatever else they tell.
+      tangent: of the first carry, from an earlier call; ``None`` takes that of ``begin``.
+
+    Returns:
+      The last carry, what the steps told, the last tangent, and the transposed map
+      ``(params cotangent, model state cotangent) -> hparams``.
+
+    Cost: one run and p tangents of it; p copies of the carry.
+    """
+    basis = _basis(hparams)
+    carry = begin(hparams)
+    if tangent is None:
+        tangent = jax.vmap(lambda e: jax.jvp(lambda lam: _floats(begin(lam)), (hparams,), (e,))[1])(
+            basis
+        )
+    # The first tangents are mostly zeros. Behind the barrier the compiler cannot fold them into
+    # the loss as constants, which some of its fused reductions get wrong.
+    basis, tangent = jax.lax.optimization_barrier((basis, tangent))
+
+    def column(e: Hparams, z: list[jax.Array]) -> tuple[Any, list[jax.Array]]:
+        def run(lam: Hparams, floats: list[jax.Array]) -> tuple[Any, Any]:
+            end, info = finish(_with_floats(carry, floats), lam)
+            return _floats(end), (end, info)
+
+        _, pushed, told = jax.jvp(run, (hparams, _floats(carry)), (e, z), has_aux=True)
+        return told, pushed
+
+    (end, info), tangent = jax.vmap(column, out_axes=(None, 0))(basis, tangent)
+
+    def pull(cotangent: Any) -> Hparams:
+        params_ct, state_ct = cotangent
+        cts = [c for c in jax.tree.leaves((params_ct, state_ct)) if is_cotangent(c)]
+        # The tangent holds every float of (params, opt_state, model_state), in that order.
+        n_params, n_state = (len(_floats(part)) for part in (end.params, end.model_state))
+        n_all = len(tangent)
+        seen = tangent[:n_params] + tangent[n_all - n_state :]
+        parts = jax.vmap(lambda *z: tree.vdot(list(z), cts))(*seen)
+        leaves, treedef = jax.tree.flatten(hparams)
+        ends = np.cumsum([int(np.prod(jnp.shape(x))) for x in leaves])[:-1].tolist()
+        return jax.tree.unflatten(
+            treedef,
+            [
+                part.reshape(jnp.shape(x)).astype(x.dtype)
+                for part, x in zip(jnp.split(parts, ends), leaves, strict=True)
+            ],
+        )
+
+    return end, info, tangent, pull

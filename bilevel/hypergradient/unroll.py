@@ -1,0 +1,313 @@
+r"""Unrolled differentiation: the response of a training run, by differentiating the run."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
+from bilevel.arguments import check_count
+from bilevel.checks import check_inner, check_same_tree
+from bilevel.hypergradient.base import Pullback
+from bilevel.hypergradient.forward import no_tangents, push_forward
+from bilevel.hypergradient.reach import (
+    InnerTx,
+    build_tx,
+    check_inner_tx,
+    check_reaches,
+    refresh_injected,
+)
+from bilevel.inner.descend import (
+    InnerState,
+    Remat,
+    check_batches,
+    descend,
+    one_batch,
+    start,
+)
+from bilevel.problem import Point, Problem
+from bilevel.status import Status, code
+
+Mode = Literal["mixed", "reverse", "forward"]
+
+
+class UnrollState(NamedTuple):
+    """Carried from call to call: the optimizer's state, the advanced model state (to be passed
+    on as ``model_state=``), and the tangent of real-time forward mode."""
+
+    opt_state: Any
+    model_state: ModelState = None
+    tangent: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Advanced(Point):
+    """Parameters together with the model state that the same training steps advanced."""
+
+    params: Params
+    model_state: ModelState
+
+    def outer_loss(self, problem: Problem, hparams: Hparams, batch: Batch) -> tuple[Scalar, Any]:
+        """The outer loss reads the advanced statistics, and is differentiated in them."""
+        problem = dataclasses.replace(problem, model_state=self.model_state)
+        return problem.outer_loss(self.params, hparams, batch)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unroll:
+    r"""The pullback of ``steps`` optimizer steps, :math:`w_{t+1} = U(w_t, \lambda; b_t)`.
+
+    .. math:: \alpha_T = g, \qquad
+        \alpha_t = (\partial_w U_t)^\top \alpha_{t+1}, \qquad
+        \text{indirect} = \sum_{t} (\partial_\lambda U_t)^\top \alpha_{t+1}
+
+    The responded parameters are :math:`w_T`, and the optimizer's state comes back too, so the
+    steps are training steps and never paid twice. Everything a step reads may be tuned: what
+    the loss reads, and, with ``inner_tx`` a function of ``hparams``, learning rates, momenta,
+    schedules (``count -> value``), decays, clipping thresholds.
+
+    ``inner_batch`` is a stack: every leaf has a leading axis of at least ``steps``, except a
+    single ``jax.random.key``, which is split by step. With ``has_state=True`` the steps advance
+    the model state, the outer loss reads the advanced one, and the derivative runs through it;
+    pass ``state.model_state`` as ``model_state`` of the next call.
+
+    Args:
+      inner_tx: an optax transformation, or ``hparams -> transformation``. Those that need the
+        loss value (line searches) are not supported.
+      steps: T, the number of training steps a call makes.
+      truncate: K: differentiate the last K steps only; the first T - K run without any record.
+        The bias for strong convexity mu and learning rate a falls like :math:`(1 - a\mu)^K`.
+      mode: ``"mixed"``: reverse mode with forward-over-reverse products (the default; see
+        :mod:`bilevel.inner.mixed`). ``"reverse"``: plain reverse mode. ``"forward"``: one
+        tangent a hyperparameter, memory independent of ``steps``.
+      remat: what the backward pass recomputes: ``"none"``, ``"step"`` or ``"sqrt"``; see
+        :func:`bilevel.inner.descend`. Reverse modes only.
+      max_hparams: forward mode refuses more than this many hyperparameters (scalars p).
+      real_time: forward mode carries the tangent in ``state``, so that calls in sequence give
+        the derivative of the whole run so far (stale by the moves of the hyperparameters).
+      initial: ``initial(params, hparams) -> params``, a start that depends on hyperparameters
+        (a learned initialisation). Every call is then a new run from there.
+
+    The optimizer's moments keep their dtype even if a hyperparameter of a wider one enters.
+    Adam divides by the root of a second moment: where a gradient is exactly zero its derivative
+    is NaN (status ``nonfinite_output``) unless ``eps_root > 0``.
+
+    Cost, in inner gradients, for T steps of which K are differentiated: reverse T + 2 to 3 K
+    and K copies of what a step saves (mixed: its carry; plain: activations too), with
+    ``"sqrt"`` about :math:`2\sqrt K` of them and K more gradients; forward T + 1 to 2.5 p K and
+    p copies of the carry.
+
+    Stats: ``stationarity`` is the norm of the inner gradient that the last step used,
+    ``inner_loss`` the loss it saw.
+
+    Raises ``ValueError``/``TypeError``, when traced, for a batch axis shorter than ``steps``, a
+    hyperparameter that reaches nothing, an integer setting, or too many hyperparameters.
+
+    Reference: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through
+    reversible learning", ICML 2015; Franceschi et al., "Forward and reverse gradient-based
+    hyperparameter optimization", ICML 2017; Shaban et al., "Truncated back-propagation for
+    bilevel optimization", AISTATS 2019; Kemaev et al., "Scalable meta-learning via mixed-mode
+    differentiation", ICML 2025.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, bilevel
+      >>> def train(w, lam, batch):
+      ...     return 0.5 * jnp.sum((w - batch) ** 2)
+      >>> def valid(w, lam, batch):
+      ...     return 0.5 * jnp.sum((w - batch) ** 2)
+      >>> response = bilevel.Unroll(lambda lam: optax.sgd(lam["lr"]), steps=2)
+      >>> g = bilevel.hypergrad(valid, train, response)(
+      ...     jnp.zeros(1), {"lr": 0.5}, inner_batch=jnp.ones((2, 1)), outer_batch=jnp.ones(1))
+      >>> bool(jnp.allclose(g["lr"], -2 * 0.5**3))
+      True
+    """
+
+    inner_tx: InnerTx = dataclasses.field(metadata={"static": True})
+    steps: int = dataclasses.field(metadata={"static": True})
+    truncate: int | None = dataclasses.field(default=None, metadata={"static": True})
+    mode: Mode = dataclasses.field(default="mixed", metadata={"static": True})
+    remat: Remat = dataclasses.field(default="none", metadata={"static": True})
+    max_hparams: int = dataclasses.field(default=256, metadata={"static": True})
+    real_time: bool = dataclasses.field(default=False, metadata={"static": True})
+    initial: Callable[[Params, Hparams], Params] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
+    def __post_init__(self) -> None:
+        check_inner_tx(self.inner_tx)
+        check_count("steps", self.steps)
+        check_count("max_hparams", self.max_hparams)
+        if self.truncate is not None:
+            check_count("truncate", self.truncate)
+            if self.truncate > self.steps:
+                raise ValueError(
+                    f"`truncate` must be at most `steps`={self.steps}, got {self.truncate}: it is "
+                    "the number of last steps to differentiate."
+                )
+        for name, allowed in (
+            ("mode", ("mixed", "reverse", "forward")),
+            ("remat", ("none", "step", "sqrt")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.mode == "forward" and self.remat != "none":
+            raise ValueError(
+                f"`remat={self.remat!r}` has no meaning with `mode='forward'`, which records "
+                "nothing: leave it at 'none'."
+            )
+        if self.real_time and (
+            self.mode != "forward" or self.truncate is not None or self.initial is not None
+        ):
+            raise ValueError(
+                "`real_time=True` carries the forward tangent: it needs `mode='forward'`, "
+                "`truncate=None` and `initial=None`."
+            )
+
+    def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:
+        """A fresh optimizer's state, the model state, and a zero tangent if in real time."""
+        params, hparams, model_state = jax.tree.map(
+            _concrete, (params, hparams, problem.model_state)
+        )
+        problem = dataclasses.replace(problem, model_state=model_state)
+        carry = self._cold(problem, params, hparams)
+        tangent = no_tangents(carry, tree.size(hparams)) if self.real_time else None
+        return UnrollState(carry.opt_state, carry.model_state, tangent)
+
+    def _cold(self, problem: Problem, params: Params, hparams: Hparams) -> InnerState:
+        """The carry of a new run; depends on ``hparams`` through ``initial`` and the optimizer."""
+        if self.initial is not None:
+            params = tree.cast_like(self.initial(params, hparams), params)
+        return start(build_tx(self.inner_tx, hparams), params, problem.model_state)
+
+    def _carry(
+        self, problem: Problem, params: Params, hparams: Hparams, state: UnrollState | None
+    ) -> InnerState:
+        if state is None or self.initial is not None:
+            return self._cold(problem, params, hparams)
+        fresh = start(build_tx(self.inner_tx, hparams), params, problem.model_state)
+        return fresh._replace(opt_state=state.opt_state)
+
+    def check(
+        self,
+        problem: Problem,
+        params: Params,
+        hparams: Hparams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        state: Any,
+    ) -> None:
+        """Raise what this response can tell is wrong, when traced."""
+        check_batches(inner_batch, self.steps)
+        check_inner(problem, params, hparams, one_batch(inner_batch))
+        if self.mode == "forward" and tree.size(hparams) > self.max_hparams:
+            raise ValueError(
+                f"`mode='forward'` carries one tangent a hyperparameter, and `hparams` has "
+                f"{tree.size(hparams)} scalars, more than `max_hparams`={self.max_hparams}. Use "
+                "`mode='mixed'`, whose cost does not depend on their number, share values, or "
+                "raise `max_hparams` if the memory (that many copies of the parameters and the "
+                "optimizer state) is there."
+            )
+        whole = self.truncate in (None, self.steps)
+
+        def advance(lam: Hparams) -> Any:
+            carry = self._carry(problem, params, lam, state)
+            if not whole:
+                carry = jax.lax.stop_gradient(carry)
+            return self._steps(problem, carry, lam, inner_batch, 0, 1, "reverse", "none")[0]
+
+        check_reaches(problem, advance, params, hparams, outer_batch)
+        if state is not None:
+            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
+            check_same_tree(state, expected, "state")
+
+    def _steps(
+        self,
+        problem: Problem,
+        carry: InnerState,
+        hparams: Hparams,
+        batches: Batch,
+        first: int,
+        steps: int,
+        mode: Mode,
+        remat: Remat,
+    ) -> Any:
+        tx = build_tx(self.inner_tx, hparams)
+        carry = carry._replace(opt_state=refresh_injected(carry.opt_state, tx, carry.params))
+        return descend(
+            problem,
+            tx,
+            carry,
+            hparams,
+            batches,
+            first=first,
+            steps=steps,
+            mixed=mode == "mixed",
+            remat=remat,
+        )
+
+    def vjp(
+        self,
+        problem: Problem,
+        params: Params,
+        hparams: Hparams,
+        inner_batch: Batch,
+        state: UnrollState | None,
+        *,
+        key: Key | None = None,
+    ) -> tuple[Params | Advanced, Pullback]:
+        """The parameters after ``steps`` steps, and the pullback through those recorded."""
+        kept = self.steps if self.truncate is None else self.truncate
+        skipped = self.steps - kept
+
+        def begin(lam: Hparams) -> InnerState:
+            return self._carry(problem, params, lam, state)
+
+        if skipped:
+            carry, _ = self._steps(
+                problem, begin(hparams), hparams, inner_batch, 0, skipped, "reverse", "none"
+            )
+            carry = jax.lax.stop_gradient(carry)
+
+            def begin(lam: Hparams) -> InnerState:
+                return carry
+
+        def finish(carry: InnerState, lam: Hparams) -> Any:
+            return self._steps(
+                problem, carry, lam, inner_batch, skipped, kept, self.mode, self.remat
+            )
+
+        if self.mode == "forward":
+            tangent = state.tangent if self.real_time and state is not None else None
+            end, info, tangent, pull = push_forward(begin, finish, hparams, tangent)
+        else:
+            tangent = None
+
+            def run(lam: Hparams) -> Any:
+                end, info = finish(begin(lam), lam)
+                return (end.params, end.model_state), (end, info)
+
+            _, transpose, (end, info) = jax.vjp(run, hparams, has_aux=True)
+
+            def pull(cotangent: Any) -> Hparams:
+                return transpose(cotangent)[0]
+
+        new_state = UnrollState(end.opt_state, end.model_state, tangent if self.real_time else None)
+
+        def pullback(g: Any) -> tuple[Hparams, UnrollState, jax.Array, Stats]:
+            cotangent = (g.params, g.model_state) if isinstance(g, Advanced) else (g, None)
+            stats = {"stationarity": info.grad_norm[-1], "inner_loss": info.loss[-1]}
+            return pull(cotangent), new_state, code(Status.ok), stats
+
+        if problem.has_state:
+            return Advanced(end.params, end.model_state), pullback
+        return end.params, pullback
+
+
+def _concrete(leaf: Any) -> Any:
+    """Zeros in place of an abstract leaf: ``init`` may be asked for shapes only."""
+    return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
