@@ -23,10 +23,12 @@ class Diagonal:
     .. math:: \operatorname{diag}(A) \approx \frac1m \sum_{i=1}^m z_i \odot A z_i,
         \qquad z_i \in \{-1, 1\}^n,
 
-    which needs ``key`` and ``num_probes`` products.
+    which needs ``key`` and ``num_probes`` products. Its error in entry i is about the norm of
+    the rest of row i over :math:`\sqrt m`, often far above the entry itself, and an entry that
+    is too small magnifies its direction: each is raised to twice its own standard error.
 
     Args:
-      num_probes: m, for the estimate.
+      num_probes: m, for the estimate; its standard error needs at least 2.
       floor: entries are raised to at least ``floor`` times their mean absolute value, so
         that P stays positive definite whatever the estimate's noise.
 
@@ -57,12 +59,22 @@ class Diagonal:
     def _hutchinson(self, mv: LinearMap, rhs: Vector, key: Key) -> Vector:
         keys = jax.random.split(key, self.num_probes)
 
-        def body(i, total):
+        def body(i, sums):
             z = tree.random_like(keys[i], rhs, jax.random.rademacher)
-            return jax.tree.map(lambda t, a, b: t + a * b, total, z, mv(z))
+            sample = jax.tree.map(jnp.multiply, z, mv(z))
+            squares = jax.tree.map(lambda t, s: t + s * s, sums[1], sample)
+            return tree.add(sums[0], sample), squares
 
-        start = jax.tree.map(jnp.zeros_like, rhs)
-        return tree.scale(1 / self.num_probes, loop(self.num_probes, body, start, mv.unroll))
+        zeros = jax.tree.map(jnp.zeros_like, rhs)
+        total, squares = loop(self.num_probes, body, (zeros, zeros), mv.unroll)
+        m = self.num_probes
+
+        def estimate(t: jax.Array, s: jax.Array) -> jax.Array:
+            mean = t / m
+            variance = jnp.maximum(s - m * mean**2, 0) / max(m - 1, 1)
+            return jnp.maximum(mean, 2 * jnp.sqrt(variance / m))
+
+        return jax.tree.map(estimate, total, squares)
 
     def _raise_to_floor(self, diagonal: Vector) -> Vector:
         magnitude = jax.tree.map(jnp.abs, diagonal)
