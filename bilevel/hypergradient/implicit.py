@@ -53,7 +53,9 @@ class Implicit:
 
     def num_inner_batches(self) -> int | None:
         """Length of the leading axis of ``inner_batch``, or None where it is a single batch."""
-        return self.solver.num_products() + 1 if self.fresh_batches else None
+        if not self.fresh_batches or not hasattr(self.solver, "num_products"):
+            return None  # a solver that cannot have fresh batches is refused by `check`
+        return self.solver.num_products() + 1
 
     def _carries_start(self) -> bool:
         return self.warm_start and getattr(self.solver, "uses_start", False)

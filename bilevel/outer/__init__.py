@@ -1,5 +1,9 @@
 """How the hyperparameters move: bounds, and loops as pairs of pure functions."""
 
+from bilevel.outer.alternate import AlternateInfo as AlternateInfo
+from bilevel.outer.alternate import AlternateState as AlternateState
+from bilevel.outer.alternate import alternate as alternate
+from bilevel.outer.base import Algorithm as Algorithm
 from bilevel.outer.constrain import Bound as Bound
 from bilevel.outer.constrain import Free as Free
 from bilevel.outer.constrain import Integer as Integer
@@ -7,3 +11,10 @@ from bilevel.outer.constrain import Interval as Interval
 from bilevel.outer.constrain import Positive as Positive
 from bilevel.outer.constrain import Simplex as Simplex
 from bilevel.outer.constrain import Space as Space
+from bilevel.outer.schedule import HyperSchedule as HyperSchedule
+from bilevel.outer.self_tuning import self_tuning as self_tuning
+from bilevel.outer.self_tuning import tuned_params as tuned_params
+from bilevel.outer.tuning_state import SelfTuningInfo as SelfTuningInfo
+from bilevel.outer.tuning_state import SelfTuningState as SelfTuningState
+from bilevel.outer.whole_run import WholeRun as WholeRun
+from bilevel.outer.whole_run import scan_run as scan_run

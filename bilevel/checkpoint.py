@@ -1,0 +1,272 @@
+r"""A folder of checkpoints that survives being killed at any moment.
+
+A checkpoint is one folder, ``00000120`` after 120 steps: the arrays as orbax writes them, and
+``manifest.json`` with the SHA-256 of every file, of itself, and the fingerprint of the run. It
+is written under another name and renamed when complete, so a folder with a number is either
+whole or was damaged afterwards, which the digests show.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.arguments import check_count
+from bilevel.tree import paths
+
+_MANIFEST = "manifest.json"
+_ARRAYS = "arrays"
+_WRITING = ".writing-"
+_DAMAGED = "damaged-"
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read: the tree, the number of steps it has made, and its notes."""
+
+    tree: Any
+    step: int
+    notes: dict[str, Any]
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError:
+        raise ImportError(
+            'checkpoints need orbax: pip install "bilevel[fit]", or leave out `checkpoint_dir`.'
+        ) from None
+    return orbax.checkpoint
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+
+
+def _signature(tree: Any) -> list[str]:
+    """One line a leaf: path, dtype, shape."""
+    return [
+        f"{path}: {jnp.result_type(leaf)}[{','.join(map(str, jnp.shape(leaf)))}]"
+        for path, leaf in paths(tree, "")
+    ]
+
+
+def _arrays(tree: Any) -> dict[str, Any]:
+    """The leaves by number, typed keys as the integers they hold; empty arrays need no file."""
+    out = {}
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
+        leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        if np.size(leaf):
+            out[f"{i:05d}"] = leaf
+    return out
+
+
+def _from_arrays(arrays: dict[str, Any], like: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(like)
+    out = []
+    for i, leaf in enumerate(leaves):
+        value = arrays.get(f"{i:05d}", leaf)
+        if _is_key(leaf):
+            value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
+        out.append(value)
+    return jax.tree.unflatten(treedef, out)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): _digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != _MANIFEST
+    }
+
+
+def _body_digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Make a file or folder durable, so that a rename never outlives what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      folder: where they are kept; made if missing, and tried for writing at once.
+      keep: how many to keep; with at least 2, a damaged newest one costs little.
+      identity: what tells this run from others: named JSON values (a configuration, a seed).
+
+    Raises:
+      OSError: if the folder cannot be written.
+      ImportError: without orbax.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int, identity: dict[str, Any]):
+        check_count("keep", keep)
+        self._orbax = _orbax()
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        try:
+            self.identity = json.loads(json.dumps(identity))
+        except TypeError as error:
+            raise TypeError(
+                f"`run_id` must be a JSON value (text, numbers, lists, dicts): {error}."
+            ) from None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f"{_WRITING}probe"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"`checkpoint_dir` {self.folder} cannot be written ({error}): choose a folder "
+                "you may write to, or leave it out to run without checkpoints."
+            ) from error
+        for left in self.folder.glob(f"{_WRITING}*"):  # by a process that was killed
+            shutil.rmtree(left)
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
+
+    def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
+        """Write ``tree`` as the checkpoint after ``step`` steps, then drop the oldest."""
+        writing = self.folder / f"{_WRITING}{step:08d}"
+        arrays = _arrays(tree)
+        with self._checkpointer() as checkpointer:
+            checkpointer.save(
+                writing / _ARRAYS, args=self._orbax.args.StandardSave(arrays), force=True
+            )
+        body = {
+            "step": step,
+            "identity": self.identity,
+            "signature": _signature(tree),
+            "notes": notes,
+            "files": _files(writing),
+        }
+        manifest = writing / _MANIFEST
+        manifest.write_text(json.dumps({"sha256": _body_digest(body), "body": body}, indent=1))
+        for path in writing.rglob("*"):
+            _sync(path)
+        _sync(writing)
+        os.rename(writing, self._path(step))
+        _sync(self.folder)
+        for old in self.steps()[: -self.keep]:
+            # Renamed first: a folder with a number is never half deleted.
+            going = self.folder / f"{_WRITING}old-{old:08d}"
+            os.rename(self._path(old), going)
+            shutil.rmtree(going)
+
+    def restore(self, like: Any) -> Restored | None:
+        """The newest checkpoint that is whole, in the types and shardings of ``like``.
+
+        Damaged ones are set aside under the name ``damaged-...``, with a warning that names
+        them and the one used instead. None if there is none at all.
+
+        Raises:
+          ValueError: for a checkpoint of another run.
+          OSError: if every checkpoint is damaged.
+        """
+        steps = self.steps()
+        damaged: list[tuple[Path, str]] = []
+        for step in reversed(steps):
+            path = self._path(step)
+            body, trouble = self._verify(path, step)
+            if body is None:
+                damaged.append((path, trouble))
+                continue
+            self._check_same_run(path, body, like)
+            restored = Restored(self._load(path, like), step, body["notes"])
+            self._set_aside(damaged, path)
+            return restored
+        if damaged:
+            listed = "; ".join(f"{path}: {trouble}" for path, trouble in damaged)
+            raise OSError(
+                f"every checkpoint in {self.folder} is damaged ({listed}). Restore the folder "
+                "from a backup, or remove it to start over."
+            )
+        return None
+
+    def _checkpointer(self) -> Any:
+        return self._orbax.Checkpointer(self._orbax.StandardCheckpointHandler())
+
+    def _verify(self, path: Path, step: int) -> tuple[dict[str, Any] | None, str]:
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text())
+            body = manifest["body"]
+            whole = manifest["sha256"] == _body_digest(body) and body["step"] == step
+        except (OSError, ValueError, KeyError, TypeError):
+            whole, body = False, {}
+        if not whole:
+            return None, f"{_MANIFEST} is missing or was altered"
+        files = _files(path)
+        for name, digest in body["files"].items():
+            if name not in files:
+                return None, f"{name} is missing"
+            if files[name] != digest:
+                return None, f"{name} was truncated or altered"
+        return body, ""
+
+    def _check_same_run(self, path: Path, body: dict[str, Any], like: Any) -> None:
+        remedy = (
+            "Choose another `checkpoint_dir`, remove this folder to start over, or continue with "
+            "the settings it was made with."
+        )
+        for name, mine in self.identity.items():
+            theirs = body["identity"].get(name)
+            if theirs != mine:
+                raise ValueError(
+                    f"{path} is a checkpoint of another run: its `{name}` is {theirs!r}, this "
+                    f"run's is {mine!r}. {remedy}"
+                )
+        mine, theirs = _signature(like), body["signature"]
+        if mine != theirs:
+            only = [line for line in theirs if line not in mine]
+            here = [line for line in mine if line not in theirs]
+            raise ValueError(
+                f"{path} is a checkpoint of another run: it holds {only[0] if only else 'less'}, "
+                f"this run's state {here[0] if here else 'less'}. {remedy}"
+            )
+
+    def _load(self, path: Path, like: Any) -> Any:
+        def target(x: Any) -> Any:
+            x = jnp.asarray(x)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+        targets = jax.tree.map(target, _arrays(like))
+        with self._checkpointer() as checkpointer:
+            arrays = checkpointer.restore(
+                path / _ARRAYS, args=self._orbax.args.StandardRestore(targets)
+            )
+        return _from_arrays(arrays, like)
+
+    def _set_aside(self, damaged: list[tuple[Path, str]], used: Path) -> None:
+        for path, trouble in damaged:
+            aside = path.with_name(_DAMAGED + path.name)
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(path, aside)
+            warnings.warn(
+                f"checkpoint {path} is damaged ({trouble}): continuing from {used} instead. The "
+                f"damaged one is kept as {aside.name}.",
+                stacklevel=4,
+            )

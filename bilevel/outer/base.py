@@ -1,0 +1,70 @@
+r"""What an outer loop is: two pure functions, shaped like an optax transformation.
+
+.. code-block:: python
+
+    state = algorithm.init(params, hparams)
+    state, info = algorithm.step(state, inner_batches=..., outer_batch=..., key=...)
+
+``state`` is a NamedTuple of arrays with at least ``params``, ``hparams`` (what the losses
+read), ``model_state`` and ``step`` (int32, updates made); ``info`` is a NamedTuple of arrays
+with at least ``value``, the outer loss at the new ``params`` and the *old* ``hparams``. That is
+all :func:`~bilevel.fit` knows of any algorithm.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.tree import paths
+
+
+class Algorithm(NamedTuple):
+    """An outer loop.
+
+    Attributes:
+      init: ``init(params, hparams, model_state=None) -> state``.
+      step: ``step(state, *, inner_batches, outer_batch, key=None, ...) -> (state, info)``;
+        traced once: ``jax.jit(algorithm.step, donate_argnums=0)``.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., tuple[Any, Any]]
+
+
+def own(tree: Any) -> Any:
+    """A copy of every leaf as a strongly typed array, so that donating it harms nobody else's."""
+
+    def leaf(x: Any) -> jax.Array:
+        dtype = jnp.result_type(x)
+        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+            return jnp.copy(x)
+        return jnp.array(x, dtype=dtype, copy=True)
+
+    return jax.tree.map(leaf, tree)
+
+
+def same_type(new: Any, old: Any, name: str, remedy: str) -> Any:
+    """``new`` in the strong dtypes of ``old``; refuses a tree, shape or dtype that changed.
+
+    A state that changes type in a step compiles again at the next one, or fails in ``scan``.
+    """
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise TypeError(
+            f"{name} changes its tree structure in a step, from {jax.tree.structure(old)} to "
+            f"{jax.tree.structure(new)}. {remedy}"
+        )
+    for (path, a), (_, b) in zip(paths(new, name), paths(old, name), strict=True):
+        if jnp.shape(a) != jnp.shape(b) or jnp.result_type(a) != jnp.result_type(b):
+            raise TypeError(
+                f"{path} changes in a step from {jnp.result_type(b)}{jnp.shape(b)} to "
+                f"{jnp.result_type(a)}{jnp.shape(a)}. {remedy}"
+            )
+
+    def strong(x: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+            return x
+        return jax.lax.convert_element_type(x, jnp.result_type(x))
+
+    return jax.tree.map(strong, new)

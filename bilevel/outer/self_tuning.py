@@ -1,0 +1,199 @@
+r"""Self-tuning networks: weights, their response and the hyperparameters learn together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+from bilevel.aliases import Loss, Params
+from bilevel.arguments import check_at_least, check_count
+from bilevel.inner.network import Network, StructuredResponse
+from bilevel.operators import GaussNewton
+from bilevel.outer.base import Algorithm
+from bilevel.outer.constrain import Space
+from bilevel.outer.cycle import Cycle
+from bilevel.outer.tuning_state import SelfTuningState
+
+
+def self_tuning(
+    outer: Loss,
+    inner: Loss,
+    inner_tx: optax.GradientTransformation,
+    outer_tx: optax.GradientTransformation,
+    inner_steps: int = 5,
+    *,
+    outer_steps: int = 1,
+    network: Network | None = None,
+    response_tx: optax.GradientTransformation | None = None,
+    scale_tx: optax.GradientTransformation | None = None,
+    scale: Any = 0.5,
+    tune_scales: bool = True,
+    entropy: float = 1e-3,
+    groups: int = 8,
+    shared: str | Sequence[str] = (),
+    linearize: GaussNewton | None = None,
+    constrain: Space | None = None,
+    warm_up: int = 0,
+    has_state: bool = False,
+    seed: int = 0,
+) -> Algorithm:
+    r"""Self-tuning networks (STN) and Delta-STN, on any model.
+
+    Hyperparameters :math:`\lambda` are unconstrained, the losses read :math:`T(\lambda)`:
+    bounded by ``constrain``, integers rounded. A cycle has ``inner_steps`` training steps,
+
+    .. math::
+        w &\leftarrow w - u\bigl(\nabla_w h(w, T(\lambda))\bigr) &\text{(general)} \\
+        \phi &\leftarrow \phi - u'\bigl(\nabla_\phi\, \mathrm{E}_\varepsilon\,
+            h(\hat w_\phi(\sigma\varepsilon), T(\lambda + \sigma\varepsilon))\bigr)
+            &\text{(response)}
+
+    then ``outer_steps`` steps on the validation loss, weights fixed,
+
+    .. math::
+        \min_{\lambda, \sigma}\; \mathrm{E}_\varepsilon\,
+            f(\hat w_\phi(\lambda' - \bar\lambda), T(\lambda')) - \tau \sum_k \log \sigma_k,
+            \qquad \lambda' = \lambda + \sigma\varepsilon, \quad
+            \bar\lambda = \lambda \text{ held fixed}
+
+    Dropout, augmentation and whole numbers are tuned through :math:`\phi` alone: no derivative
+    of ``inner`` in its hyperparameters is taken. With an uncentred network (STN) both training
+    steps are one, on :math:`w` and :math:`\phi` together, and the displacement is
+    :math:`\lambda + \sigma\varepsilon` itself.
+
+    Args:
+      outer: validation loss, ``loss(params, hparams, batch) -> scalar``, usually blind to
+        ``hparams`` (no dropout, no penalty).
+      inner: training loss of the same form.
+      inner_tx: optax transformation of the weights.
+      outer_tx: optax transformation of :math:`\lambda`. Those that normalise (Adam, RMSprop)
+        random-walk on a signal that is all noise: lower their rate late.
+      inner_steps: training steps a cycle.
+      outer_steps: validation steps a cycle.
+      network: how weights follow; ``StructuredResponse()`` (Delta-STN) if ``None``.
+      response_tx: of :math:`\phi`; ``inner_tx`` if ``None``.
+      scale_tx: of the raw scales; ``outer_tx`` if ``None``.
+      scale: first :math:`\sigma > 0`, a scalar or a tree like ``hparams``, in unconstrained
+        units. Whole numbers get a signal only where a scale reaches over one.
+      tune_scales: False fixes them, and the outer loss is then taken unperturbed.
+      entropy: :math:`\tau \ge 0`; without it scales shrink to nothing.
+      groups: perturbations a batch, which is cut in as many parts (a network for layers
+        perturbs every example instead). With a batch cut in parts, arrays in it share
+        their leading axis, and single PRNG keys (``jax.random.key``) are split.
+      shared: parts of the names of hyperparameters that are perturbed once a batch.
+      linearize: ``GaussNewton(model, output_loss, penalty=...)``, ``inner`` split in a model and
+        a loss of its outputs: trains the response on linearised outputs, as Delta-STN does.
+        For centred networks.
+      constrain: bounds; ``None`` leaves the hyperparameters free.
+      warm_up: cycles at the start that only train.
+      has_state: both losses are ``loss(params, hparams, batch, model_state) -> (scalar,
+        model_state)``; the general step alone advances the statistics.
+      seed: of the network's first parameters, where ``init`` gets no ``key``.
+
+    Returns:
+      ``(init, step)``, pure functions.
+
+      ``init(params, hparams, model_state=None, *, key=None) -> SelfTuningState``.
+
+      ``step(state, *, inner_batches, outer_batch, key) -> (state, SelfTuningInfo)``, one cycle.
+      ``inner_batches`` has a leading axis of ``inner_steps``, ``outer_batch`` one of
+      ``outer_steps`` if that is above 1. Keys that are leaves of a batch give the losses
+      their randomness, independent in the general and the response step.
+
+    Cost: per training step two inner gradients (linearised: about three), and one multiply-add
+    a weight and group; an uncentred network one gradient. No matrix product is doubled with
+    ``groups=1``. Memory: weights, response and their optimiser states, and ``groups`` sets of
+    weights while a perturbed loss is differentiated.
+
+    Raises:
+      TypeError, ValueError: at construction or when traced, for settings, trees and values
+        outside bounds; a hyperparameter that neither loss reads (a learning rate) is sent
+        to ``Unroll``.
+
+    Reference: MacKay, Vicol, Lorraine, Duvenaud, Grosse, "Self-Tuning Networks: Bilevel
+    Optimization of Hyperparameters using Structured Best-Response Functions", 2019; Bae and
+    Grosse, "Delta-STN: Efficient Bilevel Optimization for Neural Networks using Structured
+    Response Jacobians", 2020.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, bilevel
+      >>> def train(w, lam, batch):
+      ...     return jnp.mean((w - batch) ** 2) + jnp.exp(lam) * jnp.sum(w**2)
+      >>> def valid(w, lam, batch):
+      ...     return jnp.mean((w - batch) ** 2)
+      >>> alg = bilevel.self_tuning(valid, train, optax.sgd(0.1), optax.adam(0.05), groups=1)
+      >>> state = alg.init(jnp.zeros(1), jnp.array(1.0))
+      >>> step = jax.jit(alg.step)
+      >>> for i in range(200):
+      ...     state, info = step(state, inner_batches=jnp.full((5, 8, 1), 2.0),
+      ...                        outer_batch=jnp.ones((8, 1)), key=jax.random.key(i))
+      >>> bool(abs(state.params[0] - 1) < 0.1)  # the decay that halves the mean, e^lam = 1
+      True
+    """
+    network = StructuredResponse() if network is None else network
+    for name, count, low in (
+        ("inner_steps", inner_steps, 1),
+        ("outer_steps", outer_steps, 1),
+        ("groups", groups, 1),
+        ("warm_up", warm_up, 0),
+    ):
+        check_count(name, count, low)
+    check_at_least("scale", scale, 0, strict=True)
+    check_at_least("entropy", entropy, 0)
+    for name, loss in (("outer", outer), ("inner", inner)):
+        if not callable(loss):
+            raise TypeError(
+                f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
+            )
+    if not isinstance(network, Network) or isinstance(network, type):
+        raise TypeError(
+            f"`network` must be a network such as `StructuredResponse()`, got {network!r}."
+        )
+    if not network.centred and linearize is not None:
+        raise ValueError(
+            "`linearize` expands around no displacement, which an uncentred network has no use "
+            "for: pass `StructuredResponse(centred=True)` or leave `linearize` out."
+        )
+    if not network.centred and has_state:
+        raise ValueError(
+            "`has_state=True` needs a centred network: statistics advance in the step that is "
+            "not perturbed, which an uncentred one has not."
+        )
+    if constrain is not None and not isinstance(constrain, Space):
+        raise TypeError(
+            "`constrain` must be a `Space`, such as `Space({'rate': Interval(0, 0.95)})`, or "
+            f"None, got {constrain!r}."
+        )
+    cycle = Cycle(
+        outer=outer,
+        inner=inner,
+        inner_tx=inner_tx,
+        outer_tx=outer_tx,
+        inner_steps=inner_steps,
+        outer_steps=outer_steps,
+        network=network,
+        response_tx=inner_tx if response_tx is None else response_tx,
+        scale_tx=outer_tx if scale_tx is None else scale_tx,
+        scale=scale,
+        tune_scales=tune_scales,
+        entropy=entropy,
+        groups=groups,
+        shared=(shared,) if isinstance(shared, str) else tuple(shared),
+        linearize=linearize,
+        constrain=constrain,
+        warm_up=warm_up,
+        has_state=has_state,
+        seed=seed,
+    )
+    return Algorithm(cycle.init, cycle.step)
+
+
+def tuned_params(network: Network, state: SelfTuningState) -> Params:
+    """The weights to deploy: those at the current hyperparameters.
+
+    For a centred network the base weights as they are, at no cost; for an uncentred one those
+    that the response gives at ``state.raw``.
+    """
+    if network.centred:
+        return state.params
+    return network.apply(state.response, state.params, state.raw)
