@@ -179,8 +179,9 @@ def network_case(rng: np.random.Generator) -> Case:
         return newton(first_two, w)
 
     def exact(lam: np.ndarray) -> Exact:
-        w = minimise(lam, stationary_point())  # the same minimum, followed from a nearby one
-        _, hessian, cross, g, direct = map(np.asarray, derivatives(w, lam))
+        with jax.ensure_compile_time_eval():  # numbers, also where a caller is being traced
+            w = minimise(lam, stationary_point())  # the minimum that continues the case's own
+            _, hessian, cross, g, direct = map(np.asarray, derivatives(w, lam))
         return Exact(w, hessian, cross, g, direct)
 
     return Case(
