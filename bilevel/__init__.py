@@ -16,13 +16,17 @@ from bilevel.fit import FitResult as FitResult
 from bilevel.fit import fit as fit
 from bilevel.hypergradient import BestResponse as BestResponse
 from bilevel.hypergradient import BestResponseState as BestResponseState
+from bilevel.hypergradient import Evolution as Evolution
+from bilevel.hypergradient import FiniteDifference as FiniteDifference
 from bilevel.hypergradient import Hypergradient as Hypergradient
 from bilevel.hypergradient import Implicit as Implicit
+from bilevel.hypergradient import MemoryReport as MemoryReport
 from bilevel.hypergradient import Response as Response
 from bilevel.hypergradient import Unroll as Unroll
 from bilevel.hypergradient import hypergrad as hypergrad
 from bilevel.hypergradient import hypergrad_init as hypergrad_init
 from bilevel.hypergradient import hypergrad_solve as hypergrad_solve
+from bilevel.hypergradient import memory_report as memory_report
 from bilevel.hypergradient import value_and_hypergrad as value_and_hypergrad
 from bilevel.hypergradient import with_response as with_response
 from bilevel.inner.network import StructuredResponse as StructuredResponse

@@ -171,7 +171,7 @@ class Unroll:
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:
         """A fresh optimizer's state, the model state, and a zero tangent if in real time."""
         params, hparams, model_state = jax.tree.map(
-            _concrete, (params, hparams, problem.model_state)
+            concrete, (params, hparams, problem.model_state)
         )
         problem = dataclasses.replace(problem, model_state=model_state)
         carry = self._cold(problem, params, hparams)
@@ -308,6 +308,6 @@ class Unroll:
         return end.params, pullback
 
 
-def _concrete(leaf: Any) -> Any:
+def concrete(leaf: Any) -> Any:
     """Zeros in place of an abstract leaf: ``init`` may be asked for shapes only."""
     return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf

@@ -80,7 +80,9 @@ def _strong(x: Any) -> Any:
     return jax.lax.convert_element_type(x, dtype)  # a weak type would change in the first step
 
 
-def _keep_types(new: Any, old: Any) -> Any:
+def keep_types(new: Any, old: Any) -> Any:
+    """``new`` with every leaf in the dtype of ``old``: a loop's carry may not change its types."""
+
     def leaf(a: Any, b: Any) -> Any:
         dtype = jnp.result_type(b)
         return a if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.asarray(a).astype(dtype)
@@ -140,7 +142,7 @@ def descend(
         updates, new_opt_state = tx.update(grads, opt_state, params)
         new = InnerState(optax.apply_updates(params, updates), new_opt_state, new_model_state)
         info = jax.lax.stop_gradient(StepInfo(loss, tree.norm(grads)))
-        return _keep_types(new, state), info
+        return keep_types(new, state), info
 
     return _loop(step, state, first, steps, remat, straight_line)
 

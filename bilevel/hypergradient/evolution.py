@@ -1,0 +1,311 @@
+r"""Evolution strategies: the response of a training run by perturbing its hyperparameters."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
+from bilevel.arguments import check_at_least, check_count
+from bilevel.checks import check_inner, check_same_tree
+from bilevel.hypergradient.base import Pullback
+from bilevel.hypergradient.reach import (
+    InnerTx,
+    build_tx,
+    check_inner_tx,
+    check_reaches,
+    refresh_injected,
+)
+from bilevel.hypergradient.unroll import concrete
+from bilevel.inner.descend import (
+    InnerState,
+    StepInfo,
+    check_batches,
+    descend,
+    one_batch,
+    start,
+)
+from bilevel.linear.base import require_key
+from bilevel.problem import Point, Problem
+from bilevel.status import Status, code
+
+
+class EvolutionState(NamedTuple):
+    """Carried from call to call; N pairs, signs (+, -) on a leading axis of 2.
+
+    Attributes:
+      opt_state, model_state: of the run at the unperturbed hyperparameters.
+      members: the training states of the pairs, leaves (2, N, ...); ``None`` unless persistent.
+      sums: accumulated perturbations, like ``hparams`` with a leading axis N.
+      clock: (N,), int32, calls since each pair's last reset.
+      origin: parameters and model state where resets lead; ``None`` without a horizon.
+    """
+
+    opt_state: Any
+    model_state: ModelState = None
+    members: InnerState | None = None
+    sums: Hparams | None = None
+    clock: jax.Array | None = None
+    origin: tuple[Params, ModelState] | None = None
+
+
+@jax.custom_jvp
+def _listen(weights: jax.Array, losses: jax.Array) -> jax.Array:
+    """Zero, with derivative ``losses`` in ``weights``: losses leave as a cotangent."""
+    return jnp.zeros((), losses.dtype)
+
+
+@_listen.defjvp
+def _listen_jvp(primals, tangents):
+    weights, losses = primals
+    return _listen(weights, losses), jnp.sum(tangents[0] * losses)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Population(Point):
+    """The unperturbed run's end, and those of all pairs.
+
+    ``weights``, (2, N), are zeros. The outer loss of member i enters through them alone, so
+    its value is the cotangent of weight i, and it needs no derivative of its own.
+    """
+
+    params: Params
+    model_state: ModelState
+    members: tuple[Params, ModelState]
+    weights: jax.Array
+
+    def outer_loss(self, problem: Problem, hparams: Hparams, batch: Batch) -> tuple[Scalar, Any]:
+        """The loss at ``params``; those of the members by :func:`_listen`."""
+
+        def at(params: Params, model_state: ModelState, hparams: Hparams) -> tuple[Scalar, Any]:
+            there = dataclasses.replace(problem, model_state=model_state)
+            return there.outer_loss(params, hparams, batch)
+
+        value, aux = at(self.params, self.model_state, hparams)
+        members, fixed = jax.lax.stop_gradient((self.members, hparams))
+        losses = jax.vmap(jax.vmap(lambda m: at(*m, fixed)[0]))(members)
+        return value + _listen(self.weights, losses), aux
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Evolution:
+    r"""The pullback of ``steps`` optimizer steps, from losses of perturbed runs alone.
+
+    With N antithetic pairs :math:`\lambda \pm \epsilon_i`, :math:`\epsilon_i \sim N(0,
+    \sigma^2 I)`, and outer losses :math:`L_i^\pm` at the ends of their runs,
+
+    .. math:: \text{indirect} = \frac{1}{N}\sum_i \xi_i \frac{L_i^+ - L_i^-}{2\sigma^2},
+        \qquad \xi_i = \begin{cases} \epsilon_i & \text{ES} \\
+        \sum_{\text{calls since reset}} \epsilon_i & \text{PES} \end{cases}
+
+    Nothing is differentiated through training: steps, masks and roundings need no derivative.
+    All runs see the same batches and keys.
+
+    Args:
+      inner_tx: an optax transformation, or ``hparams -> transformation``.
+      steps: steps a call makes, the length of one window.
+      particles: N pairs, hence 2 N runs.
+      sigma: :math:`\sigma`, in units of the (preferably unconstrained) hyperparameters; the
+        estimate is of the objective smoothed on that scale. Traced.
+      persistent: PES: each pair keeps its own two runs from call to call, so that the estimate
+        is of the derivative through the whole run so far, without truncation bias. ``False``:
+        every pair starts each call from the unperturbed run (truncated ES; biased unless the
+        run is one call).
+      horizon: PES: inner steps after which a pair starts again where ``params`` stood at the
+        first call (a multiple of ``steps``); ``None`` never resets.
+      staggered: with a horizon, spread the pairs evenly over its windows, so that every call
+        sees every phase of training.
+
+    ``value`` and ``params`` of the result belong to the unperturbed run, which is trained too,
+    and ``direct`` is taken there. The objective is the outer loss at the end of each window.
+    The variance of PES grows with the number of windows since the reset.
+
+    Cost: 2 N + 1 runs of ``steps`` gradients, 2 N + 1 outer losses, no backward pass; memory
+    2 N training states. ``key`` is required. Model state is advanced in every run.
+
+    Stats: ``stationarity`` and ``inner_loss`` as :class:`~bilevel.Unroll`;
+    ``standard_error``, the norm of the estimate's standard error over the pairs (NaN for one).
+
+    Raises ``ValueError``/``TypeError``, when traced, for a missing key, a batch axis shorter
+    than ``steps``, a hyperparameter nothing reads, a horizon that is no multiple of ``steps``.
+
+    Reference: Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled
+    computation graphs with persistent evolution strategies", ICML 2021.
+    """
+
+    inner_tx: InnerTx = dataclasses.field(metadata={"static": True})
+    steps: int = dataclasses.field(metadata={"static": True})
+    particles: int = dataclasses.field(metadata={"static": True})
+    sigma: float | jax.Array
+    persistent: bool = dataclasses.field(default=True, metadata={"static": True})
+    horizon: int | None = dataclasses.field(default=None, metadata={"static": True})
+    staggered: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_inner_tx(self.inner_tx)
+        check_count("steps", self.steps)
+        check_count("particles", self.particles)
+        check_at_least("sigma", self.sigma, 0, strict=True)
+        if self.horizon is not None:
+            check_count("horizon", self.horizon)
+            if not self.persistent:
+                raise ValueError("`horizon` resets persistent pairs: it needs `persistent=True`.")
+            if self.horizon % self.steps:
+                raise ValueError(
+                    f"`horizon`={self.horizon} must be a multiple of `steps`={self.steps}: pairs "
+                    "start again between two calls."
+                )
+
+    def init(self, problem: Problem, params: Params, hparams: Hparams) -> EvolutionState:
+        """The unperturbed run's optimizer state, and all pairs at ``params``."""
+        params, hparams, model_state = jax.tree.map(
+            concrete, (params, hparams, problem.model_state)
+        )
+        carry = start(build_tx(self.inner_tx, hparams), params, model_state)
+        if not self.persistent:
+            return EvolutionState(carry.opt_state, carry.model_state)
+        n = self.particles
+        clock = jnp.zeros((n,), jnp.int32)
+        if self.horizon is not None and self.staggered:
+            clock = (jnp.arange(n, dtype=jnp.int32) * (self.horizon // self.steps)) // n
+        return EvolutionState(
+            carry.opt_state,
+            carry.model_state,
+            _pairs(carry, n),
+            jax.tree.map(lambda x: jnp.zeros((n, *jnp.shape(x)), jnp.result_type(x)), hparams),
+            clock,
+            None if self.horizon is None else (carry.params, carry.model_state),
+        )
+
+    def check(
+        self,
+        problem: Problem,
+        params: Params,
+        hparams: Hparams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        state: Any,
+    ) -> None:
+        """Raise what this response can tell is wrong, when traced."""
+        check_batches(inner_batch, self.steps)
+        check_inner(problem, params, hparams, one_batch(inner_batch))
+
+        def advance(lam: Hparams) -> Any:
+            carry = start(build_tx(self.inner_tx, lam), params, problem.model_state)
+            return self._run(problem, carry, lam, inner_batch, 1)[0]
+
+        check_reaches(problem, advance, params, hparams, outer_batch, differentiable=False)
+        if state is not None:
+            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
+            check_same_tree(state, expected, "state")
+
+    def _run(
+        self, problem: Problem, carry: InnerState, hparams: Hparams, batches: Batch, steps: int
+    ) -> tuple[InnerState, StepInfo]:
+        tx = build_tx(self.inner_tx, hparams)
+        carry = carry._replace(opt_state=refresh_injected(carry.opt_state, tx, carry.params))
+        return descend(problem, tx, carry, hparams, batches, steps=steps)
+
+    def _reset(self, problem: Problem, hparams: Hparams, state: EvolutionState) -> EvolutionState:
+        """Pairs whose clock has reached the horizon start again, with nothing accumulated."""
+        if self.horizon is None:
+            return state
+        over = state.clock >= self.horizon // self.steps
+        params, model_state = state.origin
+        fresh = start(build_tx(self.inner_tx, hparams), params, model_state)
+
+        def choose(axis: int, new: Any, old: Any) -> Any:
+            shape = [1] * jnp.ndim(old)
+            shape[axis] = self.particles
+            return jnp.where(over.reshape(shape), new, old)
+
+        return state._replace(
+            members=jax.tree.map(
+                lambda new, old: choose(1, new, old),
+                _pairs(fresh, self.particles),
+                state.members,
+            ),
+            sums=jax.tree.map(lambda x: choose(0, jnp.zeros_like(x), x), state.sums),
+            clock=jnp.where(over, 0, state.clock),
+        )
+
+    def vjp(
+        self,
+        problem: Problem,
+        params: Params,
+        hparams: Hparams,
+        inner_batch: Batch,
+        state: EvolutionState | None,
+        *,
+        key: Key | None = None,
+    ) -> tuple[Population, Pullback]:
+        """The ends of all runs, and the estimate from their losses."""
+        key = require_key(key, "Evolution")
+        if state is None:
+            state = self.init(problem, params, hparams)
+        carry = InnerState(params, state.opt_state, problem.model_state)
+        end, info = self._run(problem, carry, hparams, inner_batch, self.steps)
+
+        shape = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((self.particles, *jnp.shape(x)), x.dtype), hparams
+        )
+        noise = tree.random_like(key, shape, jax.random.normal)
+        noise = tree.cast_like(tree.scale(self.sigma, noise), hparams)
+        if self.persistent:
+            state = self._reset(problem, hparams, state)
+            members, sums = state.members, tree.add(state.sums, noise)
+        else:
+            members, sums = _pairs(carry, self.particles), noise
+
+        def one(member: InnerState, sign: jax.Array, noise: Hparams) -> InnerState:
+            perturbed = tree.axpy(sign, noise, hparams)
+            return self._run(problem, member, perturbed, inner_batch, self.steps)[0]
+
+        signs = jnp.asarray([1.0, -1.0])
+        over_pairs = jax.vmap(one, in_axes=(0, None, 0))
+        members = jax.vmap(over_pairs, in_axes=(0, 0, None))(members, signs, noise)
+
+        if self.persistent:
+            new_state = state._replace(
+                opt_state=end.opt_state,
+                model_state=end.model_state,
+                members=members,
+                sums=sums,
+                clock=state.clock + 1,
+            )
+        else:
+            new_state = EvolutionState(end.opt_state, end.model_state)
+
+        def pullback(g: Population) -> tuple[Hparams, EvolutionState, jax.Array, Stats]:
+            losses = g.weights
+            slope = (losses[0] - losses[1]) / (2 * jnp.asarray(self.sigma, losses.dtype) ** 2)
+
+            def each(xi: jax.Array) -> jax.Array:
+                return xi * slope.reshape((-1,) + (1,) * (xi.ndim - 1)).astype(xi.dtype)
+
+            terms = jax.tree.map(each, sums)
+            indirect = jax.tree.map(lambda x: jnp.mean(x, axis=0), terms)
+            n = self.particles
+            spread = jax.tree.map(
+                lambda x, mean: jnp.sum((x - mean[None]) ** 2, axis=0), terms, indirect
+            )
+            total = sum(jnp.sum(x) for x in jax.tree.leaves(spread))
+            stats = {
+                "stationarity": info.grad_norm[-1],
+                "inner_loss": info.loss[-1],
+                "standard_error": jnp.sqrt(total / (n * (n - 1))) if n > 1 else total * jnp.nan,
+            }
+            return indirect, new_state, code(Status.ok), stats
+
+        value_dtype = jnp.result_type(info.loss)
+        weights = jnp.zeros((2, self.particles), value_dtype)
+        ends = (members.params, members.model_state)
+        return Population(end.params, end.model_state, ends, weights), pullback
+
+
+def _pairs(carry: InnerState, n: int) -> InnerState:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (2, n, *jnp.shape(x))), carry)
