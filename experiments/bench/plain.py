@@ -1,0 +1,87 @@
+"""Conjugate gradients, the Neumann series and Gauss–Newton products as one writes them by hand.
+
+These are the hand-written column: plain JAX, as fast as we know how, no statuses and no checks.
+Nothing here, nor in any function named `by_hand` of the workloads, uses the library.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def dot(a: Any, b: Any) -> jax.Array:
+    """Inner product of two trees."""
+    return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def axpy(s: Any, a: Any, b: Any) -> Any:
+    """`s a + b` on trees."""
+    return jax.tree.map(lambda x, y: s * x + y, a, b)
+
+
+def cg(mv: Callable, b: Any, steps: int, rtol: float | None = None, inverse: Any = None) -> Any:
+    """`steps` of CG from zero, or fewer when the residual falls below `rtol |b|`."""
+
+    def precondition(r: Any) -> Any:
+        return r if inverse is None else jax.tree.map(jnp.multiply, inverse, r)
+
+    def advance(carry: tuple) -> tuple:
+        k, x, r, p, rz, _ = carry
+        image = mv(p)
+        alpha = rz / dot(p, image)
+        x, r = axpy(alpha, p, x), axpy(-alpha, image, r)
+        z = precondition(r)
+        rr = dot(r, r)
+        following = rr if inverse is None else dot(r, z)
+        return k + 1, x, r, axpy(following / rz, p, z), following, rr
+
+    z = precondition(b)
+    bb = dot(b, b)
+    start = (0, jax.tree.map(jnp.zeros_like, b), b, z, dot(b, z), bb)
+    if rtol is None:
+        return jax.lax.fori_loop(0, steps, lambda _, carry: advance(carry), start)[1]
+    limit = rtol**2 * bb
+    return jax.lax.while_loop(lambda c: (c[0] < steps) & (c[5] > limit), advance, start)[1]
+
+
+def neumann(mv: Callable, b: Any, steps: int, step_size: float, unroll: bool = False) -> Any:
+    """`step_size` times the sum of `(I - step_size A)^j b` for j up to `steps`."""
+
+    def body(_: Any, carry: tuple) -> tuple:
+        term, total = carry
+        term = axpy(-step_size, mv(term), term)
+        return term, axpy(1.0, term, total)
+
+    carry = (b, b)
+    if unroll:
+        for i in range(steps):
+            carry = body(i, carry)
+    else:
+        carry = jax.lax.fori_loop(0, steps, body, carry)
+    return jax.tree.map(lambda x: step_size * x, carry[1])
+
+
+def gauss_newton(model: Callable, output_loss: Callable, params: Any) -> Callable:
+    """`v -> J'QJ v` for `output_loss(model(params))`, linearised once."""
+    z, push = jax.linearize(model, params)
+    pull = jax.linear_transpose(push, params)
+    weigh = jax.linearize(jax.grad(output_loss), z)[1]
+    return lambda v: pull(weigh(push(v)))[0]
+
+
+def hypergradient(outer: Callable, inner: Callable, solve: Callable) -> Callable:
+    """`-B' solve(grad f)` by one JVP of the inner gradient; `solve(g, *arguments)`.
+
+    The outer loss of every workload reads no hyperparameter, so there is no direct term.
+    """
+
+    def function(params: Any, hparams: Any, inner_batch: Any, outer_batch: Any, key: Any) -> Any:
+        g = jax.grad(outer)(params, hparams, outer_batch)
+        q = solve(g, params, hparams, inner_batch, key)
+        mixed = jax.grad(inner, argnums=1)
+        along = jax.jvp(lambda w: mixed(w, hparams, inner_batch), (params,), (q,))[1]
+        return jax.tree.map(jnp.negative, along)
+
+    return function
