@@ -1,6 +1,7 @@
 r"""A driver on the host for any outer loop: shown, logged, saved, resumed, stopped in time."""
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -171,8 +172,7 @@ def fit(
             if found.notes["patience"] == [patience, min_delta]:
                 stopped = found.notes["stopped"]
 
-    advance = jax.jit(_advance(alg, min_delta, evaluate is None), donate_argnums=(0, 1))
-    keep_best = jax.jit(_keep_best, donate_argnums=0)
+    advance = _advance(alg, float(min_delta), evaluate is None)
     with contextlib.ExitStack() as stack:
         sinks: list[Any] = []
         history: list[Record] = []
@@ -229,7 +229,7 @@ def fit(
             if evaluate is not None and (done % evaluate_every == 0 or done == steps):
                 point = Point(state.params, before, getattr(state, "model_state", None))
                 evaluated = float(evaluate(point))
-                best = keep_best(best, point, evaluated, i, min_delta)
+                best = _keep_best_jitted(best, point, evaluated, i, min_delta)
             if evaluate is not None:
                 numbers["mark_step"] = jnp.copy(best.mark_step)  # `best` itself is donated
             for leaf in jax.tree.leaves(numbers):
@@ -272,7 +272,7 @@ def _by_step(data: Any) -> Callable[[int], Batch]:
 def _key_id(key: Key | None) -> Any:
     if key is None:
         return None
-    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return [str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key)).tolist()]
     return np.asarray(key).tolist()
 
@@ -282,8 +282,12 @@ def _step(alg: Algorithm, state: Any, batches: dict[str, Batch], key: Key | None
     return alg.step(state, **batches, key=key)
 
 
+@functools.lru_cache(maxsize=8)
 def _advance(alg: Algorithm, min_delta: float, by_loss: bool) -> Callable[..., Any]:
-    """One step, the best point and the numbers to tell, as one compiled program."""
+    """One step, the best point and the numbers to tell, as one compiled program.
+
+    Kept for a few algorithms, so that another seed or a resumed run does not compile again.
+    """
 
     def advance(state: Any, best: Best, batches: dict[str, Batch], key: Key | None, i: Any) -> Any:
         before = state.hparams
@@ -294,7 +298,7 @@ def _advance(alg: Algorithm, min_delta: float, by_loss: bool) -> Callable[..., A
         numbers = {**numbers_of(info, before), "mark_step": best.mark_step}
         return state, best, numbers, (None if by_loss else before)
 
-    return advance
+    return jax.jit(advance, donate_argnums=(0, 1))
 
 
 def _keep_best(best: Best, point: Point, value: Any, i: Any, min_delta: Any) -> Best:
@@ -310,6 +314,9 @@ def _keep_best(best: Best, point: Point, value: Any, i: Any, min_delta: Any) -> 
         jnp.where(marked, step, best.mark_step),
         tree.where(better, point, best.point),
     )
+
+
+_keep_best_jitted = jax.jit(_keep_best, donate_argnums=0)
 
 
 def _first_best(

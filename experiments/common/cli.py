@@ -120,8 +120,11 @@ def summarise(name: str, out: Path, package: str = "experiments") -> dict[str, A
     }
 
 
-def show(summary: dict[str, Any]) -> None:
-    """Prints the last record of every method and the inequalities, met or not."""
+def show(summary: dict[str, Any], chosen: Sequence[str] | None = None) -> None:
+    """Prints the last record of every method and the inequalities, met or not.
+
+    `chosen` names the metrics of the table, beside the cost; None shows all there are.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -133,6 +136,8 @@ def show(summary: dict[str, Any]) -> None:
         if isinstance(metrics, dict) and "mean" in (metrics.get("cost") or {})
     }
     columns = list(dict.fromkeys(metric for metrics in methods.values() for metric in metrics))
+    if chosen is not None:
+        columns = [metric for metric in ("cost", *chosen) if metric in columns]
     seeds = len(run["seeds"])
     results = Table(title=f"{run['experiment']}, preset {run['preset']}, mean of {seeds} seed(s)")
     results.add_column("method")
@@ -168,7 +173,7 @@ def _run(options: argparse.Namespace, package: str) -> int:
         resume=options.resume,
         package=package,
     )
-    show(summary)
+    show(summary, getattr(part(package, options.name, "run"), "TABLE", None))
     print(f"records, figures and summary are in {out}")
     if options.commit_summary:
         committed = folder_of(package) / options.name / "results"

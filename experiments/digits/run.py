@@ -16,6 +16,7 @@ from experiments.digits.config import Config
 from experiments.digits.methods import BLACK_BOX, GRADIENT, outer_steps, response, step_cost
 
 TOTAL = 1797  # images in the set
+TABLE = ("validation_loss", "test_loss", "test_error", "relative_residual")
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
@@ -184,10 +185,9 @@ def _tune(
         checkpoint_dir=folder / "checkpoints",
         checkpoint_every=config.checkpoint_every,
         run_id=f"digits {method} seed {seed}",
-        title=f"{method.replace('_', ' ')}, seed {seed}",
     )
-    for entry in record.restored(_lines(folder / "log.jsonl")):
-        metrics = {k: v for k, v in entry["aux"].items()}
+    for entry in result.history:
+        metrics = {k.removeprefix("aux/"): v for k, v in entry.items() if k.startswith("aux/")}
         records.append(
             method,
             entry["step"],
@@ -208,9 +208,3 @@ def _tune(
         mean_image=pixels.mean(0),
         deviation=pixels.std(0),
     )
-
-
-def _lines(path: Path) -> list[Any]:
-    import json
-
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
