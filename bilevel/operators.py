@@ -144,7 +144,9 @@ def _kernel_and_bias(params: Params) -> tuple[jax.Array, jax.Array | None]:
 def _like(params: Params, kernel: jax.Array, bias: jax.Array | None) -> Vector:
     leaves = [kernel] if bias is None else [kernel, bias]
     if hasattr(params, "keys") and bias is not None:
-        leaves = [bias, kernel]  # mappings flatten in the order of their keys
+        # A mapping flattens in its own order: sorted for most, as inserted for some.
+        path = jax.tree_util.tree_flatten_with_path(params)[0][0][0]
+        leaves = leaves if "kernel" in jax.tree_util.keystr(path[:1]) else leaves[::-1]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
@@ -279,10 +281,11 @@ def _linear_model_diagonal(
         weights = weigh(jnp.ones_like(z))
     else:
         # One direction per output, the same for all examples: Q has one block per example.
-        eye = jnp.eye(z.shape[-1], dtype=z.dtype)
-        weights = jnp.stack(
-            [weigh(jnp.broadcast_to(e, z.shape))[:, c] for c, e in enumerate(eye)], axis=-1
-        )
+        def column(c: jax.Array) -> jax.Array:
+            direction = jax.nn.one_hot(c, z.shape[-1], dtype=z.dtype)
+            return weigh(jnp.broadcast_to(direction, z.shape))[:, c]
+
+        weights = jax.lax.map(column, jnp.arange(z.shape[-1])).T
     data = tree.accumulate(op.model.transpose(params, x * x, weights))
     return tree.add(data, _separable_penalty(op, params, hparams))
 
