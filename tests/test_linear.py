@@ -1,0 +1,466 @@
+"""The solvers on matrices: bounds, statuses, honest reports."""
+
+import functools
+from collections import OrderedDict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from table import dense_gauss_newton
+
+from bilevel import (
+    CG,
+    Dense,
+    Diagonal,
+    Identity,
+    LinearModel,
+    Neumann,
+    Nystrom,
+    Status,
+    Stochastic,
+)
+from bilevel.hypergradient import Implicit
+from bilevel.linear import LinearMap
+from bilevel.operators import GaussNewton, Hessian
+from bilevel.problem import Problem
+from bilevel.testing import cases, check_solver, flatten, relative_error
+
+ALL = {case.name: case for case in cases()}
+KEY = jax.random.key(3)
+N = 6
+
+
+@functools.partial(jax.jit, static_argnames="certify")
+def solve(solver, matrix, rhs, x0=None, damping=0.0, certify=True):
+    """One compilation for each kind of solver: matrices, steps and tolerances are arguments."""
+    amap = LinearMap(lambda v: matrix @ v, damping)
+    return solver.solve(amap, rhs, x0, key=KEY, certify=certify)
+
+
+def spectrum(eigenvalues: Any, seed: int = 0) -> np.ndarray:
+    """A symmetric matrix with these eigenvalues and no structure."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.standard_normal((len(eigenvalues),) * 2))[0]
+    return (basis * np.asarray(eigenvalues)) @ basis.T
+
+
+def vector(n: int = N, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(n)
+
+
+DEFINITE = spectrum([0.4, 0.9, 1.3, 2.0, 3.1, 5.0])
+G = vector()
+
+# name, solver on an n x n matrix, damping it needs (matrix and damping together are solved).
+# Steps are 1: exact for A = I after one term, and inside (0, 2/lambda_max).
+SOLVERS = [
+    ("dense", lambda n: Dense(), 0.0),
+    ("cg", lambda n: CG(), 0.0),
+    ("cg_rtol", lambda n: CG(rtol=1e-10), 0.0),
+    ("cg_unrolled", lambda n: CG(max_steps=n, unroll=True), 0.0),
+    ("cg_diagonal", lambda n: CG(preconditioner=Diagonal()), 0.0),
+    ("neumann", lambda n: Neumann(3, 1.0), 0.0),
+    ("neumann_auto", lambda n: Neumann(3, power_steps=2), 0.0),
+    ("stochastic", lambda n: Stochastic(optax.sgd(1.0), 3), 0.0),
+    ("nystrom", lambda n: Nystrom(n), 0.25),
+    ("nystrom_gaussian", lambda n: Nystrom(n, gaussian=True), 0.25),
+    ("identity", lambda n: Identity(), 0.0),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "damping"), SOLVERS, ids=[s[0] for s in SOLVERS])
+def test_edges_of_every_solver(name, make, damping):
+    """A = I, a 1 x 1 matrix, a zero right side, NaN and infinity on either side."""
+    eye, g = np.eye(3), vector(3)
+    for matrix, rhs in ((eye, g), (np.eye(1), np.array([-2.5])), (eye, np.zeros(3))):
+        solution = solve(make(len(rhs)), matrix, rhs, damping=damping)
+        assert relative_error(solution.value, rhs / (1 + damping)) < 1e-12 or not rhs.any()
+        assert np.linalg.norm(solution.value - rhs / (1 + damping)) <= 1e-12 * np.linalg.norm(rhs)
+        assert int(solution.result) == Status.ok
+        assert float(solution.stats["residual_norm"]) <= 1e-12 * np.linalg.norm(rhs)
+        if name != "nystrom_gaussian" and "min_curvature" in solution.stats and rhs.any():
+            assert float(solution.stats["min_curvature"]) == pytest.approx(1 + damping)
+            assert float(solution.stats["max_curvature"]) == pytest.approx(1 + damping)
+    for poison in (np.nan, np.inf):
+        solution = solve(make(3), eye, np.array([1.0, poison, 2.0]), damping=damping)
+        assert int(solution.result) == Status.nonfinite_input
+        assert not np.isfinite(solution.value).all()
+    if name != "identity":  # which never looks at the matrix
+        solution = solve(make(3), np.where(eye > 0, np.nan, 0.0), g, damping=damping)
+        assert int(solution.result) == Status.nonfinite_output
+        assert not np.isfinite(solution.value).any()
+    assert not np.isfinite(float(solution.stats["residual_norm"]))
+
+
+ONE_STRUCTURE = [ALL["ridge_scalar"], ALL["ridge_data_weights"]]
+
+
+@pytest.mark.parametrize(
+    ("solver", "kwargs"),
+    [
+        (Dense(), {}),
+        (CG(rtol=1e-13), {}),
+        (CG(rtol=1e-13, preconditioner=Diagonal(num_probes=3)), {"key": KEY}),
+        (Neumann(6, 0.1), {"reference": lambda exact: exact.series(6, 0.1)}),
+        (Neumann(0, 0.1), {"reference": lambda exact: exact.series(0, 0.1)}),
+        (Stochastic(optax.sgd(0.1), 6), {"reference": lambda exact: exact.series(6, 0.1)}),
+        (Nystrom(5), {"key": KEY, "damping": 0.5}),
+        (Identity(0.3), {"reference": lambda exact: 0.3 * exact.outer_grad}),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_reports_are_honest(solver, kwargs):
+    """Value, residual and product count, each recomputed outside the solver."""
+    check_solver(solver, cases=ONE_STRUCTURE, **kwargs)
+
+
+# ---- conjugate gradients ---------------------------------------------------------------------
+
+
+@jax.jit
+def iterates(matrix, rhs):
+    solutions = [
+        CG(max_steps=k, unroll=True).solve(lambda v: matrix @ v, rhs) for k in range(1, N + 1)
+    ]
+    return jnp.stack([jnp.zeros_like(rhs), *(s.value for s in solutions)])
+
+
+def test_cg_converges_at_the_proven_rate_along_conjugate_directions():
+    matrix = spectrum([1, 2, 7, 20, 60, 100])
+    exact, path = np.linalg.solve(matrix, G), np.asarray(iterates(matrix, G))
+    errors = [np.sqrt((x - exact) @ matrix @ (x - exact)) for x in path]
+    root = np.sqrt(100.0)
+    for k, error in enumerate(errors):
+        assert error <= 2 * ((root - 1) / (root + 1)) ** k * errors[0] * (1 + 1e-12)
+    assert errors[-1] <= 1e-10 * errors[0]  # finite termination in n steps
+    steps = np.diff(path, axis=0)  # multiples of the directions
+    steps /= np.sqrt(np.einsum("ki,ij,kj->k", steps, matrix, steps))[:, None]
+    assert np.abs(steps @ matrix @ steps.T - np.eye(N)).max() < 1e-9
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-6, 1e-12])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_cg_meets_its_tolerance_as_recomputed(rtol, unroll):
+    solution = solve(CG(max_steps=12, rtol=rtol, unroll=unroll), DEFINITE, G)
+    assert int(solution.result) == Status.ok
+    residual = np.linalg.norm(G - DEFINITE @ solution.value)
+    # The recurrence may differ from the truth by rounding, 1e-15 cond(A).
+    assert residual <= rtol * np.linalg.norm(G) * 1.001 + 1e-14 * np.linalg.norm(G)
+    assert float(solution.stats["residual_norm"]) == pytest.approx(residual, rel=1e-6, abs=1e-15)
+    assert int(solution.stats["num_matvecs"]) <= N + 1
+
+
+def test_cg_tolerance_or_budget():
+    """An unmet tolerance is said; a spent budget without one is what was asked for."""
+    assert int(solve(CG(max_steps=2, rtol=1e-12), DEFINITE, G).result) == Status.max_steps
+    assert int(solve(CG(max_steps=2, atol=1e-12), DEFINITE, G).result) == Status.max_steps
+    assert int(solve(CG(max_steps=2), DEFINITE, G).result) == Status.ok
+    assert int(solve(CG(max_steps=2, atol=1e3), DEFINITE, G).stats["num_matvecs"]) == 0
+
+
+def test_cg_warm_start_better_and_worse_than_zero():
+    solver = CG(rtol=1e-10)
+    exact = np.linalg.solve(DEFINITE, G)
+    cold = solve(solver, DEFINITE, G)
+    aside = np.linalg.eigh(DEFINITE)[1][:, 2]  # one step along an eigenvector remains
+    near = solve(solver, DEFINITE, G, exact + 1e-3 * aside)
+    assert int(near.stats["num_matvecs"]) < int(cold.stats["num_matvecs"])
+    there = solve(solver, DEFINITE, G, exact)
+    assert int(there.stats["num_matvecs"]) == 1  # the product that judges the start
+    for start in (-1e6 * G, np.full(N, np.nan)):
+        worse = solve(solver, DEFINITE, G, start)
+        assert relative_error(worse.value, cold.value) == 0
+        assert int(worse.stats["num_matvecs"]) == int(cold.stats["num_matvecs"]) + 1
+    assert relative_error(near.value, exact) < 1e-8
+
+
+def test_cg_preconditioned_equals_plain_in_fewer_steps():
+    scale = np.array([1e-3, 1e-2, 1e-1, 1, 1e1, 1e2])
+    matrix = scale[:, None] * spectrum([1, 1.1, 1.2, 1.3, 1.4, 1.5]) * scale[None, :]
+
+    @jax.jit
+    def both(matrix, rhs):
+        amap = LinearMap(lambda v: matrix @ v, diagonal=lambda: jnp.diag(matrix))
+        return [
+            CG(rtol=1e-9, preconditioner=p).solve(amap, rhs) for p in (Diagonal(floor=1e-12), None)
+        ]
+
+    fast, plain = both(matrix, G * scale)
+    exact = np.linalg.solve(matrix, G * scale)
+    # Residuals of 1e-9 |g| leave errors up to that over the smallest eigenvalue: compare residuals.
+    for solution in (fast, plain):
+        assert float(solution.stats["residual_norm"]) <= 1e-8 * np.linalg.norm(G * scale)
+    assert int(fast.stats["num_matvecs"]) < int(plain.stats["num_matvecs"])
+    weight = np.sqrt(np.diag(matrix))
+    assert np.linalg.norm(weight * (fast.value - exact)) <= 1e-4 * np.linalg.norm(weight * exact)
+
+
+def test_cg_stops_at_the_last_good_iterate_under_negative_curvature():
+    matrix = np.diag([3.0, 2.0, 1.0, -0.5])
+    rhs = np.array([1.0, 1.0, 1.0, 0.3])
+    for unroll in (False, True):
+        solution = solve(CG(rtol=1e-12, max_steps=8, unroll=unroll), matrix, rhs)
+        assert int(solution.result) == Status.negative_curvature
+        low, met = float(solution.stats["min_curvature"]), int(solution.stats["num_matvecs"])
+        assert -0.5 <= low < 0 and met > 1
+        before = solve(CG(max_steps=met - 1, unroll=True), matrix, rhs)
+        assert int(before.result) == Status.ok
+        assert relative_error(solution.value, before.value) < 1e-12
+        assert np.linalg.norm(solution.value) > 0.1
+    immediate = solve(CG(rtol=1e-12), -np.eye(4), rhs)
+    assert int(immediate.result) == Status.negative_curvature
+    assert float(immediate.stats["min_curvature"]) == pytest.approx(-1.0)
+    assert np.linalg.norm(immediate.value) == 0  # the start is the last good iterate
+
+
+def test_cg_says_when_its_recurrence_lies():
+    """float32, cond 1e5: rounding holds the true residual at 1e-7 |A||q|, far above 1e-6 |g|."""
+    matrix, rhs = spectrum(np.logspace(-5, 0, N)).astype(np.float32), G.astype(np.float32)
+    solution = solve(CG(max_steps=200, rtol=1e-6), matrix, rhs)
+    assert int(solution.result) == Status.stagnated
+    norm = float(solution.stats["rhs_norm"])
+    assert float(solution.stats["residual_norm"]) > 10 * 1e-6 * norm
+    fine = solve(CG(max_steps=200, rtol=1e-6), DEFINITE.astype(np.float32), rhs)
+    assert int(fine.result) == Status.ok
+
+
+# ---- preconditioner --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["softmax_per_weight", "logistic_per_feature", "multi_output"])
+def test_known_diagonal_is_exact(name):
+    """A softmax with bias, a scalar output, and outputs that the loss couples."""
+    case = ALL[name]
+    operator = case.gauss_newton
+    damped = GaussNewton(operator.model, operator.output_loss, 0.25, operator.penalty)
+    bound = damped.bind(case.problem, case.params, case.hparams, case.inner_batch, fresh=False)
+    dense = dense_gauss_newton(case)
+    assert relative_error(bound.mv.diagonal(), np.diag(dense) + 0.25) < 1e-12
+    assert relative_error(dense, case.truth().hessian) < 1e-10  # linear model: both agree
+    v = jax.tree.map(lambda x: jnp.asarray(vector(x.size).reshape(x.shape)), case.params)
+    assert relative_error(bound.mv(v), (dense + 0.25 * np.eye(len(dense))) @ flatten(v)) < 1e-12
+
+
+def test_linear_model_params_in_any_container():
+    """A pair, a mapping in its own order, a kernel alone: the transpose lands in the right leaf."""
+    x, kernel, bias, u = vector(12).reshape(4, 3), vector(6).reshape(3, 2), vector(2), vector(8)
+    u = u.reshape(4, 2)
+    model = LinearModel(lambda hparams, batch: batch)
+    for params in (
+        (kernel, bias),
+        {"kernel": kernel, "bias": bias},
+        OrderedDict(kernel=kernel, bias=bias),
+        kernel,
+        {"kernel": kernel},
+        (kernel, None),
+    ):
+        params = jax.tree.map(jnp.asarray, params)
+        got = model.transpose(params, jnp.asarray(x), jnp.asarray(u))
+        want = jax.vjp(lambda w: model(w, None, jnp.asarray(x)), params)[1](jnp.asarray(u))[0]
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        assert relative_error(got, want) < 1e-14
+
+
+def test_hutchinson_diagonal():
+    amap = LinearMap(lambda v: jnp.asarray(DEFINITE) @ v)
+    probes = 400
+    got = 1 / np.asarray(Diagonal(num_probes=probes).inverse(amap, jnp.asarray(G), KEY))
+    off = DEFINITE - np.diag(np.diag(DEFINITE))
+    spread = np.sqrt((off**2).sum(axis=1) / probes)  # exact for random signs
+    assert (np.abs(got - np.diag(DEFINITE)) <= 4 * spread).all()
+    diagonal = LinearMap(lambda v: jnp.arange(1.0, N + 1) * v)
+    one = 1 / np.asarray(Diagonal(num_probes=1).inverse(diagonal, jnp.asarray(G), KEY))
+    assert relative_error(one, np.arange(1.0, N + 1)) < 1e-14  # signs square to one
+    with pytest.raises(ValueError, match="key"):
+        Diagonal().inverse(amap, jnp.asarray(G), None)
+
+
+# ---- Neumann and its stochastic relative -----------------------------------------------------
+
+QUADRATICS = ["ridge_scalar", "ridge_per_feature", "ridge_data_weights", "ridge_labels"]
+QUADRATICS += ["quadratic", "least_squares", "logistic_scalar", "logistic_per_feature"]
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 20, 100, 500])
+def test_neumann_error_is_within_the_proven_bound(k):
+    for name in QUADRATICS:
+        truth = ALL[name].truth()
+        eigenvalues = np.linalg.eigvalsh(truth.hessian)
+        for step in (0.5 / eigenvalues[-1], 1.9 / eigenvalues[-1]):
+            rho = np.abs(1 - step * eigenvalues).max()
+            solution = solve(Neumann(k, step), truth.hessian, truth.outer_grad)
+            size = np.linalg.norm(truth.outer_grad)
+            bound = rho ** (k + 1) * size / eigenvalues[0]
+            error = np.linalg.norm(solution.value - truth.adjoint())
+            assert error <= bound * (1 + 1e-9) + 1e-13 * size / eigenvalues[0], (name, step)
+            assert int(solution.result) == Status.ok, (name, step)
+            assert int(solution.stats["num_matvecs"]) == k
+            assert relative_error(solution.value, truth.series(k, step)) < 1e-11
+
+
+def test_neumann_error_never_grows_in_the_eigenbasis():
+    truth = ALL["ridge_per_feature"].truth()
+    eigenvalues, basis = np.linalg.eigh(truth.hessian)
+    step = 1.5 / eigenvalues[-1]
+    previous = np.full(len(eigenvalues), np.inf)
+    for k in (0, 1, 5, 20, 100):
+        value = solve(Neumann(k, step), truth.hessian, truth.outer_grad).value
+        error = np.abs(basis.T @ (np.asarray(value) - truth.adjoint()))
+        assert (error <= previous + 1e-12).all()
+        filtered = np.abs((1 - step * eigenvalues) ** (k + 1)) / eigenvalues
+        assert np.allclose(error, filtered * np.abs(basis.T @ truth.outer_grad), atol=1e-12)
+        previous = error
+
+
+def test_neumann_diverges_where_the_theory_says_so():
+    high = 5.0
+    for step, status in ((1.9 / high, Status.ok), (2.1 / high, Status.diverged)):
+        assert int(solve(Neumann(100, step), DEFINITE, G).result) == status
+    long = solve(Neumann(500, 2.1 / high), DEFINITE, G)
+    assert np.linalg.norm(long.value) > 1e3 * np.linalg.norm(np.linalg.solve(DEFINITE, G))
+    indefinite = spectrum([-0.2, 0.9, 1.3, 2.0, 3.1, 5.0])
+    solution = solve(Neumann(100, 1 / high), indefinite, G)
+    assert int(solution.result) == Status.diverged
+    assert float(solution.stats["min_curvature"]) < 0
+    # One product suffices where it alone proves the point.
+    assert int(solve(Neumann(1, 0.1), -np.eye(N), G).result) == Status.diverged
+    hidden = np.diag([1.0, -1e-3, 1.0, 1.0, 1.0, 1.0])
+    barely = solve(Neumann(20, 1.0), hidden, G)  # all but the bad direction vanish at once
+    assert int(barely.result) in (Status.diverged, Status.negative_curvature)
+
+
+def test_neumann_finds_its_step():
+    for matrix in (DEFINITE, 1e4 * DEFINITE, 1e-4 * DEFINITE):
+        high = np.linalg.eigvalsh(matrix)[-1]
+        solution = solve(Neumann(100), matrix, G)
+        step = float(solution.stats["step_size"])
+        assert 1 / high <= step * (1 + 1e-12) and step < 2 / high
+        assert int(solution.result) == Status.ok
+        assert int(solution.stats["num_matvecs"]) == 100 + 10
+        assert relative_error(solution.value, np.linalg.solve(matrix, G)) < 1e-3
+
+
+def test_stochastic_sgd_is_the_neumann_series():
+    for k in (1, 5, 20):
+        step = 0.3
+        sgd = solve(Stochastic(optax.sgd(step), k), DEFINITE, G)
+        series = solve(Neumann(k, step), DEFINITE, G)
+        assert relative_error(sgd.value, series.value) < 1e-13
+        assert int(sgd.result) == Status.ok
+    assert int(solve(Stochastic(optax.sgd(0.5), 20), DEFINITE, G).result) == Status.diverged
+    start = solve(Stochastic(optax.sgd(0.3), 5), DEFINITE, G, np.linalg.solve(DEFINITE, G))
+    assert relative_error(start.value, np.linalg.solve(DEFINITE, G)) < 1e-13
+
+
+def test_fresh_batches_make_an_unbiased_series():
+    """All 2^(K+1) ways to draw batches, enumerated: their mean is the mean loss's series."""
+    rng = np.random.default_rng(4)
+    matrices = np.stack([spectrum([0.5, 1.0, 2.0], 1), spectrum([0.3, 1.5, 2.5], 2)])
+    cross = rng.standard_normal((2, 3, 2))
+    g, k, step = rng.standard_normal(3), 2, 0.4
+
+    def inner(w, lam, batch):
+        matrix, b = batch
+        v = jnp.concatenate([w["a"], w["b"]])
+        return v @ matrix @ v / 2 + v @ b @ lam
+
+    def outer(w, lam, batch):
+        return jnp.concatenate([w["a"], w["b"]]) @ batch
+
+    params, lam = {"a": jnp.ones(1), "b": jnp.ones(2)}, jnp.ones(2)
+    problem = Problem(outer, inner)
+    draws = np.array(np.meshgrid(*[[0, 1]] * (k + 1))).reshape(k + 1, -1).T
+    for response in (
+        Implicit(Neumann(k, step), fresh_batches=True),
+        Implicit(Stochastic(optax.sgd(step), k), fresh_batches=True, warm_start=False),
+    ):
+
+        @jax.jit
+        @jax.vmap
+        def estimate(batch, response=response):
+            pullback = response.vjp(problem, params, lam, batch, None)[1]
+            return pullback({"a": jnp.asarray(g[:1]), "b": jnp.asarray(g[1:])})[0]
+
+        samples = np.asarray(estimate((matrices[draws], cross[draws])))
+        mean, term, total = matrices.mean(0), g, g
+        for _ in range(k):
+            term = term - step * mean @ term
+            total = total + term
+        assert relative_error(samples.mean(0), -cross.mean(0).T @ (step * total)) < 1e-12
+        assert samples.std(axis=0).min() > 1e-3  # the draws do differ
+
+
+# ---- Nystrom ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+@pytest.mark.parametrize("rank", [1, 3, N])
+def test_nystrom_is_within_its_bound(rank, gaussian):
+    solver = Nystrom(rank, gaussian)
+    # The map g -> q is linear; its columns give back the sketched matrix, M_k = Q^-1 - rho I.
+    columns = jax.jit(
+        jax.vmap(lambda e, rho: solve(solver, DEFINITE, e, None, rho).value, (0, None))
+    )
+    for rho in (1e-2, 0.1, 1.0):
+        inverse = np.asarray(columns(np.eye(N), rho))
+        sketched = np.linalg.inv(inverse) - rho * np.eye(N)
+        assert np.linalg.matrix_rank(sketched, tol=1e-7) == rank
+        gap = np.linalg.eigvalsh(DEFINITE - sketched)
+        assert gap[0] > -1e-8  # M - M_k is PSD: a Schur complement
+        e, size = max(gap[-1], 0.0), np.linalg.norm(G)
+        solution = solve(solver, DEFINITE, G, None, rho)
+        exact = np.linalg.solve(DEFINITE + rho * np.eye(N), G)
+        error = np.linalg.norm(solution.value - exact)
+        assert error <= size / rho * e / (rho + e) + 1e-8 * np.linalg.norm(exact)
+        assert int(solution.result) == Status.ok
+        assert int(solution.stats["num_matvecs"]) == rank
+        if rank == N:
+            assert error <= 1e-8 * np.linalg.norm(exact)
+
+
+def test_nystrom_on_a_singular_matrix_and_an_indefinite_one():
+    rng = np.random.default_rng(2)
+    root = rng.standard_normal((N, 2))
+    for gaussian in (False, True):
+        low_rank = solve(Nystrom(4, gaussian), root @ root.T, G, None, 0.1)
+        exact = np.linalg.solve(root @ root.T + 0.1 * np.eye(N), G)
+        assert relative_error(low_rank.value, exact) < 1e-8  # four columns span a rank of two
+        assert int(low_rank.result) == Status.ok
+        dead = solve(Nystrom(4, gaussian), np.zeros((N, N)), G, None, 0.1)
+        assert relative_error(dead.value, G / 0.1) < 1e-14
+    indefinite = solve(Nystrom(N), spectrum([-1, 1, 1, 2, 2, 3]), G, None, 0.1)
+    assert int(indefinite.result) == Status.negative_curvature
+    assert float(indefinite.stats["min_curvature"]) == pytest.approx(-0.9)
+
+
+# ---- Dense and refusals ----------------------------------------------------------------------
+
+
+def test_dense_reports_an_indefinite_matrix_and_solves_it():
+    matrix = spectrum([-1.0, 1, 1, 2, 2, 3])
+    solution = solve(Dense(), matrix, G)
+    assert relative_error(solution.value, np.linalg.solve(matrix, G)) < 1e-12
+    assert int(solution.result) == Status.negative_curvature
+    assert float(solution.stats["min_curvature"]) == pytest.approx(-1.0)
+
+
+def test_solvers_refuse_what_they_cannot_do():
+    amap = LinearMap(lambda v: v, fresh=lambda v, i: v)
+    for solver in (CG(), Dense(), Nystrom(2)):
+        with pytest.raises(ValueError, match="same matrix"):
+            solver.solve(amap, G, key=KEY)
+    with pytest.raises(ValueError, match="damping"):
+        Nystrom(2).solve(lambda v: v, G, key=KEY)
+    with pytest.raises(ValueError, match="key"):
+        Nystrom(2).solve(LinearMap(lambda v: v, 0.1), G)
+    with pytest.raises(ValueError, match="exceeds"):
+        Nystrom(N + 1).solve(LinearMap(lambda v: v, 0.1), G, key=KEY)
+    with pytest.raises(ValueError, match="max_size"):
+        Dense(max_size=2).solve(lambda v: v, G)
+    with pytest.raises(ValueError, match="tree structure"):
+        CG().solve(lambda v: (v,), G)
+    with pytest.raises(ValueError, match="damping"):
+        Hessian(damping=-0.1)
