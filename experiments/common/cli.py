@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -178,7 +179,9 @@ def _run(options: argparse.Namespace, package: str) -> int:
     if options.commit_summary:
         committed = folder_of(package) / options.name / "results"
         record.write_json(committed / "summary.json", summary)
-        print(f"summary kept in {options.name}/results/summary.json")
+        for picture in sorted((out / "figures").glob("*.png")):
+            shutil.copyfile(picture, committed / picture.name)
+        print(f"summary and figures kept in {options.name}/results")
     unmet = any(verdict["met"] is False for verdict in summary["verdicts"])
     return 1 if options.check and unmet else 0
 
@@ -215,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--commit-summary",
         action="store_true",
-        help="also keep the summary in the experiment's own folder, to be committed",
+        help="also keep summary and figures in the experiment's own folder, to be committed",
     )
     report = commands.add_parser("report", help="one page and picture of all finished runs")
     report.add_argument("--results", type=Path, default=Path("results"), help="folder of outputs")

@@ -34,13 +34,12 @@ def _losses(records: list[record.Record], path: Path) -> Path:
                     name=NAMES.get(method),
                     dashed=method.endswith("per_tensor"),
                 )
-            draw.cost_axes(axes, metric.replace("_", " ") + " (nats)")
+        draw.cost_axes(left, "validation loss (nats)")
+        draw.cost_axes(right, "test loss (nats)", log=False)
         right.get_legend().remove()
+        left.set_ylim(top=1.0)
         left.set_title("what is tuned falls without limit ...")
-        right.set_title("... what was meant does not: keep a third split")
-        low = min(left.get_ylim()[0], right.get_ylim()[0])
-        for axes in (left, right):
-            axes.set_ylim(low, 1.0)
+        right.set_title("... what is meant turns: keep a third split")
     return path
 
 
