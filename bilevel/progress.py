@@ -174,42 +174,27 @@ class Bar:
     """A live line on the terminal: losses, hypergradient norm, residual, steps a second."""
 
     def __init__(self, start: int, steps: int):
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._start = start
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
-            TimeRemainingColumn(),
-        )
+        # Narrow, so that a line with a status still fits 80 columns.
+        told = TextColumn("{task.fields[told]}")
+        self._progress = Progress(MofNCompleteColumn(), BarColumn(bar_width=8), told)
         self._progress.start()
         self._task = self._progress.add_task("outer steps", total=steps, completed=start, told="")
 
     def write(self, record: Record) -> None:
         """Show one step."""
-        parts = [
-            f"{label} {record[name]:.4g}"
-            for label, name in (
-                ("inner", "inner_loss"),
-                ("outer", "outer_loss"),
-                ("|grad|", "hypergrad_norm"),
-                ("residual", "residual_norm"),
-            )
-            if name in record
-        ]
+        status = record.get("status", "ok")
+        names = {"inner": "inner_loss", "outer": "outer_loss", "|grad|": "hypergrad_norm"}
+        if status == "ok":  # else the status says what the residual would hint at
+            names["residual"] = "residual_norm"
+        parts = [f"{label} {record[name]:.3g}" for label, name in names.items() if name in record]
+        if status != "ok":
+            parts.append(f"[yellow]{status}[/yellow]")
         if record["seconds"] > 0:
             parts.append(f"{(record['step'] + 1 - self._start) / record['seconds']:.3g}/s")
-        if record.get("status", "ok") != "ok":
-            parts.append(f"[yellow]{record['status']}[/yellow]")
-        self._progress.update(self._task, completed=record["step"] + 1, told="  ".join(parts))
+        self._progress.update(self._task, completed=record["step"] + 1, told=" ".join(parts))
 
     def sync(self) -> None:
         """Nothing to make durable."""

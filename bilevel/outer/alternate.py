@@ -159,7 +159,7 @@ def alternate(
     base = Problem(outer, inner, has_aux, has_state)
 
     def make_tx(hparams: Hparams) -> optax.GradientTransformation:
-        tx = inner_tx if _is_tx(inner_tx) else inner_tx(hparams)
+        tx: Any = inner_tx if _is_tx(inner_tx) else inner_tx(hparams)  # type: ignore[operator]
         if not _is_tx(tx):
             raise TypeError(f"`inner_tx` must return an optax gradient transformation, got {tx!r}.")
         return tx
@@ -249,7 +249,7 @@ def alternate(
             has_state=has_state,
             model_state=model_state,
         )
-        moved = hparams if constrain is None else state.raw
+        moved: Any = hparams if constrain is None else state.raw
         grads = solution.grads
         if constrain is not None:
             grads = jax.vjp(constrain.constrain, state.raw)[1](grads)[0]

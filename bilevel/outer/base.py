@@ -38,7 +38,7 @@ def own(tree: Any) -> Any:
 
     def leaf(x: Any) -> jax.Array:
         dtype = jnp.result_type(x)
-        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return jnp.copy(x)
         return jnp.array(x, dtype=dtype, copy=True)
 
@@ -63,7 +63,7 @@ def same_type(new: Any, old: Any, name: str, remedy: str) -> Any:
             )
 
     def strong(x: Any) -> jax.Array:
-        if jax.dtypes.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
             return x
         return jax.lax.convert_element_type(x, jnp.result_type(x))
 

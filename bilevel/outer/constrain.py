@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bilevel.aliases import Hparams
 from bilevel.arguments import check_count, concrete
@@ -315,7 +316,7 @@ class Space:
         r""":math:`\rho = c^{-1}(\lambda)`. Concrete values are checked, traced ones cannot be."""
 
         def leaf(bound: Bound, x: jax.Array, name: str) -> jax.Array:
-            if not isinstance(x, jax.core.Tracer):
+            if not isinstance(x, Tracer):
                 value = np.asarray(x)
                 if not np.all(np.isfinite(value)):
                     raise ValueError(f"{name} is not finite: {value}.")
