@@ -1,6 +1,7 @@
 r"""``diagnose``: before the first hypergradient, is this inner problem fit for one?"""
 
 import dataclasses
+import functools
 import math
 import sys
 from typing import Any
@@ -14,7 +15,7 @@ from bilevel.checks import check_batch, check_inexact, check_inner
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
-from bilevel.linear.lanczos import Extremes, extremes, lanczos
+from bilevel.linear.lanczos import Extremes, Tridiagonal, extremes, lanczos
 from bilevel.linear.neumann import Neumann
 from bilevel.operators import GaussNewton, Hessian, Operator
 from bilevel.problem import Problem
@@ -123,18 +124,8 @@ def diagnose(
     steps = min(num_steps, tree.size(params))
     key = jax.random.key(0) if key is None else key
 
-    @jax.jit
-    def measure(
-        operator: Any, params: Params, hparams: Hparams, batch: Batch, state: Any, key: Any
-    ):
-        problem = Problem(lambda *_: None, inner, has_state=has_state, model_state=state)
-        check_inner(problem, params, hparams, batch)
-        grad, mv = operator.bind(problem, params, hparams, batch, fresh=False)
-        loss = problem.inner_loss(params, hparams, batch)
-        return loss, tree.norm(grad), tree.norm(params), lanczos(mv, params, steps, key)
-
-    loss, grad_norm, length, coefficients = measure(
-        operator, params, hparams, inner_batch, model_state, key
+    loss, grad_norm, length, coefficients = _measure(
+        inner, has_state, steps, operator, params, hparams, inner_batch, model_state, key
     )
     found = _conclude(
         tree.size(params),
@@ -147,6 +138,26 @@ def diagnose(
     if print:
         _show(found)
     return found
+
+
+# Compiled once for a loss and a number of steps, not once a call.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _measure(
+    inner: Loss,
+    has_state: bool,
+    steps: int,
+    operator: Any,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    state: ModelState,
+    key: Key,
+) -> tuple[jax.Array, jax.Array, jax.Array, Tridiagonal]:
+    problem = Problem(lambda *_: None, inner, has_state=has_state, model_state=state)
+    check_inner(problem, params, hparams, batch)
+    grad, mv = operator.bind(problem, params, hparams, batch, fresh=False)
+    loss = problem.inner_loss(params, hparams, batch)
+    return loss, tree.norm(grad), tree.norm(params), lanczos(mv, params, steps, key)
 
 
 def _conclude(

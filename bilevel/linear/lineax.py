@@ -86,8 +86,10 @@ class Lineax:
         require_fixed(amap, "Lineax")
 
         gg, gag = tree.vdot(rhs, rhs), tree.vdot(rhs, amap(rhs))
-        usable = (gg > 0) & (gag > 0)
-        step = jnp.where(usable, gg / jnp.where(usable, gag, 1), 1)  # 1 / curvature along g
+        # 1 / curvature along g. Written so that a NaN stays one: lineax ends its loop at a NaN
+        # and would return the start as a success.
+        unusable = (gg == 0) | (gag <= 0)
+        step = jnp.where(unusable, 1, gg / jnp.where(unusable, 1, gag))
         factor = step / jnp.finfo(gg.dtype).eps
         if x0 is None:
             start = tree.scale(step, rhs)
@@ -113,7 +115,9 @@ class Lineax:
             Status.ok,
             (solution.result == codes.nonfinite_input, Status.nonfinite_input),
             (
-                (solution.result == codes.breakdown) | (solution.result == codes.singular),
+                (solution.result == codes.breakdown)
+                | (solution.result == codes.singular)
+                | ((gag < 0) & definite),
                 Status.negative_curvature,
             ),
             (

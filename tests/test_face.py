@@ -1,0 +1,123 @@
+"""The public face: its names, and what each of them says about itself."""
+
+import dataclasses
+import doctest
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import bilevel
+
+ROOT = Path(__file__).parent.parent
+
+# A snapshot: adding a name is a decision, and so is taking one away.
+NAMES = """
+Algorithm AlternateInfo AlternateState BestResponse BestResponseState CG Dense Diagnosis
+Diagonal FitResult Free GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient
+HypergradientError Identity Implicit Integer Interval LinearModel LinearSolution LinearSolver
+Lineax Neumann Nystrom Positive Problem Response SelfTuningInfo SelfTuningState Simplex Space
+Split Status Stochastic StructuredResponse Unroll WholeRun Woodbury alternate check_hypergrad
+diagnose fit hypergrad hypergrad_init hypergrad_solve raise_for_status scan_run self_tuning
+split_equinox split_linen split_nnx tuned_params value_and_hypergrad with_response
+""".split()
+
+
+def public():
+    return {
+        name: value
+        for name, value in vars(bilevel).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+
+
+def test_public_names_are_these():
+    assert sorted(public()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_every_public_name_is_documented(name):
+    value = public()[name]
+    doc = inspect.getdoc(value) or ""
+    assert len(doc.split()) >= 5, f"{name} has no docstring of its own"
+    if dataclasses.is_dataclass(value):
+        assert not doc.startswith(f"{name}("), f"the docstring of {name} is the generated one"
+    if inspect.isfunction(value):
+        missing = [
+            p.name
+            for p in inspect.signature(value).parameters.values()
+            if p.annotation is inspect.Parameter.empty
+        ]
+        assert not missing, f"{name}: not annotated {missing}"
+        assert inspect.signature(value).return_annotation is not inspect.Signature.empty
+
+
+def methods():
+    """Responses and solvers: what a user chooses between by cost and source."""
+    return sorted(
+        name
+        for name, value in public().items()
+        if inspect.isclass(value)
+        and dataclasses.is_dataclass(value)
+        and (hasattr(value, "vjp") or hasattr(value, "solve"))
+    )
+
+
+def test_the_methods_are_found():
+    assert {"CG", "Neumann", "Implicit", "Lineax"} <= set(methods())
+
+
+# Textbook facts, not somebody's method.
+NO_SOURCE = {"Dense"}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_methods_say_cost_and_source(name):
+    doc = inspect.getdoc(public()[name]) or ""
+    assert "Cost" in doc, f"{name} does not say what it costs"
+    if name not in NO_SOURCE:
+        assert "Reference" in doc, f"{name} does not say where it comes from"
+
+
+@pytest.mark.parametrize("name", methods())
+def test_methods_are_values(name):
+    cls = public()[name]
+    assert cls.__dataclass_params__.frozen
+    required = [
+        f
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if not required:
+        value = cls()
+        same = jax.tree.unflatten(jax.tree.structure(value), jax.tree.leaves(value))
+        assert same == value and hash(value) == hash(same)
+        assert not any(isinstance(x, int) for x in jax.tree.leaves(value)), "counts are static"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n, v in public().items() if ">>>" in (inspect.getdoc(v) or ""))
+)
+def test_examples_run(name):
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    with jax.enable_x64(False):  # the reader's default
+        for test in finder.find(public()[name], name, globs={}):
+            assert test.examples
+            runner.run(test)
+    assert runner.failures == 0
+
+
+def test_import_is_light():
+    """No extra and no plotting is loaded by ``import bilevel``."""
+    code = (
+        "import sys, bilevel; heavy = {'lineax', 'equinox', 'matplotlib', 'optuna', 'sklearn', "
+        "'orbax', 'rich', 'tensorboardX', 'pooch'} & set(sys.modules); print(sorted(heavy))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]", (done.stdout, done.stderr[-2000:])

@@ -1,0 +1,211 @@
+"""The house stands: imports go down only, files stay short, and some things are not done here."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# One ordered list of all modules: each may import only from those above it here.
+FLOORS = {
+    "ground": [
+        "aliases",
+        "arguments",
+        "tree",
+        "leaves",
+        "status",
+        "traced",
+    ],
+    "linear: H q = g, seeing only a function": [
+        "linear.base",
+        "linear.precondition",
+        "linear.identity",
+        "linear.dense",
+        "linear.cg",
+        "linear.neumann",
+        "linear.stochastic",
+        "linear.nystrom",
+        "linear.woodbury",
+        "linear.lineax",
+        "linear.lanczos",
+        "linear",
+    ],
+    "problem: two losses and their products": [
+        "problem",
+        "checks",
+        "operators",
+    ],
+    "regularizers: what users tune": [
+        "regularizers.strength",
+        "regularizers.activations",
+        "regularizers.color",
+        "regularizers.cutout",
+        "regularizers.dropout",
+        "regularizers.mixup",
+        "regularizers.noise",
+        "regularizers.penalties",
+        "regularizers",
+    ],
+    "inner: how w follows the hyperparameters forward": [
+        "inner.mixed",
+        "inner.descend",
+        "inner.groups",
+        "inner.network",
+        "inner",
+    ],
+    "hypergradient: responses, and the transforms that use them": [
+        "hypergradient.base",
+        "hypergradient.implicit",
+        "hypergradient.reach",
+        "hypergradient.forward",
+        "hypergradient.unroll",
+        "hypergradient.best_response",
+        "hypergradient.transform",
+        "hypergradient.with_response",
+        "hypergradient",
+    ],
+    "outer: how the hyperparameters move": [
+        "outer.constrain",
+        "outer.base",
+        "outer.schedule",
+        "outer.whole_run",
+        "outer.alternate",
+        "outer.self_tuning",
+        "outer",
+    ],
+    "roof: drivers and tools for people": [
+        "checkpoint",
+        "progress",
+        "fit",
+        "adapters",
+        "diagnose",
+        "check",
+        "testing.case",
+        "testing.linear_models",
+        "testing.other_models",
+        "testing.cases",
+        "testing.check",
+        "testing.wrong",
+        "testing",
+    ],
+}
+ORDER = [f"bilevel.{name}" for names in FLOORS.values() for name in names] + ["bilevel"]
+
+
+def module_name(path):
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(p): p for p in sorted((ROOT / "bilevel").rglob("*.py"))}
+SOURCES = {
+    str(p.relative_to(ROOT)): p
+    for folder in ("bilevel", "experiments")
+    for p in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imported(tree, modules=MODULES):
+    """Modules of the package that a file imports anywhere, delayed imports included."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in modules else node.module)
+    return {name for name in found if name in modules}
+
+
+def parse(path):
+    return ast.parse(path.read_text(), str(path))
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == sorted(MODULES), "list new modules in FLOORS, remove old ones"
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_down_only(name):
+    below = set(ORDER[: ORDER.index(name)])
+    upward = imported(parse(MODULES[name])) - below - {name}
+    assert not upward, f"{name} imports {sorted(upward)}, which does not stand below it"
+
+
+def test_the_check_sees_upward_and_delayed_imports():
+    delayed = ast.parse("def f():\n    from bilevel.linear import cg\n    import bilevel.problem")
+    assert imported(delayed) == {"bilevel.linear.cg", "bilevel.problem"}
+
+
+def test_the_library_does_not_know_its_experiments_or_tests():
+    for name, path in MODULES.items():
+        words = {
+            (alias.name if isinstance(node, ast.Import) else node.module or "").split(".")[0]
+            for node in ast.walk(parse(path))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert not words & {"experiments", "tests"}, name
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_files_are_short_and_documented(name):
+    lines = SOURCES[name].read_text().splitlines()
+    assert len(lines) <= 400, f"{name} has {len(lines)} lines: one idea a file"
+    assert not lines or ast.get_docstring(parse(SOURCES[name])), f"{name} does not say what it is"
+
+
+def calls(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_what_is_not_done_here(name):
+    tree = parse(SOURCES[name])
+    text = SOURCES[name].read_text()
+    called = set(calls(tree))
+    if name.startswith("bilevel/"):
+        assert "print" not in called, "the library does not print"
+        asserts = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Assert)]
+        assert not asserts, f"bad input is an error with a message, not an assertion: {asserts}"
+    assert not any(c.split(".")[-1] == "nan_to_num" for c in called), "NaN is never replaced"
+    names = {
+        full
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+        for full in (alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}",)
+    }
+    for word in ("pickle", "dill", "joblib", "jax.experimental", "jax._src"):
+        assert not any(n == word or n.startswith(word + ".") for n in names), word
+    assert "jax.experimental" not in text and "jax._src" not in text
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+    assert "NotImplementedError" not in text
+
+
+def test_extras_are_imported_late():
+    """``import bilevel`` needs the core dependencies only."""
+    core = {"jax", "flax", "optax", "numpy", "bilevel"}
+    for name, path in MODULES.items():
+        for node in parse(path).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                for alias in node.names:
+                    word = alias.name if isinstance(node, ast.Import) else node.module
+                    top = (word or "").split(".")[0]
+
+                    assert top in core or top in sys.stdlib_module_names, f"{name}: {top}"
+
+
+def test_the_floor_plan_names_every_file():
+    plan = (ROOT / "bilevel" / "README.md").read_text()
+    named = set(re.findall(r"^\| `([\w/]+\.py)` \|", plan, re.MULTILINE))
+    files = {str(p.relative_to(ROOT / "bilevel")) for p in MODULES.values()}
+    assert named == files, f"missing {sorted(files - named)}, gone {sorted(named - files)}"
