@@ -193,15 +193,15 @@ class Evolution:
         """Raise what this response can tell is wrong, when traced."""
         check_batches(inner_batch, self.steps)
         check_inner(problem, params, hparams, one_batch(inner_batch))
+        if state is not None:
+            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
+            check_same_tree(state, expected, "state")
 
         def advance(lam: Hparams) -> Any:
             carry = start(build_tx(self.inner_tx, lam), params, problem.model_state)
             return self._run(problem, carry, lam, inner_batch, 1)[0]
 
         check_reaches(problem, advance, params, hparams, outer_batch, differentiable=False)
-        if state is not None:
-            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
-            check_same_tree(state, expected, "state")
 
     def _run(
         self, problem: Problem, carry: InnerState, hparams: Hparams, batches: Batch, steps: int

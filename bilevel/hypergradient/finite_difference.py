@@ -95,6 +95,9 @@ class FiniteDifference:
     ) -> None:
         """Raise what this response can tell is wrong, when traced."""
         check_inner(problem, params, hparams, inner_batch)
+        if state is not None:
+            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
+            check_same_tree(state, expected, "state")
 
         def advance(lam: Hparams) -> Any:
             carry = self._carry(problem, params, lam, state)
@@ -103,9 +106,6 @@ class FiniteDifference:
             return descend(problem, tx, carry, lam, stack, steps=1)[0]
 
         check_reaches(problem, advance, params, hparams, outer_batch)
-        if state is not None:
-            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
-            check_same_tree(state, expected, "state")
 
     def vjp(
         self,

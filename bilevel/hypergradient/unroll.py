@@ -204,6 +204,9 @@ class Unroll:
         """Raise what this response can tell is wrong, when traced."""
         check_batches(inner_batch, self.steps)
         check_inner(problem, params, hparams, one_batch(inner_batch))
+        if state is not None:
+            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
+            check_same_tree(state, expected, "state")
         if self.mode == "forward" and tree.size(hparams) > self.max_hparams:
             raise ValueError(
                 f"`mode='forward'` carries one tangent a hyperparameter, and `hparams` has "
@@ -221,9 +224,6 @@ class Unroll:
             return self._steps(problem, carry, lam, inner_batch, 0, 1, "reverse", "none")[0]
 
         check_reaches(problem, advance, params, hparams, outer_batch)
-        if state is not None:
-            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
-            check_same_tree(state, expected, "state")
 
     def _steps(
         self,

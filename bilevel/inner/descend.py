@@ -1,5 +1,6 @@
 r"""Training: ``steps`` optax steps on the inner loss, as one loop over a stack of batches."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -132,7 +133,8 @@ def descend(
     """
     if straight_line is None:
         batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
-        straight_line = wants_straight_line(problem, state.params, hparams, batch)
+        here = dataclasses.replace(problem, model_state=state.model_state)
+        straight_line = wants_straight_line(here, state.params, hparams, batch)
     gradient = _gradient(problem, state, hparams, batches, first, mixed)
     tx = optax.with_extra_args_support(tx)
 
@@ -166,11 +168,11 @@ def _gradient(
 
 
 def segment_length(steps: int) -> int:
-    """A divisor of ``steps`` near its square root, or else the root rounded."""
+    """A divisor of ``steps`` near its square root (the lower of two), or else the root rounded."""
     root = math.sqrt(steps)
     divisors = [d for d in range(1, steps + 1) if steps % d == 0 and root / 1.7 <= d <= root * 1.7]
     if divisors:
-        return min(divisors, key=lambda d: abs(math.log(d / root)))
+        return min(divisors, key=lambda d: (round(abs(math.log(d / root)), 6), d))
     return max(round(root), 1)
 
 
