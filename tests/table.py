@@ -146,7 +146,7 @@ RESPONSES = [
         exact,
         1e-8,
         TOLERANCE,
-        needs("gauss_newton_exact", "linear_model"),
+        only("ridge_scalar", "ridge_data_weights", "multi_output", "softmax_per_weight"),
     ),
     Row(
         "woodbury",
@@ -162,7 +162,7 @@ RESPONSES = [
         damped_gauss_newton,
         1e-8,
         BACKWARD_STABLE,
-        needs("gauss_newton"),
+        only("ridge_labels", "multi_output", "softmax_per_weight", "least_squares", "network"),
     ),
     Row("neumann_0", lambda c: Implicit(Neumann(0, steps_of(c))), series(0), 1e-12, ROUNDING),
     Row("neumann_7", lambda c: Implicit(Neumann(7, steps_of(c))), series(7), 1e-12, ROUNDING),
