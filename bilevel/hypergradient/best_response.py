@@ -1,6 +1,7 @@
 r"""Best response: a trained network says how the parameters follow the hyperparameters."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
 from bilevel.inner.groups import draw_noise, fold_keys, split_batch
 from bilevel.inner.network import Network, StructuredResponse
-from bilevel.operators import GaussNewton
+from bilevel.linear.base import loop
+from bilevel.operators import GaussNewton, wants_straight_line
 from bilevel.problem import Problem
 from bilevel.status import Status, code
 from bilevel.traced import depends
@@ -215,8 +217,9 @@ class BestResponse:
         key: Key,
     ) -> tuple[BestResponseState, Scalar]:
         scale = scale_like(self.scale, hparams)
+        straight = wants_straight_line(problem, params, hparams, batch)
 
-        def step(state: BestResponseState, i: jax.Array) -> tuple[BestResponseState, Scalar]:
+        def step(state: BestResponseState, i: Any) -> tuple[BestResponseState, Scalar]:
             def loss(response: Any) -> Scalar:
                 noise = draw_noise(jax.random.fold_in(key, i), hparams, self.groups)
                 d = jax.tree.map(lambda s, e: s * e, scale, noise)
@@ -234,14 +237,16 @@ class BestResponse:
                     d,
                     fold_keys(batch, i),
                     self.groups,
+                    straight,
                 )
 
             value, grads = jax.value_and_grad(loss)(state.response)
             updates, opt_state = self.tx.update(grads, state.opt_state, state.response)
             return BestResponseState(optax.apply_updates(state.response, updates), opt_state), value
 
-        state, losses = jax.lax.scan(step, state, jnp.arange(self.steps))
-        return state, losses[-1]
+        shape = jax.eval_shape(step, state, 0)[1]
+        carry = (state, jnp.zeros((), shape.dtype))
+        return loop(self.steps, lambda i, carry: step(carry[0], i), carry, straight)
 
 
 def scale_like(scale: Any, hparams: Hparams) -> Hparams:
@@ -262,11 +267,25 @@ def scale_like(scale: Any, hparams: Hparams) -> Hparams:
     )
 
 
-def mean_over_groups(loss: Any, displacements: Any, batch: Batch, groups: int) -> Scalar:
-    """Mean of ``loss(displacement, part)``; one group takes the batch as it is, without a map."""
+def mean_over_groups(
+    loss: Callable[[Any, Batch], Scalar],
+    perturbed: Any,
+    batch: Batch,
+    groups: int,
+    straight: bool = False,
+) -> Scalar:
+    """Mean of ``loss(perturbed[g], part g)``; one group takes the batch as it is, unmapped.
+
+    ``straight`` writes the groups out one after the other: a mapped convolution with a kernel
+    a group is a grouped one, which XLA runs far slower than separate ones on CPU.
+    """
     if groups == 1:
-        return loss(jax.tree.map(lambda x: x[0], displacements), batch)
-    return jnp.mean(jax.vmap(loss)(displacements, split_batch(batch, groups)))
+        return loss(jax.tree.map(lambda x: x[0], perturbed), batch)
+    parts = split_batch(batch, groups)
+    if not straight:
+        return jnp.mean(jax.vmap(loss)(perturbed, parts))
+    values = [loss(*jax.tree.map(lambda x, g=g: x[g], (perturbed, parts))) for g in range(groups)]
+    return jnp.mean(jnp.stack(values))
 
 
 def check_responds(

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.aliases import Batch, Hparams, Key
 from bilevel.tree import accumulator_dtype, paths
@@ -84,10 +85,15 @@ def draw_noise(key: Key, hparams: Hparams, count: int, shared: Any = None) -> Hp
     """
     leaves, treedef = jax.tree.flatten(hparams)
     flags = [False] * len(leaves) if shared is None else treedef.flatten_up_to(shared)
-    keys = jax.random.split(key, max(len(leaves), 1))
+    sizes = [int(np.prod(jnp.shape(leaf))) for leaf in leaves]
+    dtype = accumulator_dtype(jnp.result_type(*leaves))
+    # One draw for all leaves: a call of the generator costs more to compile than to run.
+    parts = jnp.split(
+        jax.random.normal(key, (count, sum(sizes)), dtype), np.cumsum(sizes)[:-1].tolist(), axis=1
+    )
     drawn = []
-    for k, leaf, same in zip(keys, leaves, flags, strict=False):
-        dtype = accumulator_dtype(jnp.result_type(leaf))
-        noise = jax.random.normal(k, (1 if same else count, *jnp.shape(leaf)), dtype)
-        drawn.append(jnp.broadcast_to(noise, (count, *jnp.shape(leaf))))
+    for part, leaf, same in zip(parts, leaves, flags, strict=True):
+        part = jnp.broadcast_to(part[:1], part.shape) if same else part
+        noise = part.reshape(count, *jnp.shape(leaf))
+        drawn.append(noise.astype(accumulator_dtype(jnp.result_type(leaf))))
     return jax.tree.unflatten(treedef, drawn)
