@@ -171,3 +171,12 @@ def loop(steps: int, body: Callable[[Any, Any], Any], carry: Any, unroll: bool) 
             carry = body(i, carry)
         return carry
     return jax.lax.scan(lambda c, i: (body(i, c), None), carry, jnp.arange(steps))[0]
+
+
+def contract(a: Vector, b: Vector) -> jax.Array:
+    """(m, k) inner products between two stacks of vectors, summed over leaves."""
+    parts = [
+        x.reshape(x.shape[0], -1) @ y.reshape(y.shape[0], -1).T.astype(x.dtype)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ]
+    return sum(parts[1:], parts[0])

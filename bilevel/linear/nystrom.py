@@ -13,6 +13,7 @@ from bilevel.arguments import check_count
 from bilevel.linear.base import (
     LinearSolution,
     as_map,
+    contract,
     finish,
     require_fixed,
     require_key,
@@ -81,7 +82,11 @@ class Nystrom:
         n = tree.size(rhs)
         if self.rank > n:
             raise ValueError(f"`rank`={self.rank} exceeds the {n} inner parameters.")
-        test = self._test_vectors(key, rhs, n)
+        # The k largest of n uniform numbers are a uniform draw without replacement.
+        chosen = (
+            None if self.gaussian else jax.lax.top_k(jax.random.uniform(key, (n,)), self.rank)[1]
+        )
+        test = self._test_vectors(key, rhs, chosen)
         if amap.unroll:
             images = [amap.undamped(test(i)) for i in range(self.rank)]
             columns = jax.tree.map(lambda *x: jnp.stack(x), *images)
@@ -89,7 +94,10 @@ class Nystrom:
             columns = jax.lax.map(lambda i: amap.undamped(test(i)), jnp.arange(self.rank))
         columns = tree.accumulate(columns)
 
-        core = jax.lax.map(lambda i: _inner(columns, test(i)), jnp.arange(self.rank))
+        if chosen is None:
+            core = jax.lax.map(lambda i: _inner(columns, test(i)), jnp.arange(self.rank))
+        else:
+            core = _entries(columns, chosen)
         eigenvalues, basis = jnp.linalg.eigh((core + core.T) / 2)
         scale = jnp.max(jnp.abs(eigenvalues))
         small = self.rank * jnp.finfo(eigenvalues.dtype).eps * scale
@@ -99,15 +107,13 @@ class Nystrom:
             lambda c: jnp.tensordot((basis * root[None, :]).T.astype(c.dtype), c, axes=1), columns
         )
         damping = jnp.asarray(amap.damping, eigenvalues.dtype)
-        gram = jax.lax.map(
-            lambda i: _inner(low_rank, jax.tree.map(lambda c: c[i], low_rank)),
-            jnp.arange(self.rank),
-        )
+        gram = contract(low_rank, low_rank)
         system = gram + damping * jnp.eye(self.rank, dtype=gram.dtype)
         inner = jnp.linalg.solve(system, _inner(low_rank, rhs))
         value = jax.tree.map(
-            lambda g, c: (g - jnp.tensordot(inner.astype(c.dtype), c, axes=1))
-            / damping.astype(g.dtype),
+            lambda g, c: (
+                (g - jnp.tensordot(inner.astype(c.dtype), c, axes=1)) / damping.astype(g.dtype)
+            ),
             rhs,
             low_rank,
         )
@@ -120,13 +126,11 @@ class Nystrom:
         result = status_of(Status.ok, (indefinite, Status.negative_curvature))
         return finish(amap, rhs, value, stats, result, certify)
 
-    def _test_vectors(self, key: Key, rhs: Vector, n: int) -> Any:
+    def _test_vectors(self, key: Key, rhs: Vector, chosen: jax.Array | None) -> Any:
         """``i -> column i`` of the test matrix, made when asked for: it is never stored."""
-        if self.gaussian:
+        if chosen is None:
             keys = jax.random.split(key, self.rank)
             return lambda i: tree.random_like(keys[i], rhs, jax.random.normal)
-        # The k largest of n uniform numbers are a uniform draw without replacement.
-        chosen = jax.lax.top_k(jax.random.uniform(key, (n,)), self.rank)[1]
         leaves, treedef = jax.tree.flatten(rhs)
         offsets = np.cumsum([0, *(leaf.size for leaf in leaves)])
 
@@ -134,7 +138,9 @@ class Nystrom:
             return jax.tree.unflatten(
                 treedef,
                 [
-                    jax.nn.one_hot(chosen[i] - offset, leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+                    jax.nn.one_hot(chosen[i] - offset, leaf.size, dtype=leaf.dtype).reshape(
+                        leaf.shape
+                    )
                     for offset, leaf in zip(offsets, leaves, strict=False)
                 ],
             )
@@ -142,10 +148,26 @@ class Nystrom:
         return unit
 
 
+def _entries(columns: Vector, chosen: jax.Array) -> jax.Array:
+    """(k, k) entries of the stacked columns at the chosen coordinates: read, not multiplied out."""
+    core, offset = jnp.zeros((), jnp.float32), 0
+    for c in jax.tree.leaves(columns):
+        flat = c.reshape(c.shape[0], -1)
+        size = flat.shape[1]
+        local = chosen - offset
+        here = (local >= 0) & (local < size)
+        read = jnp.take(flat, jnp.clip(local, 0, size - 1), axis=1)
+        core = core + jnp.where(here[None, :], read, 0)
+        offset += size
+    return core
+
+
 def _inner(columns: Vector, v: Vector) -> jax.Array:
     """(k,) inner products of the stacked columns with one vector."""
     parts = jax.tree.map(
-        lambda c, x: jnp.tensordot(c.reshape(c.shape[0], -1), x.reshape(-1).astype(c.dtype), axes=1),
+        lambda c, x: jnp.tensordot(
+            c.reshape(c.shape[0], -1), x.reshape(-1).astype(c.dtype), axes=1
+        ),
         columns,
         v,
     )

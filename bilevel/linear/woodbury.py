@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Vector
 from bilevel.arguments import check_count
-from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, status_of
+from bilevel.linear.base import LinearSolution, as_map, contract, finish, require_fixed, status_of
 from bilevel.status import Status
 
 
@@ -25,7 +25,8 @@ class Woodbury:
     Args:
       max_outputs: largest m accepted: the method stores m vectors and an m x m matrix.
 
-    Needs ``GaussNewton(...)`` with :math:`D > 0`; D not positive gives ``negative_curvature``.
+    Needs ``GaussNewton(...)`` with :math:`D > 0`; D not positive gives ``negative_curvature``
+    and the value that belongs to :math:`|D|`.
     A penalty whose Hessian is not diagonal is outside the method, and shows in the
     recomputed residual. The inverse is never taken of Q, which is singular for softmax.
 
@@ -69,27 +70,21 @@ class Woodbury:
                 f"`max_outputs`={self.max_outputs}. Use a smaller inner batch, or `CG()`."
             )
         rows, diagonal = tree.accumulate(rows), tree.cast_like(diagonal, rhs)
-        scaled = jax.tree.map(lambda j, d: j / d[None], rows, diagonal)  # J D^-1
-        kernel = _contract(scaled, rows)  # J D^-1 J'
+        # Both factors of J D^-1 J' are the same J D^-1/2, so that one m x n array is enough.
+        root = jax.tree.map(lambda d: jnp.sqrt(jnp.abs(d)), diagonal)
+        half = jax.tree.map(lambda j, d: j / d[None], rows, root)
+        kernel = contract(half, half)
         system = jnp.eye(m, dtype=kernel.dtype) + weights.astype(kernel.dtype) @ kernel
-        projected = _contract(scaled, jax.tree.map(lambda g: g[None], rhs))[:, 0]
+        scaled = jax.tree.map(jnp.divide, rhs, root)
+        projected = contract(half, jax.tree.map(lambda g: g[None], scaled))[:, 0]
         inner = jnp.linalg.solve(system, weights.astype(kernel.dtype) @ projected)
         value = jax.tree.map(
-            lambda g, d, s: g / d - jnp.tensordot(inner.astype(s.dtype), s, axes=1),
-            rhs,
-            diagonal,
+            lambda g, d, h: (g - jnp.tensordot(inner.astype(h.dtype), h, axes=1)) / d,
             scaled,
+            root,
+            half,
         )
         low = jnp.min(jnp.stack([jnp.min(d) for d in jax.tree.leaves(diagonal)]))
         stats = {"num_matvecs": jnp.asarray(m, jnp.int32), "min_curvature": low}
         result = status_of(Status.ok, (low <= 0, Status.negative_curvature))
         return finish(amap, rhs, value, stats, result, certify)
-
-
-def _contract(a: Vector, b: Vector) -> jax.Array:
-    """(m, k) inner products between two stacks of vectors, summed over leaves."""
-    parts = [
-        x.reshape(x.shape[0], -1) @ y.reshape(y.shape[0], -1).T.astype(x.dtype)
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    ]
-    return sum(parts[1:], parts[0])

@@ -246,10 +246,15 @@ def nystrom(config: Config, seed: int) -> Row:
             return ravel_pytree(mv(unravel(unit)))[0]
 
         columns = jax.lax.map(column, chosen)
+        # Through eigenvalues: a plain solve is singular where coordinates are dead.
         core = columns[:, chosen]
-        system = DAMPING * (core + core.T) / 2 + columns @ columns.T
-        inner_part = jnp.linalg.solve(system, columns @ flat)
-        return unravel((flat - inner_part @ columns) / DAMPING)
+        eigenvalues, basis = jnp.linalg.eigh((core + core.T) / 2)
+        kept = eigenvalues > RANK * jnp.finfo(core.dtype).eps * eigenvalues[-1]
+        root = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, eigenvalues, 1)), 0)
+        low_rank = (basis * root[None, :]).T @ columns
+        system = DAMPING * jnp.eye(RANK, dtype=core.dtype) + low_rank @ low_rank.T
+        inner_part = jnp.linalg.solve(system, low_rank @ flat)
+        return unravel((flat - inner_part @ low_rank) / DAMPING)
 
     solver = bilevel.Nystrom(rank=RANK)
     columns = _only_bilevel(
