@@ -17,12 +17,13 @@ ROOT = Path(__file__).parent.parent
 # A snapshot: adding a name is a decision, and so is taking one away.
 NAMES = """
 Algorithm AlternateInfo AlternateState BestResponse BestResponseState CG Dense Diagnosis
-Diagonal FitResult Free GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient
-HypergradientError Identity Implicit Integer Interval LinearModel LinearSolution LinearSolver
-Lineax Neumann Nystrom Positive Problem Response SelfTuningInfo SelfTuningState Simplex Space
-Split Status Stochastic StructuredResponse Unroll WholeRun Woodbury alternate check_hypergrad
-diagnose fit hypergrad hypergrad_init hypergrad_solve raise_for_status scan_run self_tuning
-split_equinox split_linen split_nnx tuned_params value_and_hypergrad with_response
+Diagonal Evolution FiniteDifference FitResult Free GaussNewton Hessian HyperSchedule
+HypergradCheck Hypergradient HypergradientError Identity Implicit Integer Interval LinearModel
+LinearSolution LinearSolver Lineax MemoryReport Neumann Nystrom Positive Problem Response
+SelfTuningInfo SelfTuningState Simplex Space Split Status Stochastic StructuredResponse Unroll
+WholeRun Woodbury alternate check_hypergrad diagnose fit hypergrad hypergrad_init
+hypergrad_solve memory_report raise_for_status scan_run self_tuning split_equinox split_linen
+split_nnx tuned_params value_and_hypergrad with_response
 """.split()
 
 
@@ -104,7 +105,7 @@ def test_methods_are_values(name):
 def test_examples_run(name):
     finder = doctest.DocTestFinder(recurse=False)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    with jax.enable_x64(False):  # the reader's default
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):  # the reader's defaults
         for test in finder.find(public()[name], name, globs={}):
             assert test.examples
             runner.run(test)

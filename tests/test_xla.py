@@ -64,19 +64,24 @@ def twin():
     return np.asarray(sol.grads)
 
 
+CASES = {
+    "plain": (CG(500, rtol=1e-6), False),
+    "diagonal": (CG(500, rtol=1e-6, preconditioner=Diagonal()), False),
+    "diagonal-from-zeros": (CG(500, rtol=1e-6, preconditioner=Diagonal()), True),
+}
+
+
+@functools.cache
+def solved(name):
+    solver, warm = CASES[name]
+    return solve(Implicit(solver, OPERATOR), *logistic(), warm=warm)
+
+
 # 1e-5 is the promise at tolerance 1e-6: the residual is amplified by at most the condition number
 # of the (preconditioned) matrix, and float32 sums of 10 000 terms round at about 1e-7 each.
-@pytest.mark.parametrize(
-    ("solver", "warm"),
-    [
-        (CG(500, rtol=1e-6), False),
-        (CG(500, rtol=1e-6, preconditioner=Diagonal()), False),
-        (CG(500, rtol=1e-6, preconditioner=Diagonal()), True),
-    ],
-    ids=["plain", "diagonal", "diagonal-from-zeros"],
-)
-def test_float32_logistic_regression_equals_its_float64_twin(solver, warm):
-    sol = solve(Implicit(solver, OPERATOR), *logistic(), warm=warm)
+@pytest.mark.parametrize("name", CASES)
+def test_float32_logistic_regression_equals_its_float64_twin(name):
+    sol = solved(name)
     assert sol.grads.dtype == jnp.float32
     assert int(sol.result) == 0, bilevel.Status(int(sol.result))
     exact = twin()
@@ -85,11 +90,8 @@ def test_float32_logistic_regression_equals_its_float64_twin(solver, warm):
 
 
 def test_the_diagonal_halves_the_work():
-    plain, diagonal = (
-        solve(Implicit(CG(500, rtol=1e-6, preconditioner=p), OPERATOR), *logistic())
-        for p in (None, Diagonal())
-    )
-    assert int(diagonal.stats["num_matvecs"]) <= 0.6 * int(plain.stats["num_matvecs"])
+    plain, diagonal = (int(solved(n).stats["num_matvecs"]) for n in ("plain", "diagonal"))
+    assert diagonal <= 0.6 * plain
 
 
 @pytest.mark.parametrize("solver", [CG(3), Neumann(3, 0.1)], ids=["cg", "neumann"])
@@ -179,8 +181,9 @@ def test_the_search_for_loops_finds_one():
 
 def test_one_frozen_dropout_mask_converges_and_fresh_ones_diverge():
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((60, 12)), rng.standard_normal(60)
-    w, lam = 0.1 * rng.standard_normal(12), np.float64(-4.0)
+    # Fewer examples than weights: masks matter most where networks live.
+    x, y = rng.standard_normal((20, 40)), rng.standard_normal(20)
+    w, lam = 0.1 * rng.standard_normal(40), np.float64(-4.0)
 
     def inner(w, lam, batch):
         x, y, key = batch
@@ -192,7 +195,7 @@ def test_one_frozen_dropout_mask_converges_and_fresh_ones_diverge():
 
     key = jax.random.key(3)
     frozen = jax.jit(bilevel.hypergrad_solve, static_argnums=(0, 1))(
-        outer, inner, Implicit(CG(60, rtol=1e-8)), w, lam, inner_batch=(x, y, key),
+        outer, inner, Implicit(CG(200, rtol=1e-8)), w, lam, inner_batch=(x, y, key),
         outer_batch=(x, y),
     )  # fmt: skip
     assert int(frozen.result) == 0
@@ -208,6 +211,7 @@ def test_one_frozen_dropout_mask_converges_and_fresh_ones_diverge():
     got = jax.jit(lambda g: CG(60, rtol=1e-8).solve(fresh, g))(g)
     # The mean over masks is known in closed form: X'X/N, its diagonal doubled, plus the penalty.
     gram = x.T @ x / len(x)
-    mean = gram + np.diag(np.diag(gram)) + np.exp(lam) * np.eye(12)
-    assert float(np.linalg.norm(mean @ got.value - g)) > float(np.linalg.norm(g))
+    mean = gram + np.diag(np.diag(gram)) + np.exp(lam) * np.eye(40)
+    # Worse than not starting, after more steps than there are weights.
+    assert float(np.linalg.norm(mean @ got.value - g)) > 2 * float(np.linalg.norm(g))
     assert int(got.result) != 0  # and it does not claim success
