@@ -29,12 +29,6 @@ from bilevel.hypergradient import hypergrad_solve as hypergrad_solve
 from bilevel.hypergradient import memory_report as memory_report
 from bilevel.hypergradient import value_and_hypergrad as value_and_hypergrad
 from bilevel.hypergradient import with_response as with_response
-from bilevel.inner.layers import Perturbed as Perturbed
-from bilevel.inner.layers import TunedConv as TunedConv
-from bilevel.inner.layers import TunedEmbedding as TunedEmbedding
-from bilevel.inner.layers import TunedLinear as TunedLinear
-from bilevel.inner.layers import TunedLSTMCell as TunedLSTMCell
-from bilevel.inner.layers import split_layers as split_layers
 from bilevel.inner.network import StructuredResponse as StructuredResponse
 from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense
