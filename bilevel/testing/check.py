@@ -120,7 +120,7 @@ def check_response(
     Raises:
       CheckFailed: naming the case and what is wrong.
     """
-    make = response if not hasattr(response, "vjp") else (lambda case: response)
+    make: Any = (lambda case: response) if hasattr(response, "vjp") else response
     reference = reference or (lambda case: case.truth().hypergrad())
     for case in all_cases() if cases is None else cases:
         chosen: Any = make(case)

@@ -44,7 +44,8 @@ def _penalty(params: Any, hparams: Any) -> jax.Array:
     if jax.tree.structure(hparams) != jax.tree.structure(params):
         hparams = jax.tree.map(lambda _: hparams, params)
     terms = jax.tree.map(lambda w, lam: jnp.sum(jnp.exp(lam) * w**2) / 2, params, hparams)
-    return sum(jax.tree.leaves(terms))
+    leaves = jax.tree.leaves(terms)
+    return sum(leaves[1:], leaves[0])
 
 
 def _cross_of_penalty(w: np.ndarray, lam: np.ndarray) -> np.ndarray:
@@ -55,7 +56,7 @@ def _build(
     rng: np.random.Generator,
     name: str,
     operator: GaussNewton,
-    data: tuple[Any, Any],
+    data: tuple[Any, ...],
     hparams: Any,
     like: Any,
     closed_form: Any,
@@ -140,7 +141,8 @@ def ridge_cases(rng: np.random.Generator) -> list[Case]:
         return jnp.sum((z - hparams) ** 2) / (2 * z.shape[0])
 
     def fixed_ridge(params: Any, hparams: Any) -> jax.Array:
-        return ridge / 2 * sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
+        squares = [jnp.sum(w**2) for w in jax.tree.leaves(params)]
+        return ridge / 2 * sum(squares[1:], squares[0])
 
     per_weight = {"bias": jnp.asarray(-0.4), "kernel": jnp.asarray(draw(rng, d, scale=0.5) - 0.7)}
     rows = [
@@ -284,7 +286,9 @@ def softmax_case(rng: np.random.Generator) -> Case:
         p = np.exp(scores - scores.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         blocks = p[:, :, None] * (np.eye(c) - p[:, None, :])
-        curvature = sum(np.kron(np.outer(row, row), q) for row, q in zip(a, blocks, strict=True))
+        curvature = np.sum(
+            [np.kron(np.outer(row, row), q) for row, q in zip(a, blocks, strict=True)], axis=0
+        )
         return (a.T @ (p - np.eye(c)[y])).ravel() / n, curvature / n
 
     def closed_form(lam: np.ndarray, direction: np.ndarray) -> Exact:

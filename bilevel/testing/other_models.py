@@ -146,7 +146,8 @@ def network_case(rng: np.random.Generator) -> Case:
 
     def penalty(params: Any, hparams: Any) -> jax.Array:
         terms = jax.tree.map(lambda w, lam: jnp.exp(lam) * jnp.sum(w**2) / 2, params, hparams)
-        return sum(jax.tree.leaves(terms))
+        leaves = jax.tree.leaves(terms)
+        return sum(leaves[1:], leaves[0])
 
     operator = GaussNewton(model, output_loss, penalty=penalty)
 
