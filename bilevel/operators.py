@@ -15,7 +15,7 @@ import numpy as np
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Params, Scalar, Vector
 from bilevel.arguments import check_at_least
-from bilevel.linear.base import Factors, LinearMap
+from bilevel.linear_map import Factors, LinearMap
 from bilevel.problem import Problem
 from bilevel.traced import contains_primitive
 

@@ -1,12 +1,11 @@
 r"""What a linear solve is: ``solver.solve(mv, rhs, x0)`` answers :math:`A q = g`.
 
 A solver sees a function :math:`v \mapsto A v` and nothing of the bilevel problem. When the
-function is a :class:`LinearMap` it may also carry what some solvers can use: its damping
+function is a :class:`~bilevel.linear_map.LinearMap` it may also carry what some solvers can use: its damping
 apart, a diagonal, low-rank factors, fresh batches. A plain function works everywhere these
 are not needed.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,49 +14,8 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Scalar, Stats, Vector
+from bilevel.linear_map import LinearMap
 from bilevel.status import Status, code
-
-
-class Factors(NamedTuple):
-    r""":math:`A = J^\top Q J + D` with :math:`D` diagonal and positive.
-
-    Attributes:
-      rows: tree like the vectors, each leaf with a leading axis of ``m`` = batch x outputs:
-        the Jacobian of the flattened model outputs.
-      weights: (m, m), the Hessian :math:`Q` of the output loss, PSD.
-      diagonal: tree like the vectors, damping included.
-    """
-
-    rows: Vector
-    weights: jax.Array
-    diagonal: Vector
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearMap:
-    r""":math:`v \mapsto (M + \rho I) v` for a symmetric :math:`M`, with optional structure.
-
-    Attributes:
-      undamped: :math:`v \mapsto M v`.
-      damping: :math:`\rho`, a Python float or a scalar array.
-      unroll: loops over products should be straight-line code (convolutions on CPU).
-      diagonal: returns the exact diagonal of :math:`M + \rho I`, where known.
-      factors: returns :class:`Factors`, where known.
-      fresh: ``fresh(v, i)`` is the damped product on batch ``i``, where batches are fresh.
-    """
-
-    undamped: MatVec
-    damping: Any = 0.0
-    unroll: bool = False
-    diagonal: Callable[[], Vector] | None = None
-    factors: Callable[[], Factors] | None = None
-    fresh: Callable[[Vector, Any], Vector] | None = None
-
-    def __call__(self, v: Vector) -> Vector:
-        product = tree.cast_like(self.undamped(v), v)
-        if isinstance(self.damping, (int, float)) and self.damping == 0:
-            return product
-        return tree.axpy(self.damping, v, product)
 
 
 def as_map(mv: MatVec, rhs: Vector) -> LinearMap:

@@ -10,7 +10,6 @@ from bilevel import tree
 from bilevel.aliases import Key, MatVec, Scalar, Vector
 from bilevel.arguments import check_at_least, check_count
 from bilevel.linear.base import (
-    LinearMap,
     LinearSolution,
     as_map,
     finish,
@@ -18,6 +17,7 @@ from bilevel.linear.base import (
     status_of,
 )
 from bilevel.linear.precondition import Diagonal
+from bilevel.linear_map import LinearMap
 from bilevel.status import Status
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel.aliases import Key, Vector
 from bilevel.arguments import check_at_least, check_count
-from bilevel.linear.base import LinearMap, loop, require_key
+from bilevel.linear.base import loop, require_key
+from bilevel.linear_map import LinearMap
 
 
 @jax.tree_util.register_dataclass
