@@ -41,7 +41,7 @@ def cross_entropy(z: jax.Array, hparams: Any, batch: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(z, batch[1]).mean()
 
 
-def penalty(params: Any, hparams: Any) -> jax.Array:
+def penalty(params: Any, hparams: Any) -> Any:
     """Half the weighted squares of the kernels; biases are free."""
     pairs = zip(params, hparams, strict=True)
     return 0.5 * sum(jnp.sum(jnp.exp(lam) * kernel**2) for (kernel, _), lam in pairs)
@@ -212,7 +212,7 @@ def woodbury(config: Config, seed: int) -> Row:
         p = jax.nn.softmax(model(params, lam, batch))
         blocks = (jax.vmap(jnp.diag)(p) - p[:, :, None] * p[:, None, :]) / len(y)
 
-        def weigh(u: jax.Array) -> jax.Array:
+        def weigh(u: Any) -> jax.Array:
             u = u.reshape(*p.shape, -1)
             return jnp.einsum("ncd,ndk->nck", blocks, u).reshape(p.size, -1)
 
