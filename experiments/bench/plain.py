@@ -85,3 +85,63 @@ def hypergradient(outer: Callable, inner: Callable, solve: Callable) -> Callable
         return jax.tree.map(jnp.negative, along)
 
     return function
+
+
+def pick(batches: Any, index: Any) -> Any:
+    """Batch `index` of a stack."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batches)
+
+
+def gradient(inner: Callable) -> Callable:
+    """The inner gradient at one batch of a stack, left to automatic differentiation."""
+    return lambda w, lam, batches, i: jax.grad(inner)(w, lam, pick(batches, i))
+
+
+def mixed_gradient(inner: Callable) -> Callable:
+    """The same as a primitive: its backward rule is one JVP of the gradient in both variables."""
+    evaluate = gradient(inner)
+    primitive = jax.custom_vjp(evaluate)
+
+    def backward(saved: Any, v: Any) -> Any:
+        w, lam, batches, i = saved
+        both = jax.grad(inner, (0, 1))
+        along = jax.jvp(lambda u: both(u, lam, pick(batches, i)), (w,), (v,))[1]
+        return *along, None, None
+
+    primitive.defvjp(lambda *args: (evaluate(*args), args), backward)
+    return primitive
+
+
+def unrolled(
+    outer: Callable,
+    inner: Callable,
+    steps: int,
+    rate: float,
+    inner_gradient: Callable,
+    unroll: bool = False,
+    segment: int | None = None,
+) -> Callable:
+    """The gradient of the outer loss after `steps` SGD steps, one batch of a stack each.
+
+    With `segment`, a divisor of `steps`, only every `segment`-th point is kept.
+    """
+
+    def function(params: Any, hparams: Any, batches: Any, outer_batch: Any, key: Any) -> Any:
+        def loss(lam: Any) -> Any:
+            def step(w: Any, i: Any) -> Any:
+                return axpy(-rate, inner_gradient(w, lam, batches, i), w), None
+
+            def several(w: Any, indices: Any) -> Any:
+                return jax.lax.scan(step, w, indices, unroll=unroll)
+
+            indices = jnp.arange(steps)
+            if segment is None:
+                end = several(params, indices)[0]
+            else:
+                body = jax.checkpoint(several, prevent_cse=False)
+                end = jax.lax.scan(body, params, indices.reshape(-1, segment))[0]
+            return outer(end, lam, outer_batch)
+
+        return jax.grad(loss)(hparams)
+
+    return function
