@@ -45,7 +45,7 @@ def _penalty(params: Any, hparams: Any) -> jax.Array:
         hparams = jax.tree.map(lambda _: hparams, params)
     terms = jax.tree.map(lambda w, lam: jnp.sum(jnp.exp(lam) * w**2) / 2, params, hparams)
     leaves = jax.tree.leaves(terms)
-    return sum(leaves[1:], leaves[0])
+    return jnp.sum(jnp.stack(leaves))
 
 
 def _cross_of_penalty(w: np.ndarray, lam: np.ndarray) -> np.ndarray:
@@ -142,7 +142,7 @@ def ridge_cases(rng: np.random.Generator) -> list[Case]:
 
     def fixed_ridge(params: Any, hparams: Any) -> jax.Array:
         squares = [jnp.sum(w**2) for w in jax.tree.leaves(params)]
-        return ridge / 2 * sum(squares[1:], squares[0])
+        return ridge / 2 * jnp.sum(jnp.stack(squares))
 
     per_weight = {"bias": jnp.asarray(-0.4), "kernel": jnp.asarray(draw(rng, d, scale=0.5) - 0.7)}
     rows = [

@@ -147,7 +147,7 @@ def network_case(rng: np.random.Generator) -> Case:
     def penalty(params: Any, hparams: Any) -> jax.Array:
         terms = jax.tree.map(lambda w, lam: jnp.exp(lam) * jnp.sum(w**2) / 2, params, hparams)
         leaves = jax.tree.leaves(terms)
-        return sum(leaves[1:], leaves[0])
+        return jnp.sum(jnp.stack(leaves))
 
     operator = GaussNewton(model, output_loss, penalty=penalty)
 
