@@ -29,6 +29,7 @@ from bilevel.hypergradient import hypergrad_solve as hypergrad_solve
 from bilevel.hypergradient import memory_report as memory_report
 from bilevel.hypergradient import value_and_hypergrad as value_and_hypergrad
 from bilevel.hypergradient import with_response as with_response
+from bilevel.inner.hypernetwork import Hypernetwork as Hypernetwork
 from bilevel.inner.network import StructuredResponse as StructuredResponse
 from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense
@@ -58,6 +59,7 @@ from bilevel.outer import Simplex as Simplex
 from bilevel.outer import Space as Space
 from bilevel.outer import WholeRun as WholeRun
 from bilevel.outer import alternate as alternate
+from bilevel.outer import global_response as global_response
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
 from bilevel.outer import tuned_params as tuned_params

@@ -41,6 +41,8 @@ FLOORS = {
         "inner.descend",
         "inner.groups",
         "inner.network",
+        "inner.layers",
+        "inner.hypernetwork",
         "inner",
     ],
     "linear: H q = g, seeing only a function": [
@@ -80,6 +82,7 @@ FLOORS = {
         "outer.tuning_state",
         "outer.cycle",
         "outer.self_tuning",
+        "outer.global_response",
         "outer",
     ],
     "roof: drivers and tools for people": [

@@ -11,6 +11,7 @@ from bilevel.outer.constrain import Interval as Interval
 from bilevel.outer.constrain import Positive as Positive
 from bilevel.outer.constrain import Simplex as Simplex
 from bilevel.outer.constrain import Space as Space
+from bilevel.outer.global_response import global_response as global_response
 from bilevel.outer.schedule import HyperSchedule as HyperSchedule
 from bilevel.outer.self_tuning import self_tuning as self_tuning
 from bilevel.outer.self_tuning import tuned_params as tuned_params
