@@ -47,8 +47,15 @@ def test_equals_a_python_loop(single_key, mixed, remat):
     expected, losses = by_hand(tx, batches, 7, first=2)
     end, info = jax.jit(
         lambda b: descend(
-            PROBLEM, tx, start(tx, W, SEEN), jnp.asarray(0.5), b,
-            steps=7, first=2, mixed=mixed, remat=remat,
+            PROBLEM,
+            tx,
+            start(tx, W, SEEN),
+            jnp.asarray(0.5),
+            b,
+            steps=7,
+            first=2,
+            mixed=mixed,
+            remat=remat,
         )  # fmt: skip
     )(batches)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), end, expected)

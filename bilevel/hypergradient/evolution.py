@@ -45,10 +45,10 @@ class EvolutionState(NamedTuple):
 
     opt_state: Any
     model_state: ModelState = None
-    members: InnerState | None = None
-    sums: Hparams | None = None
-    clock: jax.Array | None = None
-    origin: tuple[Params, ModelState] | None = None
+    members: Any = None
+    sums: Hparams = None
+    clock: Any = None
+    origin: Any = None
 
 
 @jax.custom_jvp
@@ -86,7 +86,7 @@ class Population(Point):
 
         value, aux = at(self.params, self.model_state, hparams)
         members, fixed = jax.lax.stop_gradient((self.members, hparams))
-        losses = jax.vmap(jax.vmap(lambda m: at(*m, fixed)[0]))(members)
+        losses = jax.vmap(jax.vmap(lambda m: at(m[0], m[1], fixed)[0]))(members)
         return value + _listen(self.weights, losses), aux
 
 

@@ -118,9 +118,9 @@ class FiniteDifference:
         key: Key | None = None,
     ) -> tuple[Params | Advanced, Pullback]:
         """The parameters after the step (or before it), and the pullback through it."""
-        (loss, model_state), grads = jax.value_and_grad(
-            problem.inner_loss_and_state, has_aux=True
-        )(params, hparams, inner_batch, problem.model_state)
+        (loss, model_state), grads = jax.value_and_grad(problem.inner_loss_and_state, has_aux=True)(
+            params, hparams, inner_batch, problem.model_state
+        )
         carry = self._carry(problem, params, hparams, state)
         model_state = keep_types(model_state, carry.model_state)
 

@@ -47,7 +47,7 @@ def push_forward(
     begin: Callable[[Hparams], InnerState],
     finish: Callable[[InnerState, Hparams], tuple[InnerState, Any]],
     hparams: Hparams,
-    tangent: list[jax.Array] | None,
+    tangent: Any,
 ) -> tuple[InnerState, Any, list[jax.Array], Callable[[Any], Hparams]]:
     """Run ``finish(begin(hparams), hparams)`` with one tangent a hyperparameter.
 

@@ -29,10 +29,11 @@ def check_inner_tx(inner_tx: Any) -> None:
 
 def build_tx(inner_tx: InnerTx, hparams: Hparams) -> optax.GradientTransformation:
     """The inner optimizer at these hyperparameters."""
-    if hasattr(inner_tx, "init") and hasattr(inner_tx, "update"):
-        return inner_tx
+    given: Any = inner_tx
+    if hasattr(given, "init") and hasattr(given, "update"):
+        return given
     try:
-        tx = inner_tx(hparams)
+        tx = given(hparams)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
         raise integer_setting(error) from error
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
@@ -51,9 +52,7 @@ def integer_setting(error: Exception) -> TypeError:
     )
 
 
-def refresh_injected(
-    opt_state: Any, tx: optax.GradientTransformation, params: Params
-) -> Any:
+def refresh_injected(opt_state: Any, tx: optax.GradientTransformation, params: Params) -> Any:
     """``opt_state`` with injected hyperparameters taken from ``tx`` as it is now.
 
     ``optax.inject_hyperparams`` keeps its values in the state and reads them there. A state

@@ -293,8 +293,10 @@ class Unroll:
 
             _, transpose, (end, info) = jax.vjp(run, hparams, has_aux=True)
 
-            def pull(cotangent: Any) -> Hparams:
+            def reverse(cotangent: Any) -> Hparams:
                 return transpose(cotangent)[0]
+
+            pull = reverse
 
         new_state = UnrollState(end.opt_state, end.model_state, tangent if self.real_time else None)
 
