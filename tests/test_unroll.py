@@ -181,9 +181,11 @@ def assert_trees_close(a, b, rtol, atol=0.0):
 
 def central_difference(value, hparams, direction, step=1e-5):
     """Along one direction, by a whole run either side."""
-    high, low = (
-        value(jax.tree.map(lambda x, d: x + s * d, hparams, direction)) for s in (step, -step)
-    )
+
+    def at(s):
+        return value(jax.tree.map(lambda x, d: x + s * d, hparams, direction))
+
+    high, low = at(step), at(-step)
     return (high - low) / (2 * step)
 
 
