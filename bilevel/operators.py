@@ -205,19 +205,14 @@ class GaussNewton:
 
             return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
         mv = _gauss_newton(self, problem, params, hparams, batch)
-        diagonal = None
-        if isinstance(self.model, LinearModel):
-
-            def diagonal() -> Vector:
-                return _linear_model_diagonal(self, params, hparams, batch)
-
+        known = isinstance(self.model, LinearModel)
         return Bound(
             problem.inner_grad(params, hparams, batch),
             LinearMap(
                 mv,
                 self.damping,
                 wants_straight_line(problem, params, hparams, batch),
-                diagonal,
+                (lambda: _linear_model_diagonal(self, params, hparams, batch)) if known else None,
                 lambda: _factors(self, problem, params, hparams, batch),
             ),
         )
@@ -231,26 +226,14 @@ def _outputs(op: GaussNewton, problem: Problem, hparams: Hparams, batch: Batch) 
 def _gauss_newton(
     op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
 ) -> Callable[[Vector], Vector]:
-    if isinstance(op.model, LinearModel):
-        x = op.model.features(hparams, batch)
-        z = op.model.apply(params, x)
-
-        def push(v: Vector) -> jax.Array:
-            return op.model.apply(v, x)
-
-        def pull(u: jax.Array) -> Vector:
-            return op.model.transpose(params, x, u)
-    else:
-        z, push = jax.linearize(_outputs(op, problem, hparams, batch), params)
-        transposed = jax.linear_transpose(push, params)
-
-        def pull(u: Any) -> Vector:
-            return transposed(u)[0]
-
+    z, push, pull = _jacobian(op, problem, params, hparams, batch)
     weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
-    bend = None
-    if op.penalty is not None:
-        bend = jax.linearize(jax.grad(lambda w: op.penalty(w, hparams)), params)[1]
+    bend, penalty = None, op.penalty
+    if penalty is not None:
+        # The barrier keeps XLA from sharing the penalty's strengths with the mixed product after
+        # the solve: what is shared lives through the whole loop, one more vector of memory.
+        strengths = jax.lax.optimization_barrier(hparams)
+        bend = jax.linearize(jax.grad(lambda w: penalty(w, strengths)), params)[1]
 
     def mv(v: Vector) -> Vector:
         v = tree.cast_like(v, params)
@@ -260,13 +243,31 @@ def _gauss_newton(
     return mv
 
 
+def _jacobian(
+    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+) -> tuple[Any, Callable[[Vector], Any], Callable[[Any], Vector]]:
+    r"""``(z, v -> J v, u -> J^T u)``, the model's outputs and its two linear maps."""
+    model = op.model
+    if isinstance(model, LinearModel):
+        x = model.features(hparams, batch)
+        return (
+            model.apply(params, x),
+            lambda v: model.apply(v, x),
+            lambda u: model.transpose(params, x, u),
+        )
+    z, push = jax.linearize(_outputs(op, problem, hparams, batch), params)
+    transposed = jax.linear_transpose(push, params)
+    return z, push, lambda u: transposed(u)[0]
+
+
 def _separable_penalty(op: GaussNewton, params: Params, hparams: Hparams) -> Vector:
     """Damping plus the diagonal of a separable penalty's Hessian (its product with ones)."""
     ones = jax.tree.map(jnp.ones_like, params)
     damping = tree.scale(op.damping, tree.accumulate(ones))
-    if op.penalty is None:
+    penalty = op.penalty
+    if penalty is None:
         return damping
-    bend = jax.jvp(jax.grad(lambda w: op.penalty(w, hparams)), (params,), (ones,))[1]
+    bend = jax.jvp(jax.grad(lambda w: penalty(w, hparams)), (params,), (ones,))[1]
     return tree.add(damping, tree.accumulate(bend))
 
 
@@ -310,6 +311,4 @@ def _factors(
 
     outputs, pull = jax.vjp(flat, params)
     rows = jax.vmap(lambda e: pull(e)[0])(jnp.eye(outputs.size, dtype=outputs.dtype))
-    return Factors(
-        rows, jax.hessian(flat_loss)(outputs), _separable_penalty(op, params, hparams)
-    )
+    return Factors(rows, jax.hessian(flat_loss)(outputs), _separable_penalty(op, params, hparams))

@@ -6,13 +6,13 @@ r"""The bilevel problem: two losses and the derivative products they offer.
 
 with ``inner`` :math:`h` and ``outer`` :math:`f`. Every method of the field is built from
 
-=====================================  ================================================
-:meth:`Problem.inner_grad`             :math:`\nabla_w h`
-:meth:`Problem.hvp`                    :math:`H v`, with :math:`H = \nabla^2_{ww} h`
-:meth:`Problem.cross_vjp`              :math:`B^\top v`, with :math:`B = \partial_\lambda \nabla_w h`
-:meth:`Problem.products`               both at once
-:meth:`Problem.outer_grads`            :math:`f`, :math:`\nabla_w f` and :math:`\partial_\lambda f`
-=====================================  ================================================
+============================  ==============================================================
+:meth:`Problem.inner_grad`    :math:`\nabla_w h`
+:meth:`Problem.hvp`           :math:`H v`, with :math:`H = \nabla^2_{ww} h`
+:meth:`Problem.cross_vjp`     :math:`B^\top v`, with :math:`B = \partial_\lambda \nabla_w h`
+:meth:`Problem.products`      both at once
+:meth:`Problem.outer_grads`   :math:`f`, :math:`\nabla_w f` and :math:`\partial_\lambda f`
+============================  ==============================================================
 
 Second derivatives commute, so one JVP of :math:`\nabla_{(w,\lambda)} h` along :math:`(v, 0)`
 holds both products. All are forward-over-reverse: reverse-over-reverse costs up to three

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 class Status(enum.IntEnum):
@@ -95,7 +96,7 @@ def raise_for_status(solution: Any) -> None:
         remedies, and the numbers in ``stats`` at that lane.
       TypeError: if called inside ``jit`` (``result`` is not concrete there).
     """
-    if isinstance(solution.result, jax.core.Tracer):
+    if isinstance(solution.result, Tracer):
         raise TypeError(
             "raise_for_status needs concrete values: call it on the result of a jitted function, "
             "not inside one. Inside, read `solution.result` and `solution.stats`."

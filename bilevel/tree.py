@@ -6,6 +6,7 @@ precision, float32 for the half precisions and the leaf's own dtype otherwise. N
 flattens a tree into one array, so leaves keep their sharding.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,11 @@ def accumulator_dtype(dtype: Any) -> jnp.dtype:
 
 def accumulate(tree: Vector) -> Vector:
     """``tree`` with every leaf cast to its accumulator dtype (no copy where it already is)."""
-    return jax.tree.map(lambda x: jnp.asarray(x).astype(accumulator_dtype(jnp.result_type(x))), tree)
+
+    def leaf(x: Any) -> jax.Array:
+        return jnp.asarray(x).astype(accumulator_dtype(jnp.result_type(x)))
+
+    return jax.tree.map(leaf, tree)
 
 
 def cast_like(tree: Vector, like: Vector) -> Vector:
@@ -65,10 +70,8 @@ def where(condition: Any, a: Vector, b: Vector) -> Vector:
 
 
 def _sum(parts: list[Any]) -> Scalar:
-    if not parts:
-        return jnp.zeros((), jnp.float32)
-    dtype = jnp.result_type(*parts)
-    return sum((x.astype(dtype) for x in parts[1:]), parts[0].astype(dtype))
+    dtype = jnp.result_type(*parts) if parts else jnp.float32
+    return functools.reduce(operator.add, parts, jnp.zeros((), dtype))
 
 
 def vdot(a: Vector, b: Vector) -> Scalar:

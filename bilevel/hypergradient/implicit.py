@@ -53,9 +53,9 @@ class Implicit:
 
     def num_inner_batches(self) -> int | None:
         """Length of the leading axis of ``inner_batch``, or None where it is a single batch."""
-        if not self.fresh_batches or not hasattr(self.solver, "num_products"):
-            return None  # a solver that cannot have fresh batches is refused by `check`
-        return self.solver.num_products() + 1
+        count = getattr(self.solver, "num_products", None)
+        # A solver that cannot have fresh batches is refused by `check`.
+        return count() + 1 if self.fresh_batches and count is not None else None
 
     def _carries_start(self) -> bool:
         return self.warm_start and getattr(self.solver, "uses_start", False)
@@ -82,13 +82,13 @@ class Implicit:
             check_same_tree(state, params, "state")
 
     def _check_fresh(self, inner_batch: Batch) -> None:
-        if not hasattr(self.solver, "num_products"):
+        needed = self.num_inner_batches()
+        if needed is None:
             raise ValueError(
                 f"`fresh_batches=True` needs a solver for random matrices, such as "
                 f"`Stochastic(...)` or `Neumann(...)`; {type(self.solver).__name__} needs one "
                 "fixed matrix."
             )
-        needed = self.solver.num_products() + 1
         for path, leaf in tree.paths(inner_batch, "inner_batch"):
             if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] < needed:
                 raise ValueError(

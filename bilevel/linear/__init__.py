@@ -1,4 +1,4 @@
-"""The adjoint solve: ``H q = g``, by methods that see only a product and say how far to trust it."""
+"""The adjoint solve: ``H q = g``, by methods that see only a product and say how good it is."""
 
 from bilevel.linear.base import LinearSolution as LinearSolution
 from bilevel.linear.base import LinearSolver as LinearSolver

@@ -1,11 +1,12 @@
 r"""What a linear solve is: ``solver.solve(mv, rhs, x0)`` answers :math:`A q = g`.
 
 A solver sees a function :math:`v \mapsto A v` and nothing of the bilevel problem. When the
-function is a :class:`~bilevel.linear_map.LinearMap` it may also carry what some solvers can use: its damping
-apart, a diagonal, low-rank factors, fresh batches. A plain function works everywhere these
-are not needed.
+function is a :class:`~bilevel.linear_map.LinearMap` it may also carry what some solvers can
+use: its damping apart, a diagonal, low-rank factors, fresh batches. A plain function works
+everywhere these are not needed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -137,4 +138,4 @@ def contract(a: Vector, b: Vector) -> jax.Array:
         x.reshape(x.shape[0], -1) @ y.reshape(y.shape[0], -1).T.astype(x.dtype)
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     ]
-    return sum(parts[1:], parts[0])
+    return functools.reduce(jnp.add, parts)

@@ -38,7 +38,8 @@ class _Carry(NamedTuple):
 class CG:
     r"""Solves :math:`A q = g` for symmetric positive definite A.
 
-    .. math:: \|q_k - q\|_A \le 2 \left(\frac{\sqrt\kappa - 1}{\sqrt\kappa + 1}\right)^k \|q_0 - q\|_A
+    .. math:: \|q_k - q\|_A \le
+        2 \left(\frac{\sqrt\kappa - 1}{\sqrt\kappa + 1}\right)^k \|q_0 - q\|_A
 
     with :math:`\kappa` the condition number (of :math:`P^{-1}A` when preconditioned).
 

@@ -54,7 +54,8 @@ class Dense:
                 "`CG()` or `Neumann(...)`, or raise `max_size` if the memory is there."
             )
         flat, unravel = ravel_pytree(rhs)
-        columns = jax.vmap(lambda e: ravel_pytree(amap(unravel(e)))[0])(jnp.eye(n, dtype=flat.dtype))
+        basis = jnp.eye(n, dtype=flat.dtype)
+        columns = jax.vmap(lambda e: ravel_pytree(amap(unravel(e)))[0])(basis)
         matrix = (columns + columns.T) / 2  # rounding aside, a Hessian is symmetric
         value = unravel(jnp.linalg.solve(matrix, flat))
         eigenvalues = jnp.linalg.eigvalsh(matrix)

@@ -129,7 +129,7 @@ class Neumann:
 
 
 def _largest_eigenvalue(product, rhs: Vector, steps: int, unroll: bool) -> Scalar:
-    """Power iteration from ``rhs``; the norm of the image of a unit vector, so in absolute value."""
+    """Power iteration from ``rhs``: the norm of a unit vector's image, so the absolute value."""
     length = tree.norm(rhs)
     unit = tree.scale(1 / jnp.where(length > 0, length, 1), rhs)
 
@@ -140,5 +140,3 @@ def _largest_eigenvalue(product, rhs: Vector, steps: int, unroll: bool) -> Scala
         return tree.scale(1 / jnp.where(norm > 0, norm, 1), image), norm
 
     return loop(steps, body, (unit, jnp.zeros_like(length)), unroll)[1]
-
-

@@ -1,6 +1,7 @@
 r"""The Nyström inverse: a low-rank sketch of the operator, inverted exactly."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -171,5 +172,4 @@ def _inner(columns: Vector, v: Vector) -> jax.Array:
         columns,
         v,
     )
-    leaves = jax.tree.leaves(parts)
-    return sum(leaves[1:], leaves[0])
+    return functools.reduce(jnp.add, jax.tree.leaves(parts))

@@ -80,7 +80,9 @@ class Stochastic:
             q, opt_state = update(q, tree.scale(-1, rhs), self.tx.init(q))
         else:
             # See `cg._start`: a zero start must not be a compile-time constant.
-            q = jax.lax.optimization_barrier(tree.cast_like(x0, rhs))
+            x0 = jax.lax.optimization_barrier(tree.cast_like(x0, rhs))
+            # What an earlier solve spoilt must not spoil this one.
+            q = tree.where(tree.all_finite(x0), x0, jax.tree.map(jnp.zeros_like, x0))
             opt_state = self.tx.init(q)
 
         def body(i, carry):

@@ -26,9 +26,9 @@ class Woodbury:
       max_outputs: largest m accepted: the method stores m vectors and an m x m matrix.
 
     Needs ``GaussNewton(...)`` with :math:`D > 0`; D not positive gives ``negative_curvature``
-    and the value that belongs to :math:`|D|`.
-    A penalty whose Hessian is not diagonal is outside the method, and shows in the
-    recomputed residual. The inverse is never taken of Q, which is singular for softmax.
+    and a value that is not finite. A penalty whose Hessian is not diagonal is outside the
+    method, and shows in the recomputed residual. The inverse is never taken of Q, which is
+    singular for softmax.
 
     Cost: m backward passes, :math:`O(m^2 n + m^3)` arithmetic, mn numbers of memory: worth it
     for m below about 2500 and accuracy beyond some thirty CG steps. Raises ``ValueError``
@@ -71,7 +71,8 @@ class Woodbury:
             )
         rows, diagonal = tree.accumulate(rows), tree.cast_like(diagonal, rhs)
         # Both factors of J D^-1 J' are the same J D^-1/2, so that one m x n array is enough.
-        root = jax.tree.map(lambda d: jnp.sqrt(jnp.abs(d)), diagonal)
+        # Where D is negative the root, and with it the value, is NaN.
+        root = jax.tree.map(jnp.sqrt, diagonal)
         half = jax.tree.map(lambda j, d: j / d[None], rows, root)
         kernel = contract(half, half)
         system = jnp.eye(m, dtype=kernel.dtype) + weights.astype(kernel.dtype) @ kernel
@@ -86,5 +87,7 @@ class Woodbury:
         )
         low = jnp.min(jnp.stack([jnp.min(d) for d in jax.tree.leaves(diagonal)]))
         stats = {"num_matvecs": jnp.asarray(m, jnp.int32), "min_curvature": low}
-        result = status_of(Status.ok, (low <= 0, Status.negative_curvature))
-        return finish(amap, rhs, value, stats, result, certify)
+        solution = finish(amap, rhs, value, stats, status_of(Status.ok), certify)
+        # The cause rather than its symptom, which would be a value that is not finite.
+        result = status_of(solution.result, (low <= 0, Status.negative_curvature))
+        return solution._replace(result=result)

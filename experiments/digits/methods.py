@@ -9,7 +9,7 @@ GRADIENT = ("cg_per_tensor", "neumann_per_tensor", "cg_per_weight", "neumann_per
 
 
 def response(method: str, config: Config, operator: bilevel.GaussNewton) -> bilevel.Implicit:
-    """The response of a gradient method: CG on Gauss–Newton, or the Neumann series on the Hessian."""
+    """CG on Gauss–Newton, or the Neumann series on the damped Hessian."""
     if method.startswith("cg"):
         return bilevel.Implicit(bilevel.CG(max_steps=config.products), operator)
     return bilevel.Implicit(

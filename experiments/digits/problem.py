@@ -36,7 +36,7 @@ def initial(config: Config, seed: int) -> Any:
 
 
 def operator(config: Config) -> bilevel.GaussNewton:
-    r"""The training loss :math:`\ell(z(w)) + \tfrac12\sum_j e^{\lambda_j} w_j^2`, and its curvature.
+    r"""The training loss :math:`\ell(z(w)) + \tfrac12\sum_j e^{\lambda_j} w_j^2` as an operator.
 
     ``operator.loss`` is the inner loss. A decay is one number for each tensor or one for each
     weight: both broadcast against the weights they belong to.
@@ -48,7 +48,7 @@ def operator(config: Config) -> bilevel.GaussNewton:
 
     def penalty(params: Any, hparams: Any) -> jax.Array:
         parts = jax.tree.map(lambda w, lam: 0.5 * jnp.sum(jnp.exp(lam) * w**2), params, hparams)
-        return sum(jax.tree.leaves(parts))
+        return jnp.sum(jnp.stack(jax.tree.leaves(parts)))
 
     return bilevel.GaussNewton(logits, cross_entropy, config.damping, penalty)
 

@@ -91,9 +91,7 @@ def _no_tuning(config: Config, seed: int, batches: Any, records: record.Records)
         records.append("no_tuning", step, every * (step + 1), **metrics)
 
 
-def _search(
-    method: str, config: Config, seed: int, batches: Any, records: record.Records
-) -> None:
+def _search(method: str, config: Config, seed: int, batches: Any, records: record.Records) -> None:
     """Random search or TPE over one log decay per tensor, each trial a network from scratch."""
     _, train, evaluate = _pieces(config)
     tx = optax.adam(config.inner_lr)
