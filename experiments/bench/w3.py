@@ -105,9 +105,7 @@ def unroll(config: Config, seed: int) -> Row:
         "truncated": unrolled(outer, inner, STEPS, truncate=KEPT),
     }
     title = f"W3 {STEPS} SGD steps, mixed mode"
-    return Row(
-        "w3_unroll", title, source, args, first_batch(inner), columns=columns, extras=extras
-    )
+    return Row("w3_unroll", title, source, args, first_batch(inner), columns=columns, extras=extras)
 
 
 ROWS = {"w3_unroll": unroll}

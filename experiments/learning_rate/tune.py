@@ -1,0 +1,119 @@
+"""Moving a schedule: by hypergradients of whole runs, or by those of short windows."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevel
+from experiments.common import budget
+from experiments.learning_rate import problem, schedules
+from experiments.learning_rate.config import Config
+
+
+def cost(config: Config, length: int) -> float:
+    """Inner gradients of one move: T differentiated steps, an outer gradient a window."""
+    return budget.unrolled_hypergradient(length).times(config.steps // length).cost
+
+
+def response(config: Config, length: int) -> bilevel.Unroll:
+    """`length` differentiated steps of momentum SGD at a schedule."""
+    every = config.steps // config.windows
+    remat = "sqrt" if length >= 25 else "none"
+    return bilevel.Unroll(lambda lam: schedules.sgd(lam, every), steps=length, remat=remat)
+
+
+def hypergradient(config: Config, model: str, length: int) -> Callable[..., Any]:
+    """`(schedule, train, key) -> (mean outer loss, gradient)` of one fresh run.
+
+    With `length = T` the derivative of the loss at the end. With less, the sum over windows of
+    `length` steps of the derivative of the loss at the window's end in the schedule of that
+    window alone: what happened before is taken as given, what comes after is ignored.
+    """
+    one = response(config, length)
+
+    def run(schedule: Any, train: Any, key: jax.Array) -> Any:
+        keys = jax.random.split(key, 2)
+        params = problem.initial(model, keys[0])
+        state = bilevel.hypergrad_init(problem.loss, problem.loss, one, params, schedule)
+
+        def window(carry: Any, key: jax.Array) -> Any:
+            params, state = carry
+            inner_key, outer_key = jax.random.split(key)
+            solve = bilevel.hypergrad_solve(
+                problem.loss,
+                problem.loss,
+                one,
+                params,
+                schedule,
+                inner_batch=problem.draw(train, inner_key, length, config.batch),
+                outer_batch=problem.draw(train, outer_key, config.outer_batch),
+                state=state,
+            )
+            return (solve.params, solve.state), (solve.value, solve.grads)
+
+        windows = jax.random.split(keys[1], config.steps // length)
+        _, (values, grads) = jax.lax.scan(window, (params, state), windows)
+        return values[-1], jax.tree.map(lambda g: jnp.sum(g, 0), grads)
+
+    return run
+
+
+def updates(config: Config, length: int) -> int:
+    """As many moves as cost what `config.updates` full-horizon ones do."""
+    return int(config.updates * cost(config, config.steps) // cost(config, length))
+
+
+def outer_tx(config: Config, length: int) -> optax.GradientTransformation:
+    """Adam on clipped gradients: those of a whole run explode where its rates are too high, and
+    one of them must not outweigh all others. A run that blew up moves nothing."""
+    rate = optax.cosine_decay_schedule(config.outer_lr, updates(config, length))
+    tx = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate))
+    return optax.apply_if_finite(tx, 1000)
+
+
+@functools.cache
+def move(config: Config, model: str, length: int) -> Callable[..., Any]:
+    """Jitted `(schedule, opt_state, train, key) -> (schedule, opt_state, loss)`."""
+    gradient, tx = hypergradient(config, model, length), outer_tx(config, length)
+
+    @jax.jit
+    def update(schedule: Any, opt_state: Any, train: Any, key: jax.Array) -> Any:
+        value, grads = gradient(schedule, train, key)
+        moves, opt_state = tx.update(grads, opt_state, schedule)
+        return optax.apply_updates(schedule, moves), opt_state, value
+
+    return update
+
+
+@functools.cache
+def replay(config: Config, model: str) -> Callable[..., Any]:
+    """Jitted `(schedule, train, test, key) -> metrics` of one fresh run at a schedule."""
+    every = config.steps // config.windows
+
+    @jax.jit
+    def run(schedule: Any, train: Any, test: Any, key: jax.Array) -> Any:
+        keys = jax.random.split(key, 2)
+        tx = schedules.sgd(schedule, every)
+        params = problem.initial(model, keys[0])
+
+        def step(carry: Any, key: jax.Array) -> Any:
+            params, opt_state = carry
+            batch = problem.draw(train, key, config.batch)
+            value, grads = jax.value_and_grad(problem.loss)(params, None, batch)
+            moves, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, moves), opt_state), value
+
+        steps = jax.random.split(keys[1], config.steps)
+        (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), steps)
+        wrong = jnp.argmax(problem.logits(params, test[0]), -1) != test[1]
+        return {
+            "final_loss": problem.loss(params, None, train),
+            "test_error": jnp.mean(wrong),
+            "curve": losses,
+        }
+
+    return run
