@@ -57,17 +57,54 @@ def perturbed_loss(
     """
     if linearize is None:
         return problem.inner_loss(network.apply(response, params, displacement), hparams, batch)
-    state = (problem.model_state,) if problem.has_state else ()
-
-    def outputs(d: Hparams) -> Any:
-        return linearize.model(network.apply(response, params, d), hparams, batch, *state)
-
-    centre = jax.tree.map(jnp.zeros_like, displacement)
-    at_centre, change = jax.jvp(outputs, (centre,), (displacement,))
+    at_centre, change = _linearised_outputs(
+        linearize, problem, network, response, params, displacement, hparams, batch
+    )
     loss = linearize.output_loss(tree.add(at_centre, change), hparams, batch)
     if linearize.penalty is not None:
         loss = loss + linearize.penalty(network.apply(response, params, displacement), hparams)
     return loss
+
+
+def _linearised_outputs(
+    split: GaussNewton,
+    problem: Problem,
+    network: Network,
+    response: Any,
+    params: Params,
+    displacement: Hparams,
+    hparams: Hparams,
+    batch: Batch,
+) -> tuple[Any, Any]:
+    """The model's outputs at no displacement and their tangent along ``displacement``."""
+    state = (problem.model_state,) if problem.has_state else ()
+    centre = jax.tree.map(jnp.zeros_like, displacement)
+    if getattr(network, "per_example", False):
+
+        def outputs(d: Hparams) -> Any:
+            return split.model(network.apply(response, params, d), hparams, batch, *state)
+
+        return jax.jvp(outputs, (centre,), (displacement,))
+
+    # Through the weights rather than through d: the primal pass then does not depend on the
+    # response, and its gradient needs no backward pass. Leaves that never move get no tangent.
+    leaves, treedef = jax.tree.flatten(params)
+    moved = jax.tree.leaves(network.apply(response, params, displacement))
+    moving = [i for i, (new, old) in enumerate(zip(moved, leaves, strict=True)) if new is not old]
+
+    def weights(d: Hparams) -> list[Any]:
+        at = jax.tree.leaves(network.apply(response, params, d))
+        return [at[i] for i in moving]
+
+    tangents = jax.jvp(weights, (centre,), (displacement,))[1]
+
+    def outputs_at(parts: list[Any]) -> Any:
+        at = list(leaves)
+        for i, part in zip(moving, parts, strict=True):
+            at[i] = part
+        return split.model(jax.tree.unflatten(treedef, at), hparams, batch, *state)
+
+    return jax.jvp(outputs_at, ([leaves[i] for i in moving],), (tangents,))
 
 
 @jax.tree_util.register_dataclass
@@ -218,6 +255,7 @@ class BestResponse:
     ) -> tuple[BestResponseState, Scalar]:
         scale = scale_like(self.scale, hparams)
         straight = wants_straight_line(problem, params, hparams, batch)
+        tx = optax.identity() if self.tx is None else self.tx
 
         def step(state: BestResponseState, i: Any) -> tuple[BestResponseState, Scalar]:
             def loss(response: Any) -> Scalar:
@@ -241,7 +279,7 @@ class BestResponse:
                 )
 
             value, grads = jax.value_and_grad(loss)(state.response)
-            updates, opt_state = self.tx.update(grads, state.opt_state, state.response)
+            updates, opt_state = tx.update(grads, state.opt_state, state.response)
             return BestResponseState(optax.apply_updates(state.response, updates), opt_state), value
 
         shape = jax.eval_shape(step, state, 0)[1]
@@ -274,18 +312,25 @@ def mean_over_groups(
     groups: int,
     straight: bool = False,
 ) -> Scalar:
-    """Mean of ``loss(perturbed[g], part g)``; one group takes the batch as it is, unmapped.
+    """Mean of ``loss(perturbed[g], part g)``; one group takes the batch as it is.
 
-    ``straight`` writes the groups out one after the other: a mapped convolution with a kernel
-    a group is a grouped one, which XLA runs far slower than separate ones on CPU.
+    Accelerators map over the groups. XLA on CPU has no fast product with a weight matrix a
+    group (measured four times slower than one group after the other), so there they are
+    looped over, or written out one by one if ``straight`` (convolutions in a loop are slow).
     """
     if groups == 1:
         return loss(jax.tree.map(lambda x: x[0], perturbed), batch)
-    parts = split_batch(batch, groups)
-    if not straight:
-        return jnp.mean(jax.vmap(loss)(perturbed, parts))
-    values = [loss(*jax.tree.map(lambda x, g=g: x[g], (perturbed, parts))) for g in range(groups)]
-    return jnp.mean(jnp.stack(values))
+    stack = (perturbed, split_batch(batch, groups))
+    if straight:
+        values = [loss(*jax.tree.map(lambda x, g=g: x[g], stack)) for g in range(groups)]
+        return jnp.mean(jnp.stack(values))
+    if jax.default_backend() != "cpu":
+        return jnp.mean(jax.vmap(loss)(*stack))
+    shape = jax.eval_shape(loss, *jax.tree.map(lambda x: x[0], stack))
+    total, _ = jax.lax.scan(
+        lambda sum_, one: (sum_ + loss(*one), None), jnp.zeros((), shape.dtype), stack
+    )
+    return total / groups
 
 
 def check_responds(

@@ -29,7 +29,8 @@ Axes = int | tuple[int, ...]
 class Network(Protocol):
     """Anything with these is a network: see :class:`StructuredResponse`."""
 
-    centred: bool
+    @property
+    def centred(self) -> bool: ...
 
     def init(self, key: Key, params: Params, hparams: Hparams) -> Any: ...
 
@@ -134,7 +135,7 @@ class StructuredResponse:
                 inputs = [shape[a] for a in order[: len(shape) - len(axes)]]
                 flat = self.weights_init(weights_key, (*inputs, int(np.prod(units))), dtype)
                 drawn = flat.reshape([shape[a] for a in order])
-                weights[path] = jnp.transpose(drawn, np.argsort(order))
+                weights[path] = jnp.transpose(drawn, np.argsort(order).tolist())
         return StructuredParams(weights, gains)
 
     def apply(

@@ -18,7 +18,6 @@ from bilevel.hypergradient.best_response import (
     scale_like,
 )
 from bilevel.inner.groups import batch_size, draw_noise, fold_keys
-from bilevel.inner.network import Network
 from bilevel.leaves import select
 from bilevel.linear.base import loop, status_of
 from bilevel.operators import GaussNewton, slice_batch, wants_straight_line
@@ -65,7 +64,7 @@ class Cycle:
     outer_tx: optax.GradientTransformation
     inner_steps: int
     outer_steps: int
-    network: Network
+    network: Any  # a Network; one for layers also has `plain` and `change`
     response_tx: optax.GradientTransformation
     scale_tx: optax.GradientTransformation
     scale: Any
@@ -148,7 +147,9 @@ class Cycle:
         key: Key | None = None,
     ) -> tuple[SelfTuningState, SelfTuningInfo]:
         """One cycle; see :func:`~bilevel.self_tuning`."""
-        straight = self._check_step(state, inner_batches, outer_batch, key)
+        if key is None:
+            raise ValueError("`key` is missing: a cycle draws perturbations.")
+        straight = self._check_step(state, inner_batches, outer_batch)
         trained, inner_value, response_value = self._train(state, inner_batches, key, straight)
         moved, value, norm = self._tune(state, trained, outer_batch, key, straight)
         new = SelfTuningState(
@@ -193,9 +194,13 @@ class Cycle:
 
         perturbed = jax.vmap(perturb)(noise)
         if self.per_example:
-            return loss(*perturbed, batch)
+            return loss(perturbed[0], perturbed[1], batch)
         return mean_over_groups(
-            lambda pair, part: loss(*pair, part), perturbed, batch, self.groups, straight
+            lambda pair, part: loss(pair[0], pair[1], part),
+            perturbed,
+            batch,
+            self.groups,
+            straight,
         )
 
     def _noise(self, key: Key, raw: Hparams, batch: Batch) -> Hparams:
@@ -366,11 +371,9 @@ class Cycle:
         return tree.norm(change) / tree.norm(trained.params)
 
     def _check_step(
-        self, state: SelfTuningState, inner_batches: Batch, outer_batch: Batch, key: Key | None
+        self, state: SelfTuningState, inner_batches: Batch, outer_batch: Batch
     ) -> bool:
         """Raise what is wrong when traced; whether the program wants straight-line code."""
-        if key is None:
-            raise ValueError("`key` is missing: a cycle draws perturbations.")
         _check_axis(inner_batches, "inner_batches", self.inner_steps, "inner_steps")
         first, first_outer = slice_batch(inner_batches, 0), outer_batch
         if self.outer_steps > 1:

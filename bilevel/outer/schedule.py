@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bilevel.aliases import Hparams
 from bilevel.tree import paths
@@ -41,7 +42,7 @@ class HyperSchedule:
         if type(self.steps) is object or not hasattr(self.steps, "shape"):
             return  # a placeholder of a tree transformation
         if isinstance(self.steps, np.ndarray) or (
-            isinstance(self.steps, jax.Array) and not isinstance(self.steps, jax.core.Tracer)
+            isinstance(self.steps, jax.Array) and not isinstance(self.steps, Tracer)
         ):
             steps = np.asarray(self.steps)
             if steps.ndim == 1 and np.any(np.diff(steps) <= 0):
@@ -75,8 +76,10 @@ class HyperSchedule:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file of plain arrays."""
-        leaves = {f"value_{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(self.values))}
-        np.savez(path, steps=np.asarray(self.steps), **leaves)
+        arrays: dict[str, Any] = {"steps": np.asarray(self.steps)}
+        for i, leaf in enumerate(jax.tree.leaves(self.values)):
+            arrays[f"value_{i}"] = np.asarray(leaf)
+        np.savez(path, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], like: Hparams) -> "HyperSchedule":

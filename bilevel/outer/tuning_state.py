@@ -69,7 +69,8 @@ class SelfTuningInfo(NamedTuple):
 def entropy_of(scales: Hparams) -> Scalar:
     r"""Entropy of the perturbation, :math:`\sum_k \log\sigma_k + \tfrac12\log(2\pi e)` nats."""
     constant = 0.5 * (1 + jnp.log(2 * jnp.pi))
-    return sum(jnp.sum(jnp.log(s) + constant.astype(s.dtype)) for s in jax.tree.leaves(scales))
+    parts = [jnp.sum(jnp.log(s) + constant.astype(s.dtype)) for s in jax.tree.leaves(scales)]
+    return jnp.sum(jnp.stack(parts))
 
 
 def inverse_softplus(scale: jax.Array) -> jax.Array:

@@ -70,9 +70,10 @@ def scan_run(
         )
         if score is None:
             return (state, state, best_score), (info, jnp.full((), jnp.nan, best_score.dtype))
+        of_state = score
         value = jax.lax.cond(
             state.step % score_every == 0,
-            lambda s: jnp.asarray(score(s), best_score.dtype),
+            lambda s: jnp.asarray(of_state(s), best_score.dtype),
             lambda s: jnp.full((), jnp.nan, best_score.dtype),
             state,
         )

@@ -79,5 +79,6 @@ def cutout(
     """
     if images.ndim != 4:
         raise ValueError(f"`images` must be (B, H, W, C), got shape {images.shape}.")
-    keep = cutout_mask(key, images.shape[:3], holes, length, max_holes=max_holes)
+    batch, height, width, _ = images.shape
+    keep = cutout_mask(key, (batch, height, width), holes, length, max_holes=max_holes)
     return jnp.where(keep[..., None], images, jnp.asarray(fill, images.dtype))

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def check_strength(
@@ -15,7 +16,7 @@ def check_strength(
     Traced values pass: their range is the business of the map that makes them
     (``Space``), and a value out of range shows as NaN or as a clipped effect.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     array = np.asarray(value, dtype=np.float64)
     above = False
@@ -31,7 +32,7 @@ def check_rate(name: str, value: Any) -> None:
     check_strength(name, value, 0.0, 1.0, open_high=True)
 
 
-def along_examples(name: str, value: Any, x: jax.Array) -> jax.Array:
+def along_examples(name: str, value: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """``value`` with axes of length one appended, so that it scales the leading axes of ``x``.
 
     A scalar applies to every example, an array of shape ``(B,)`` one value an example. The
