@@ -52,7 +52,15 @@ def _schedules(axes, finished: list[record.Record], problem: str) -> None:
             rates = np.exp(np.log(rates).mean(1))
         label, colour, line = STYLES[method]
         edges = np.linspace(0, 1, rates.shape[1] + 1)
-        axes.stairs(np.median(rates, 0), edges, color=colour, linestyle=line, label=label, lw=2.2)
+        axes.stairs(
+            np.median(rates, 0),
+            edges,
+            color=colour,
+            linestyle=line,
+            label=label,
+            lw=2.2,
+            baseline=None,
+        )
     axes.set(yscale="log", ylabel="learning rate", xlabel="part of training")
     axes.set_title(TITLES[problem])
     axes.legend(fontsize=9)
@@ -82,7 +90,14 @@ def _layers(finished: list[record.Record], path: Path) -> None:
                 values = np.median([r.metrics[metric] for r in records], 0)
                 edges = np.linspace(0, 1, values.shape[1] + 1)
                 for i, layer in enumerate(values):
-                    axis.stairs(layer, edges, color=draw.OTHERS[i], label=f"layer {i + 1}", lw=2)
+                    axis.stairs(
+                        layer,
+                        edges,
+                        color=draw.OTHERS[i],
+                        label=f"layer {i + 1}",
+                        lw=2,
+                        baseline=None,
+                    )
                 axis.set(
                     xlabel="part of training",
                     ylabel={"rates": "learning rate"}.get(metric, "momentum"),
