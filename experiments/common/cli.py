@@ -141,7 +141,7 @@ def show(summary: dict[str, Any], chosen: Sequence[str] | None = None) -> None:
         columns = [metric for metric in ("cost", *chosen) if metric in columns]
     seeds = len(run["seeds"])
     results = Table(title=f"{run['experiment']}, preset {run['preset']}, mean of {seeds} seed(s)")
-    results.add_column("method")
+    results.add_column("method", no_wrap=True)
     for metric in columns:
         results.add_column(metric.replace("_", " "), justify="right")
     for name, metrics in methods.items():
