@@ -55,8 +55,10 @@ def _landscapes(records: list[record.Record], out: Path, path: Path) -> None:
             losses = np.log10(np.minimum(np.nan_to_num(arrays["losses"], nan=10.0), 10.0))
             mesh = axis.pcolormesh(edges, edges, losses.T, shading="nearest", cmap="Greys")
             axis.figure.colorbar(mesh, ax=axis, label="log10 of the mean loss over a run")
+            start = [r for r in records if r.seed == seed and r.method == f"{name}_none"]
             for method, (label, colour) in NAMES.items():
                 chosen = [r for r in records if r.seed == seed and r.method == f"{name}_{method}"]
+                chosen = [*start, *chosen]
                 x = [r.metrics["log_rate_start"] for r in chosen]
                 y = [r.metrics["log_rate_end"] for r in chosen]
                 axis.plot(x, y, color=colour, label=label, lw=2)
