@@ -63,7 +63,7 @@ def learn(updates: int, *, short: bool) -> tuple[jax.Array, jax.Array]:
     def move(carry: Any, _: Any) -> Any:
         log_rates, state = carry
         direction, state = tx.update(gradients(log_rates)[short], state)
-        log_rates = jnp.minimum(optax.apply_updates(log_rates, direction), jnp.log(LARGEST))
+        log_rates = jnp.minimum(log_rates + jnp.asarray(direction), jnp.log(LARGEST))
         return (log_rates, state), None
 
     log_rates = jnp.full(WINDOWS, jnp.log(START))

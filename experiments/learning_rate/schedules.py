@@ -36,7 +36,7 @@ def sgd(schedule: Schedule, every: int) -> optax.GradientTransformation:
     def init(params: Any) -> State:
         return State(jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: Any, state: State, params: Any = None) -> tuple[Any, State]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, State]:
         window = jnp.minimum(state.count // every, schedule["log_rate"].shape[1] - 1)
         rates = jnp.exp(schedule["log_rate"][:, window])
         momenta = jax.nn.sigmoid(schedule["momentum"][:, window])
@@ -44,7 +44,7 @@ def sgd(schedule: Schedule, every: int) -> optax.GradientTransformation:
         def blend(i: int, v: Any, g: Any) -> Any:
             return jax.tree.map(lambda v, g: momenta[i] * v + g, v, g)
 
-        pairs = zip(state.velocity, grads, strict=True)
+        pairs = zip(state.velocity, updates, strict=True)
         velocity = [blend(i, v, g) for i, (v, g) in enumerate(pairs)]
         moves = [
             jax.tree.map(lambda v, rate=rates[i]: -rate * v, layer)

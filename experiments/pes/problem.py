@@ -44,7 +44,7 @@ def loss(params: list[Any], schedule: Any, batch: Any) -> jax.Array:
 def sgd(schedule: jax.Array, steps: int) -> optax.GradientTransformation:
     """Log rate from `schedule[0]` to `schedule[1]` along a line, then as at the start again."""
 
-    def rate(count: jax.Array) -> jax.Array:
+    def rate(count: Any) -> jax.Array:
         part = (count % steps) / steps
         return jnp.exp((1 - part) * schedule[0] + part * schedule[1])
 
