@@ -18,7 +18,7 @@ class Config:
 
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
-    rounds: int = 7
+    rounds: int = 5
     compilations: int = 2
     tiny: bool = False
 

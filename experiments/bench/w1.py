@@ -154,7 +154,8 @@ def pcg_estimated(config: Config, seed: int) -> Row:
         zeros = jnp.zeros_like(g)
         total, squares = jax.lax.fori_loop(0, PROBES, probe, (zeros, zeros))
         mean = total / PROBES
-        error = jnp.sqrt((squares / PROBES - mean**2) / (PROBES - 1))
+        variance = jnp.maximum(squares / PROBES - mean**2, 0)  # rounding may leave it below zero
+        error = jnp.sqrt(variance / (PROBES - 1))
         return plain.cg(mv, g, MOST, RTOL, 1 / jnp.maximum(mean, 2 * error))
 
     columns = _preconditioned_columns(plain.hypergradient(outer, inner, solve), model)
