@@ -63,7 +63,6 @@ def _schedules(axes, finished: list[record.Record], problem: str) -> None:
         )
     axes.set(yscale="log", ylabel="learning rate", xlabel="part of training")
     axes.set_title(TITLES[problem])
-    axes.legend(fontsize=9)
 
 
 def _curves(axes, finished: list[record.Record], problem: str) -> None:
@@ -75,6 +74,7 @@ def _curves(axes, finished: list[record.Record], problem: str) -> None:
         axes.plot(time, middle, color=colour, linestyle=line, label=label)
         axes.fill_between(time, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set(yscale="log", ylabel="loss of a fresh run", xlabel="part of training")
+    axes.legend(loc="lower left", fontsize=9)
 
 
 def _layers(finished: list[record.Record], path: Path) -> None:
