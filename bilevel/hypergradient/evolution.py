@@ -297,7 +297,7 @@ class Evolution:
             stats = {
                 "stationarity": info.grad_norm[-1],
                 "inner_loss": info.loss[-1],
-                "standard_error": jnp.sqrt(total / (n * (n - 1))) if n > 1 else total * jnp.nan,
+                "standard_error": jnp.sqrt(total / (n * (n - 1.0))) if n > 1 else total * jnp.nan,
             }
             return indirect, new_state, code(Status.ok), stats
 
