@@ -124,3 +124,13 @@ def test_images_pass_through_both_networks():
         with jax.numpy_rank_promotion("allow"):
             logits = problem.logits(params, jnp.ones((2, 28, 28)))
         assert logits.shape == (2, 10)
+
+
+def test_a_population_of_any_size_has_a_standard_error():
+    # 50 000 squared does not fit the 32-bit integers of the default precision.
+    with jax.enable_x64(False):
+        means, errors = scalar.estimates(50_000, jax.random.key(0), persistent=True)
+    truth, variance = scalar.closed_form()
+    exact = np.sqrt(variance / 50_000)
+    assert np.max(np.abs(means - truth) / exact) < 5  # fifty correlated estimates
+    np.testing.assert_allclose(errors, exact, rtol=0.05)  # 1.2 % of sampling, at the worst of 50
