@@ -52,7 +52,7 @@ def _landscapes(records: list[record.Record], out: Path, path: Path) -> None:
         for axis, name in zip(np.atleast_1d(axes), names, strict=True):
             arrays = record.load_arrays(out, f"landscape_{name}")
             edges = arrays["axis"]
-            losses = np.log10(np.minimum(np.nan_to_num(arrays["losses"], nan=10.0), 10.0))
+            losses = np.log10(np.fmin(arrays["losses"], 10.0))  # a diverged run is as dark as any
             mesh = axis.pcolormesh(edges, edges, losses.T, shading="nearest", cmap="Greys")
             axis.figure.colorbar(mesh, ax=axis, label="log10 of the mean loss over a run")
             start = [r for r in records if r.seed == seed and r.method == f"{name}_none"]
