@@ -287,8 +287,31 @@ def _linear_model_diagonal(
             return weigh(jnp.broadcast_to(direction, z.shape))[:, c]
 
         weights = jax.lax.map(column, jnp.arange(z.shape[-1])).T
-    data = tree.accumulate(op.model.transpose(params, x * x, weights))
+    data = _squared_transpose(op.model, params, x, weights)
     return tree.add(data, _separable_penalty(op, params, hparams))
+
+
+BLOCK = 1024
+"""Examples whose squared features are in memory at a time."""
+
+
+def _squared_transpose(
+    model: LinearModel, params: Params, x: jax.Array, weights: jax.Array
+) -> Vector:
+    r""":math:`(X \circ X)^\top U` by blocks of examples: X squared is never stored whole."""
+    n, block = x.shape[0], min(x.shape[0], BLOCK)
+
+    def body(total: Vector, k: jax.Array) -> tuple[Vector, None]:
+        first = jnp.minimum(k * block, n - block)
+        # The last block overlaps the one before it, whose examples count once.
+        new = first + jnp.arange(block) >= k * block
+        rows = jax.lax.dynamic_slice_in_dim(x, first, block)
+        u = jax.lax.dynamic_slice_in_dim(weights, first, block)
+        u = jnp.where(new.reshape(-1, *(1,) * (u.ndim - 1)), u, 0)
+        part = tree.accumulate(model.transpose(params, rows * rows, u))
+        return tree.add(total, part), None
+
+    return jax.lax.scan(body, tree.zeros_accumulated(params), jnp.arange(-(-n // block)))[0]
 
 
 def _factors(

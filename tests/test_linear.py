@@ -24,7 +24,7 @@ from bilevel import (
 )
 from bilevel.hypergradient import Implicit
 from bilevel.linear import LinearMap
-from bilevel.operators import GaussNewton, Hessian
+from bilevel.operators import BLOCK, GaussNewton, Hessian
 from bilevel.problem import Problem
 from bilevel.testing import cases, check_solver, flatten, relative_error
 
@@ -242,6 +242,19 @@ def test_known_diagonal_is_exact(name):
     assert relative_error(dense, case.truth().hessian) < 1e-10  # linear model: both agree
     v = jax.tree.map(lambda x: jnp.asarray(vector(x.size).reshape(x.shape)), case.params)
     assert relative_error(bound.mv(v), (dense + 0.25 * np.eye(len(dense))) @ flatten(v)) < 1e-12
+
+
+@pytest.mark.parametrize("rows", [1, BLOCK, BLOCK + 1, 2 * BLOCK + 300])
+def test_known_diagonal_counts_every_example_once(rows):
+    """Squares are summed by blocks of examples, the last of which overlaps the one before."""
+    x, y = vector(3 * rows).reshape(rows, 3), vector(rows)
+    operator = GaussNewton(
+        LinearModel(lambda hparams, batch: batch[0]),
+        lambda z, hparams, batch: 0.5 * jnp.sum((z - batch[1]) ** 2),
+    )
+    problem = Problem(operator.loss, operator.loss)
+    bound = operator.bind(problem, jnp.ones(3), jnp.zeros(()), (x, y), fresh=False)
+    assert relative_error(bound.mv.diagonal(), np.sum(x**2, axis=0)) < 1e-12
 
 
 def test_linear_model_params_in_any_container():
