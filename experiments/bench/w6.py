@@ -4,7 +4,7 @@ Time of mixed mode at 25, 50 and 100 steps, and memory of square-root rematerial
 and 400 steps (small batches: it is carries of parameters that are kept, not activations).
 """
 
-from experiments.bench import plain, w2, w3
+from experiments.bench import plain, w3
 from experiments.bench.config import Config
 from experiments.bench.measure import Row
 
@@ -14,7 +14,7 @@ NONE = dict.fromkeys(("lineax", "optimistix", "jaxopt"), "see W3")
 
 def _time(steps: int, config: Config, seed: int) -> Row:
     args, source = w3.arguments(config.tiny, seed, steps, w3.BATCH)
-    inner, outer, rate = w2.inner, w2.outer, w3.LEARNING_RATE
+    inner, outer, rate = w3.inner, w3.outer, w3.LEARNING_RATE
     columns = {
         "jax": plain.unrolled(outer, inner, steps, rate, plain.mixed_gradient(inner)),
         "bilevel": w3.unrolled(outer, inner, steps),
@@ -27,7 +27,7 @@ def _time(steps: int, config: Config, seed: int) -> Row:
 
 def _memory(steps: int, config: Config, seed: int) -> Row:
     args, source = w3.arguments(config.tiny, seed, steps, SMALL)
-    inner, outer, rate = w2.inner, w2.outer, w3.LEARNING_RATE
+    inner, outer, rate = w3.inner, w3.outer, w3.LEARNING_RATE
     gradient = plain.mixed_gradient(inner)
     segment = round(steps**0.5)
     columns = {
