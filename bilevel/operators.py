@@ -5,6 +5,7 @@ An operator is a value with one method, ``bind``: given the problem and a point 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -205,14 +206,18 @@ class GaussNewton:
 
             return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
         mv = _gauss_newton(self, problem, params, hparams, batch)
-        known = isinstance(self.model, LinearModel)
+        diagonal, model = None, self.model
+        if isinstance(model, LinearModel):
+            diagonal = functools.partial(
+                _linear_model_diagonal, self, model, params, hparams, batch
+            )
         return Bound(
             problem.inner_grad(params, hparams, batch),
             LinearMap(
                 mv,
                 self.damping,
                 wants_straight_line(problem, params, hparams, batch),
-                (lambda: _linear_model_diagonal(self, params, hparams, batch)) if known else None,
+                diagonal,
                 lambda: _factors(self, problem, params, hparams, batch),
             ),
         )
@@ -272,11 +277,11 @@ def _separable_penalty(op: GaussNewton, params: Params, hparams: Hparams) -> Vec
 
 
 def _linear_model_diagonal(
-    op: GaussNewton, params: Params, hparams: Hparams, batch: Batch
+    op: GaussNewton, model: LinearModel, params: Params, hparams: Hparams, batch: Batch
 ) -> Vector:
     r"""Exact for a loss that is a sum over examples: :math:`(X \circ X)^\top \mathrm{diag}(Q)`."""
-    x = op.model.features(hparams, batch)
-    z = op.model.apply(params, x)
+    x = model.features(hparams, batch)
+    z = model.apply(params, x)
     weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
     if z.ndim == 1:
         weights = weigh(jnp.ones_like(z))
@@ -287,7 +292,7 @@ def _linear_model_diagonal(
             return weigh(jnp.broadcast_to(direction, z.shape))[:, c]
 
         weights = jax.lax.map(column, jnp.arange(z.shape[-1])).T
-    data = _squared_transpose(op.model, params, x, weights)
+    data = _squared_transpose(model, params, x, weights)
     return tree.add(data, _separable_penalty(op, params, hparams))
 
 

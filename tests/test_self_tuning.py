@@ -171,16 +171,18 @@ def test_a_cycle_of_one_step_equals_the_updates_written_out():
     network = bilevel.StructuredResponse()
     # Validation: at no displacement, through the response of the new weights.
     grads = jax.jit(
-        lambda response: bilevel.hypergrad_solve(
-            lambda p, r, b: net_outer(p, SPACE.constrain(r), b),
-            lambda p, r, b: SPLIT.loss(p, SPACE.constrain(r), b),
-            bilevel.BestResponse(network),
-            w,
-            raw,
-            inner_batch=batch,
-            outer_batch=OUTER,
-            state=bilevel.BestResponseState(response, None),
-        ).grads
+        lambda response: (
+            bilevel.hypergrad_solve(
+                lambda p, r, b: net_outer(p, SPACE.constrain(r), b),
+                lambda p, r, b: SPLIT.loss(p, SPACE.constrain(r), b),
+                bilevel.BestResponse(network),
+                w,
+                raw,
+                inner_batch=batch,
+                outer_batch=OUTER,
+                state=bilevel.BestResponseState(response, None),
+            ).grads
+        )
     )(new.response)
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(info.hypergrad_norm, norm, rtol=1e-8)
@@ -259,9 +261,7 @@ def test_shared_hyperparameters_get_one_draw_a_batch():
     )  # fmt: skip
     state = alg.init(PARAMS, HPARAMS)
     one = jax.tree.map(lambda x: x[:1], INNER)
-    jax.block_until_ready(
-        jax.jit(alg.step)(state, inner_batches=one, outer_batch=OUTER, key=KEY)
-    )
+    jax.block_until_ready(jax.jit(alg.step)(state, inner_batches=one, outer_batch=OUTER, key=KEY))
     jax.effects_barrier()
     perturbed = {pair for pair in seen if pair[0] != float(HPARAMS["decay"])}
     assert len({d for d, _ in perturbed}) == 1

@@ -153,9 +153,7 @@ class BestResponse:
     using Structured Response Jacobians", 2020.
     """
 
-    network: Network = dataclasses.field(
-        default=StructuredResponse(), metadata={"static": True}
-    )
+    network: Network = dataclasses.field(default=StructuredResponse(), metadata={"static": True})
     tx: optax.GradientTransformation | None = dataclasses.field(
         default=None, metadata={"static": True}
     )

@@ -138,9 +138,7 @@ class StructuredResponse:
                 weights[path] = jnp.transpose(drawn, np.argsort(order).tolist())
         return StructuredParams(weights, gains)
 
-    def apply(
-        self, response: StructuredParams, params: Params, displacement: Hparams
-    ) -> Params:
+    def apply(self, response: StructuredParams, params: Params, displacement: Hparams) -> Params:
         """The weights at ``displacement``, a tree like the hyperparameters; ``params`` at 0."""
         d = flatten_hparams(displacement)
         leaves = []

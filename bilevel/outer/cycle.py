@@ -322,9 +322,7 @@ class Cycle:
             (_, value), (grads, scale_grads) = jax.value_and_grad(
                 self._objective, argnums=(0, 1), has_aux=True
             )(moved.raw, moved.raw_scales, trained, noise, batch, straight)
-            updates, outer_opt_state = self.outer_tx.update(
-                grads, moved.outer_opt_state, moved.raw
-            )
+            updates, outer_opt_state = self.outer_tx.update(grads, moved.outer_opt_state, moved.raw)
             raw = optax.apply_updates(moved.raw, updates)
             raw_scales, scale_opt_state = moved.raw_scales, moved.scale_opt_state
             if self.tune_scales:
@@ -341,9 +339,7 @@ class Cycle:
                 moved, value, norm = one(j, moved)
             return same_type(moved, start, "outer state", _KEEP), value, norm
 
-        start = _Moved(
-            state.raw, state.outer_opt_state, state.raw_scales, state.scale_opt_state
-        )
+        start = _Moved(state.raw, state.outer_opt_state, state.raw_scales, state.scale_opt_state)
         if not self.warm_up:
             return tune(start)
 
@@ -370,9 +366,7 @@ class Cycle:
             )
         return tree.norm(change) / tree.norm(trained.params)
 
-    def _check_step(
-        self, state: SelfTuningState, inner_batches: Batch, outer_batch: Batch
-    ) -> bool:
+    def _check_step(self, state: SelfTuningState, inner_batches: Batch, outer_batch: Batch) -> bool:
         """Raise what is wrong when traced; whether the program wants straight-line code."""
         _check_axis(inner_batches, "inner_batches", self.inner_steps, "inner_steps")
         first, first_outer = slice_batch(inner_batches, 0), outer_batch

@@ -94,9 +94,7 @@ def locked_dropout(
     return dropout(key, x, rate, broadcast_axes=(time_axis,))
 
 
-def word_mask(
-    key: Key, num_words: int, tokens: jax.Array, rate: jax.Array | float
-) -> jax.Array:
+def word_mask(key: Key, num_words: int, tokens: jax.Array, rate: jax.Array | float) -> jax.Array:
     """Factors that drop whole words of a vocabulary: shape of ``tokens`` plus a last axis of 1.
 
     A word is dropped everywhere it occurs (in a sequence, if ``rate`` is ``(B,)``; in the

@@ -9,9 +9,7 @@ from bilevel.aliases import Key
 from bilevel.regularizers.strength import along_examples, check_strength
 
 
-def mixup(
-    key: Key, x: Any, targets: Any, alpha: jax.Array | float
-) -> tuple[Any, Any]:
+def mixup(key: Key, x: Any, targets: Any, alpha: jax.Array | float) -> tuple[Any, Any]:
     r"""Convex combinations of pairs, :math:`u\,x_i + (1-u)\,x_{\pi(i)}`, targets alike.
 
     One :math:`u_i \sim \mathrm{Beta}(\alpha_i, \alpha_i)` an example and one random permutation

@@ -83,7 +83,7 @@ def picture(summaries: list[dict[str, Any]], path: Path) -> None:
         for verdict in summary["verdicts"]
         if verdict["value"] is not None and verdict["bound"] > 0 and verdict["value"] > 0
     ]
-    with figures.figure(path, width=8.0, height=1.2 + 0.4 * max(len(rows), 1)) as (_, axes):
+    with figures.figure(path, width=16.0, height=1.2 + 0.4 * max(len(rows), 1)) as (_, axes):
         axes.axvline(1.0, color=figures.BLACK, linewidth=1)
         for height, (_, verdict) in enumerate(rows):
             axes.plot(

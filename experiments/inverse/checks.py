@@ -23,7 +23,7 @@ def _cosine(a: Any, b: Any) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def _ratio(error: float, bound: float, size: float) -> float:
+def _ratio(error: Any, bound: Any, size: Any) -> float:
     return float(error / (bound + ROUNDING * size))
 
 
