@@ -167,6 +167,9 @@ class GaussNewton:
       output_loss: ``output_loss(outputs, hparams, batch) -> scalar``, convex in the outputs.
       damping: :math:`\rho \ge 0`, in units of curvature.
       penalty: ``penalty(params, hparams) -> scalar``, or ``None``.
+      independent_examples: every leaf of the batch has the examples as its leading axis, and
+        the outputs of an example depend on that example alone (no batch norm). ``Woodbury``
+        then takes each Jacobian row from one example instead of the whole batch.
 
     Cost: about 0.75 of a Hessian product (a forward tangent and a backward pass).
 
@@ -180,6 +183,7 @@ class GaussNewton:
     penalty: Callable[[Params, Hparams], Scalar] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
+    independent_examples: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_at_least("damping", self.damping, 0)
@@ -337,6 +341,30 @@ def _factors(
         leaves = [p.reshape(s) for p, s in zip(parts, shapes, strict=True)]
         return op.output_loss(jax.tree.unflatten(treedef, leaves), hparams, batch)
 
-    outputs, pull = jax.vjp(flat, params)
-    rows = jax.vmap(lambda e: pull(e)[0])(jnp.eye(outputs.size, dtype=outputs.dtype))
-    return Factors(rows, jax.hessian(flat_loss)(outputs), _separable_penalty(op, params, hparams))
+    weights = jax.hessian(flat_loss)(jnp.concatenate([o.reshape(-1) for o in z]))
+    if op.independent_examples:
+        rows = _rows_by_example(op, problem, params, hparams, batch)
+    else:
+        outputs, pull = jax.vjp(flat, params)
+        rows = jax.vmap(lambda e: pull(e)[0])(jnp.eye(outputs.size, dtype=outputs.dtype))
+    return Factors(rows, weights, _separable_penalty(op, params, hparams))
+
+
+def _rows_by_example(
+    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+) -> Vector:
+    """The Jacobian's rows from each example's own backward passes, in the order of the outputs."""
+
+    def one(example: Batch) -> list[Any]:
+        alone = jax.tree.map(lambda x: x[None], example)
+
+        def outputs(w: Params) -> list[jax.Array]:
+            z = _outputs(op, problem, hparams, alone)(w)
+            return [o.reshape(-1) for o in jax.tree.leaves(z)]
+
+        return jax.jacrev(outputs)(params)
+
+    def stacked(*parts: jax.Array) -> jax.Array:  # (examples, outputs, ...) of each output leaf
+        return jnp.concatenate([p.reshape(-1, *p.shape[2:]) for p in parts])
+
+    return jax.tree.map(stacked, *jax.vmap(one)(batch))

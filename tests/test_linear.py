@@ -257,6 +257,29 @@ def test_known_diagonal_counts_every_example_once(rows):
     assert relative_error(bound.mv.diagonal(), np.sum(x**2, axis=0)) < 1e-12
 
 
+def test_rows_by_example_are_the_rows():
+    """Several output leaves of unlike shape, which the loss couples within an example."""
+    x, y = vector(24).reshape(6, 4), vector(18).reshape(6, 3)
+    params = {"a": vector(20).reshape(4, 5), "b": vector(15).reshape(5, 3) ** 2}
+
+    def model(params, hparams, batch):
+        hidden = jnp.tanh(batch[0] @ params["a"])
+        return {"u": hidden @ params["b"], "v": jnp.sum(hidden, axis=1)}
+
+    def loss(z, hparams, batch):
+        return jnp.mean((z["u"] - batch[1]) ** 2) + jnp.mean(z["v"] ** 2 * z["u"][:, 0] ** 2)
+
+    def factors(independent):
+        operator = GaussNewton(model, loss, 0.3, independent_examples=independent)
+        problem = Problem(operator.loss, operator.loss)
+        return operator.bind(problem, params, jnp.zeros(()), (x, y), fresh=False).mv.factors()
+
+    whole, single = factors(False), factors(True)
+    for name in params:
+        assert relative_error(single.rows[name], whole.rows[name]) < 1e-12
+    assert relative_error(single.weights, whole.weights) < 1e-12
+
+
 def test_linear_model_params_in_any_container():
     """A pair, a mapping in its own order, a kernel alone: the transpose lands in the right leaf."""
     x, kernel, bias, u = vector(12).reshape(4, 3), vector(6).reshape(3, 2), vector(2), vector(8)

@@ -122,8 +122,8 @@ def _gauss_newton(params: Any, lam: Any, batch: Any, damping: float = 0.0) -> An
     return lambda v: jax.tree.map(lambda image, d, x: image + d * x, curvature(v), decay, v)
 
 
-def _operator(damping: float = 0.0) -> bilevel.GaussNewton:
-    return bilevel.GaussNewton(model, cross_entropy, damping, penalty)
+def _operator(damping: float = 0.0, independent: bool = False) -> bilevel.GaussNewton:
+    return bilevel.GaussNewton(model, cross_entropy, damping, penalty, independent)
 
 
 def _neumann_by_hand(bind: Any) -> Any:
@@ -226,7 +226,8 @@ def woodbury(config: Config, seed: int) -> Row:
         )
 
     columns = _only_bilevel(
-        plain.hypergradient(outer, inner, solve), _bilevel(bilevel.Woodbury(), _operator(DAMPING))
+        plain.hypergradient(outer, inner, solve),
+        _bilevel(bilevel.Woodbury(), _operator(DAMPING, True)),
     )
     return _row("w2_woodbury", f"Woodbury, {FEW} examples", config, seed, few=True, columns=columns)
 
