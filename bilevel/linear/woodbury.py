@@ -1,6 +1,7 @@
 r"""The exact inverse of a damped Gauss–Newton matrix, in the batch x outputs dimension."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -71,16 +72,23 @@ class Woodbury:
             )
         rows, diagonal = tree.accumulate(rows), tree.cast_like(diagonal, rhs)
         # Both factors of J D^-1 J' are the same J D^-1/2, so that one m x n array is enough.
-        # Where D is negative the root, and with it the value, is NaN.
-        root = jax.tree.map(jnp.sqrt, diagonal)
-        half = jax.tree.map(lambda j, d: j / d[None], rows, root)
+        # D^-1/2; where D is negative it is NaN, and with it the value.
+        root = jax.tree.map(jax.lax.rsqrt, diagonal)
+        half = jax.tree.map(lambda j, d: j * d[None], rows, root)
         kernel = contract(half, half)
         system = jnp.eye(m, dtype=kernel.dtype) + weights.astype(kernel.dtype) @ kernel
-        scaled = jax.tree.map(jnp.divide, rhs, root)
-        projected = contract(half, jax.tree.map(lambda g: g[None], scaled))[:, 0]
+        scaled = jax.tree.map(jnp.multiply, rhs, root)
+        # As a vector: a product with one column would walk the m x n array far more slowly.
+        projected = functools.reduce(
+            jnp.add,
+            [
+                h.reshape(m, -1) @ g.reshape(-1)
+                for h, g in zip(jax.tree.leaves(half), jax.tree.leaves(scaled), strict=True)
+            ],
+        )
         inner = jnp.linalg.solve(system, weights.astype(kernel.dtype) @ projected)
         value = jax.tree.map(
-            lambda g, d, h: (g - jnp.tensordot(inner.astype(h.dtype), h, axes=1)) / d,
+            lambda g, d, h: (g - jnp.tensordot(inner.astype(h.dtype), h, axes=1)) * d,
             scaled,
             root,
             half,
