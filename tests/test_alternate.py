@@ -391,3 +391,33 @@ def test_batches_and_states_that_do_not_fit_are_refused():
     small = jax.tree.map(jnp.float32, PARAMS)
     with pytest.raises(TypeError, match="inner_opt_state.* changes in a step from float32.*wider"):
         trace(mixed, mixed.init(small, HPARAMS), batches(4))
+
+
+@pytest.mark.parametrize("has_state", [False, True])
+def test_an_unrolled_response_reads_its_own_batches_and_keeps_what_it_advanced(has_state):
+    """Two training steps, then three unrolled ones: five counted, each on the next batch."""
+
+    def inner(w, lam, batch, *seen):
+        value = jnp.mean((w - batch) ** 2) + jnp.exp(lam) * w**2
+        return (value, seen[0] + batch[0]) if has_state else value
+
+    def outer(w, lam, batch, *seen):
+        value = jnp.mean((w - batch) ** 2)
+        return (value, seen[0]) if has_state else value
+
+    tx = optax.sgd(0.1)
+    response = bilevel.Unroll(tx, steps=3)
+    alg = bilevel.alternate(
+        outer, inner, response, tx, optax.sgd(0.1), inner_steps=2, has_state=has_state
+    )
+    state = alg.init(jnp.array(1.0), jnp.array(-1.0), jnp.array(0.0) if has_state else None)
+    batches = jnp.arange(1.0, 6.0)[:, None] * jnp.ones((5, 4))
+    state, _ = jax.jit(alg.step)(state, inner_batches=batches, outer_batch=jnp.ones(4))
+    w = 1.0
+    for target in range(1, 6):
+        w -= 0.1 * (2 * (w - target) + 2 * np.exp(-1.0) * w)
+    assert float(state.params) == pytest.approx(w, rel=1e-12)  # float64, five steps of rounding
+    if has_state:
+        assert float(state.model_state) == 1 + 2 + 3 + 4 + 5
+    with pytest.raises(ValueError, match="leading axis of 5"):
+        alg.step(state, inner_batches=batches[:2], outer_batch=jnp.ones(4))

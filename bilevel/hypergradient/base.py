@@ -31,6 +31,8 @@ class Response(Protocol):
     gives back. Two further methods may be left out. ``check`` raises at trace time what is
     specific to the response. ``num_inner_batches() -> int | None`` tells outer loops the length
     of the leading axis of ``inner_batch``; None, or no such method, means one single batch.
+    A response that trains while it differentiates keeps the model state it has advanced in
+    ``state.model_state``, where outer loops take it from.
     """
 
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> Any: ...

@@ -160,6 +160,10 @@ class Evolution:
                     "start again between two calls."
                 )
 
+    def num_inner_batches(self) -> int:
+        """Length of the leading axis of ``inner_batch``: one batch a step."""
+        return self.steps
+
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> EvolutionState:
         """The unperturbed run's optimizer state, and all pairs at ``params``."""
         params, hparams, model_state = jax.tree.map(

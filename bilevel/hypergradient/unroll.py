@@ -168,6 +168,10 @@ class Unroll:
                 "`truncate=None` and `initial=None`."
             )
 
+    def num_inner_batches(self) -> int:
+        """Length of the leading axis of ``inner_batch``: one batch a step."""
+        return self.steps
+
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:
         """A fresh optimizer's state, the model state, and a zero tangent if in real time."""
         params, hparams, model_state = jax.tree.map(

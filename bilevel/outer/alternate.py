@@ -104,8 +104,8 @@ def alternate(
       constrain: bounds; None leaves the hyperparameters free.
       has_aux: ``outer`` returns ``(scalar, aux)``.
       has_state: both losses are ``loss(params, hparams, batch, model_state) -> (scalar,
-        model_state)``. Training steps pass ``model_state`` on and keep what comes back; the
-        hypergradient then reads it frozen and discards what comes back.
+        model_state)``. Training steps, those of an unrolled response too, pass ``model_state``
+        on and keep what comes back; an implicit solve and the outer loss read it frozen.
       unroll: straight-line code instead of a loop over training steps; None decides by
         itself (for convolutions on CPU, tens of times slower inside a loop).
 
@@ -249,6 +249,9 @@ def alternate(
             has_state=has_state,
             model_state=model_state,
         )
+        # A response that trains (`Unroll`) has advanced the statistics along with the parameters.
+        advanced = getattr(solution.state, "model_state", None)
+        model_state = model_state if advanced is None else advanced
         moved: Any = hparams if constrain is None else state.raw
         grads = solution.grads
         if constrain is not None:
