@@ -27,8 +27,7 @@ class _Carry(NamedTuple):
     r: Vector
     p: Vector
     rz: Scalar
-    low: Scalar
-    high: Scalar
+    curvature: jax.Array  # (2,), the least and greatest met; as one buffer XLA packs tighter
     rr: Scalar
     indefinite: jax.Array
 
@@ -110,8 +109,7 @@ class CG:
             r=r,
             p=z,
             rz=tree.vdot(r, z),
-            low=jnp.full_like(rr, jnp.inf),
-            high=jnp.full_like(rr, -jnp.inf),
+            curvature=jnp.asarray([jnp.inf, -jnp.inf], rr.dtype),
             rr=rr,
             indefinite=jnp.asarray(False),
         )
@@ -132,7 +130,8 @@ class CG:
             last = jax.lax.while_loop(going, advance, first)
 
         products = last.step + extra + (0 if x0 is None else 1)
-        stats = {"num_matvecs": products, "min_curvature": last.low, "max_curvature": last.high}
+        low, high = last.curvature
+        stats = {"num_matvecs": products, "min_curvature": low, "max_curvature": high}
         unmet = last.rr > tolerance**2
         result = status_of(
             Status.ok,
@@ -182,7 +181,8 @@ def _advance(mv: LinearMap, inverse: Vector | None, c: _Carry) -> _Carry:
     image = mv(c.p)
     pp, pap = tree.vdot(c.p, c.p), tree.vdot(c.p, image)
     curvature = pap / pp
-    low, high = jnp.minimum(c.low, curvature), jnp.maximum(c.high, curvature)
+    low = jnp.minimum(c.curvature[0], curvature)
+    high = jnp.maximum(c.curvature[1], curvature)
     # Non-positive up to rounding, relative to the largest curvature met. Written so that a
     # NaN is not "indefinite": it goes into the iterate instead.
     indefinite = curvature <= jnp.finfo(pp.dtype).eps * jnp.maximum(high, 0)
@@ -192,4 +192,5 @@ def _advance(mv: LinearMap, inverse: Vector | None, c: _Carry) -> _Carry:
     rr = tree.vdot(r, r)
     rz = rr if inverse is None else tree.vdot(r, z)
     beta = jnp.where(c.rz > 0, rz / jnp.where(c.rz > 0, c.rz, 1), 0)
-    return _Carry(c.step + 1, x, r, tree.axpy(beta, c.p, z), rz, low, high, rr, indefinite)
+    p, bounds = tree.axpy(beta, c.p, z), jnp.stack([low, high])
+    return _Carry(c.step + 1, x, r, p, rz, bounds, rr, indefinite)
