@@ -169,3 +169,36 @@ def test_self_tuning_of_layers_perturbs_every_example(linearised):
     for part in ("params", "response"):
         old, moved = (jax.tree.leaves(getattr(s, part)) for s in (state, new))
         assert all(bool(jnp.any(a != b)) for a, b in zip(old, moved, strict=True))
+
+
+def test_uncentred_layers_warm_up_and_are_deployed_at_one_displacement():
+    # STN's weights at the hyperparameters are a displacement too: of all examples at once.
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.only = TunedLinear(3, 2, 1, rngs=rngs)
+
+        def __call__(self, x, d):
+            return self.only(x, d)
+
+    network, params = split_layers(Net(nnx.Rngs(0)), centred=False, gain_scale=1.0)
+
+    def loss(params, h, batch):
+        net, d = network.merge(params)
+        return jnp.mean(net(dropout(batch["key"], batch["x"], h), d) ** 2)
+
+    alg = bilevel.self_tuning(
+        loss, loss, optax.sgd(0.1), optax.sgd(0.1), 1, network=network, warm_up=1,
+        constrain=bilevel.Space(bilevel.Interval(0, 0.95)),
+    )  # fmt: skip
+    x = jax.random.normal(KEY, (4, 3), jnp.float32)
+    batch = {"x": x, "key": jax.random.key(1)}
+    state = alg.init(params, jnp.float32(0.2))
+    one = jax.tree.map(lambda a: a[None], batch)
+    new, _ = jax.jit(alg.step)(state, inner_batches=one, outer_batch=batch, key=KEY)
+    assert float(new.raw) == float(state.raw) and int(new.step) == 1
+    model, d = network.merge(bilevel.tuned_params(network, state))
+    each, rows = network.merge(
+        network.apply(state.response, state.params, jnp.full((4,), state.raw))
+    )
+    assert d.shape == (1, 1) and rows.shape == (4, 1)
+    np.testing.assert_allclose(model(x, d), each(x, rows), rtol=1e-6)

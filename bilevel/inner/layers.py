@@ -30,12 +30,15 @@ class ResponseParam(nnx.Variable):
 
 
 def gate(d: jax.Array, gains: Any, like: jax.Array) -> jax.Array:
-    """:math:`d U` as ``(B, 1, ..., out)``, to scale an array with the axes of ``like``."""
+    """:math:`d U` as ``(B, 1, ..., out)``, to scale an array with the axes of ``like``.
+
+    A single row of ``d`` is every example's, and the result then has a leading axis of one.
+    """
     gains = gains[...]
-    if d.ndim != 2 or d.shape[1] != gains.shape[0] or d.shape[0] != like.shape[0]:
+    if d.ndim != 2 or d.shape[1] != gains.shape[0] or d.shape[0] not in (1, like.shape[0]):
         raise ValueError(
             f"`d` has shape {d.shape}, expected ({like.shape[0]}, {gains.shape[0]}): one row an "
-            "example of the input, one column a hyperparameter."
+            "example of the input (or one row for all), one column a hyperparameter."
         )
     scale = (d.astype(gains.dtype) @ gains).astype(like.dtype)
     return scale.reshape(scale.shape[0], *(1,) * (like.ndim - 2), scale.shape[1])
@@ -262,7 +265,7 @@ class Perturbed(NamedTuple):
     Attributes:
       base: the plain model's parameters.
       response: those of the response.
-      displacement: ``(B, H)``, or ``None`` for the plain model.
+      displacement: ``(B, H)``, ``(1, H)`` for all examples, or ``None`` for the plain model.
     """
 
     base: Params
@@ -321,6 +324,10 @@ class LayerResponse:
     def apply(self, response: Any, params: Params, displacement: Hparams) -> Perturbed:
         """Parameters at one displacement an example (leaves with a leading axis B)."""
         return Perturbed(params, response, jax.vmap(flatten_hparams)(displacement))
+
+    def everywhere(self, response: Any, params: Params, displacement: Hparams) -> Perturbed:
+        """Parameters at one displacement for all examples (leaves without the axis B)."""
+        return Perturbed(params, response, flatten_hparams(displacement)[None])
 
     def plain(self, response: Any, params: Params) -> Perturbed:
         """Parameters of the plain model."""

@@ -97,6 +97,8 @@ class Cycle:
         """The weights at the current hyperparameters."""
         if self.network.centred:
             return self.undisplaced(params, response)
+        if self.per_example:
+            return self.network.everywhere(response, params, raw)
         return self.network.apply(response, params, raw)
 
     def problem(self, model_state: ModelState) -> Problem:

@@ -192,8 +192,11 @@ def tuned_params(network: Network, state: SelfTuningState) -> Params:
     """The weights to deploy: those at the current hyperparameters.
 
     For a centred network the base weights as they are, at no cost; for an uncentred one those
-    that the response gives at ``state.raw``.
+    that the response gives at ``state.raw``. For a network of layers that is uncentred, what the
+    losses read: the weights and one displacement for every example.
     """
     if network.centred:
         return state.params
+    if getattr(network, "per_example", False):
+        return network.everywhere(state.response, state.params, state.raw)  # pyright: ignore
     return network.apply(state.response, state.params, state.raw)
