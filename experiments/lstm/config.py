@@ -1,0 +1,99 @@
+"""Settings of the `lstm` experiment and its presets."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every number of the experiment. Costs are in inner-gradient evaluations (G).
+
+    Attributes:
+      sets: corpora.
+      words: size of the vocabulary; None keeps the publisher's.
+      sizes: tokens of the training, validation and test part; None keeps all.
+      units: width of the embedding and of every LSTM layer (the decoder is the embedding).
+      layers: LSTM layers.
+      batch: parallel streams; even, because the noise of one half mirrors that of the other.
+      steps: tokens of a window, through which gradients are taken.
+      context: tokens before a validation window that only prepare the state.
+      lr: first step size of the Adam that trains, for every method.
+      clip: global norm that gradients are clipped to.
+      patience: measurements without a better validation loss after which the step size falls.
+      shrink: by this factor.
+      rate, decay, penalty: dropout rates, log decays and log activation penalties at the start
+        of tuning, and of the model that is not tuned.
+      top: upper end of the rates.
+      inner_steps: training steps between two hypergradients.
+      outer_lr: step size of the Adam that moves the number of each kind.
+      own_lr: of the Adam that moves the offsets of units, words and weights.
+      products: Hessian products of one hypergradient; 0 is the identity (T1-T2).
+      budget: G that every method may spend on one corpus.
+      points: measurements of the validation loss along a run.
+      eval_batch: parallel streams of a measurement.
+    """
+
+    sets: tuple[str, ...] = ("wikitext2", "ptb")
+    words: int | None = 1_000
+    sizes: tuple[int | None, int | None, int | None] = (20_000, 30_000, 60_000)
+    units: int = 96
+    layers: int = 1
+    batch: int = 16
+    steps: int = 32
+    context: int = 8
+    lr: float = 5e-3
+    clip: float = 1.0
+    patience: int = 3
+    shrink: float = 0.5
+    rate: float = 0.05
+    decay: float = -12.0
+    penalty: float = -9.0
+    top: float = 0.9
+    inner_steps: int = 4
+    outer_lr: float = 0.05
+    own_lr: float = 0.02
+    products: int = 0
+    budget: float = 2_000.0
+    points: int = 25
+    eval_batch: int = 50
+
+
+def smoke() -> Config:
+    """Seconds, on a made-up text that needs no download: does everything run?"""
+    return Config(
+        sets=("markov",),
+        words=50,
+        sizes=(4_000, 2_000, 2_000),
+        units=16,
+        batch=8,
+        steps=16,
+        budget=300.0,
+        points=5,
+        eval_batch=10,
+    )
+
+
+def cpu() -> Config:
+    """Both corpora cut to 60 000 tokens and 1000 words, and a small model: minutes on one core."""
+    return Config()
+
+
+def paper() -> Config:
+    """The whole corpora and the two layers of 650 units of the paper, for a GPU."""
+    return Config(
+        words=None,
+        sizes=(None, None, None),
+        units=650,
+        layers=2,
+        batch=40,
+        steps=70,
+        context=20,
+        lr=1e-3,
+        clip=0.25,
+        patience=5,
+        budget=200_000.0,
+        points=100,
+        eval_batch=10,
+        inner_steps=1,
+        outer_lr=1e-3,
+        own_lr=1e-3,
+    )

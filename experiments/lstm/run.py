@@ -1,0 +1,249 @@
+"""Runs `lstm`: a language model untuned, with a few tuned strengths, and with one a weight."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel
+from experiments.common import budget, record
+from experiments.lstm import corpus, problem
+from experiments.lstm.config import Config
+
+METHODS = ("untuned", "few", "many")
+TABLE = (
+    "hyperparameters",
+    "validation_perplexity",
+    "test_perplexity",
+    "train_perplexity",
+    "best_cost",
+)
+
+
+def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+    """All methods on all corpora; what a resumed run had finished is skipped."""
+    records = record.Records(out, seed)
+    for name in config.sets:
+        text = corpus.load(name, config.words, config.sizes)
+        parts = {
+            part: jnp.asarray(corpus.streams(getattr(text, part), batch))
+            for part, batch in (
+                ("train", config.batch),
+                ("validation", config.eval_batch),
+                ("test", config.eval_batch),
+            )
+        }
+        parts["ids"] = jnp.asarray(text.validation)
+        for method in METHODS:
+            _one(f"{name}_{method}", method, config, seed, text.words, parts, records)
+
+
+def outer_cost(config: Config) -> float:
+    """G of one outer step: its training steps and its hypergradient."""
+    hypergradient = budget.implicit_hypergradient(config.products)
+    return budget.training(config.inner_steps).plus(hypergradient).cost
+
+
+def _one(
+    name: str,
+    method: str,
+    config: Config,
+    seed: int,
+    words: int,
+    parts: dict[str, jax.Array],
+    records: record.Records,
+) -> None:
+    """One run of one method: stretches of one compiled scan, a measurement after each."""
+    tuned = method != "untuned"
+    cost = outer_cost(config) if tuned else float(config.inner_steps)
+    total = int(config.budget // cost)
+    ends = [round(total * (i + 1) / config.points) for i in range(config.points)]
+    done = record.read(records.out, seed=seed, method=name)
+    if done and done[-1].step == ends[-1]:
+        return
+    records.rewind(name)
+    key = jax.random.key(seed)
+    params = problem.initial(config, words, jax.random.fold_in(key, 1))
+    hparams = problem.hparams(config, params, many=method == "many")
+    algorithm, stretch, evaluate = pieces(config, tuned)
+    state = algorithm.init(params, hparams, problem.zero_carry(config, config.batch))
+    best, best_loss, best_cost, losses = state, np.inf, 0.0, []
+    lr = config.lr
+    for i, end in enumerate(ends):
+        length = end - (ends[i - 1] if i else 0)
+        state = stretch(state, parts, key, length)
+        losses.append(float(evaluate(state.params, parts["validation"])))
+        if losses[-1] < best_loss:
+            best, best_loss, best_cost = state, losses[-1], cost * end
+        elif losses.index(min(losses)) < len(losses) - config.patience:
+            # Fall, and wait as long again before the next fall.
+            lr, losses = lr * config.shrink, losses[-1:]
+            state = with_rate(state, lr)
+        metrics: dict[str, Any] = {}
+        if end == ends[-1]:
+            for part in ("validation", "test", "train"):
+                metrics[f"{part}_perplexity"] = np.exp(float(evaluate(best.params, parts[part])))
+            metrics["hyperparameters"] = sum(x.size for x in jax.tree.leaves(hparams))
+            metrics["best_cost"] = best_cost
+        records.append(
+            name,
+            end,
+            cost * end,
+            now_perplexity=float(np.exp(losses[-1])),
+            best_perplexity=float(np.exp(best_loss)),
+            lr=lr,
+            **_kinds(problem.strengths(state.hparams, config.top)),
+            **metrics,
+        )
+    record.save_arrays(
+        records.out,
+        f"{name}_{seed}",
+        **{
+            _plain(path): np.asarray(x)
+            for path, x in _paths(problem.strengths(best.hparams, config.top))
+        },
+    )
+
+
+def with_rate(state: Any, lr: float) -> Any:
+    """The state with another step size of the training optimizer."""
+    opt_state = state.inner_opt_state
+    rate = opt_state.hyperparams["learning_rate"]
+    changed = opt_state._replace(hyperparams={"learning_rate": jnp.full_like(rate, lr)})
+    return state._replace(inner_opt_state=changed)
+
+
+def _paths(hparams: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(p), x) for p, x in jax.tree.leaves_with_path(hparams)]
+
+
+def _plain(path: str) -> str:
+    """``['rates']['input']`` as ``rates_input``."""
+    return "_".join(
+        word
+        for word in path.replace("[", " ")
+        .replace("]", " ")
+        .replace("'", " ")
+        .replace('"', " ")
+        .split()
+    )
+
+
+def _kinds(hparams: Any) -> dict[str, list[float]]:
+    """Lower quartile, median and upper quartile of every kind."""
+    return {
+        _plain(path): np.quantile(np.asarray(x), [0.25, 0.5, 0.75]).tolist()
+        for path, x in _paths(hparams)
+    }
+
+
+@functools.cache
+def pieces(config: Config, tuned: bool) -> tuple[Any, Any, Any]:
+    """Algorithm, compiled stretch of outer steps, and compiled measurement."""
+    tx = optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(
+            optax.clip_by_global_norm(config.clip), optax.adam(learning_rate)
+        )
+    )(learning_rate=config.lr)
+    inner = functools.partial(problem.inner, top=config.top)
+    algorithm = bilevel.alternate(
+        problem.outer,
+        inner,
+        bilevel.Implicit(solver(config)),
+        inner_tx=tx,
+        outer_tx=_outer_tx(config),
+        inner_steps=config.inner_steps,
+        has_state=True,
+    )
+    step = algorithm.step if tuned else functools.partial(_train, tx, inner)
+
+    @functools.partial(jax.jit, static_argnames="length")
+    def stretch(state: Any, parts: Any, key: Any, length: int) -> Any:
+        def body(state: Any, _: None) -> Any:
+            batches = sample(config, parts, jax.random.fold_in(key, state.step), state.step)
+            return step(state, **batches)[0], None
+
+        return jax.lax.scan(body, state, None, length=length)[0]
+
+    return algorithm, stretch, jax.jit(functools.partial(measure, config))
+
+
+def _outer_tx(config: Config) -> Any:
+    """Adam for what is shared, and a slower one for the noisier offsets; both come to rest."""
+    total = int(config.budget // outer_cost(config))
+    rates = {"shared": config.outer_lr, "own": config.own_lr}
+    return optax.multi_transform(
+        {name: optax.adam(optax.cosine_decay_schedule(lr, total)) for name, lr in rates.items()},
+        lambda hparams: {name: name for name in hparams},
+    )
+
+
+def solver(config: Config) -> Any:
+    """The identity, as the paper has it for this model, or a Neumann series."""
+    if config.products == 0:
+        return bilevel.Identity()
+    return bilevel.Neumann(config.products, step_size=1.0)
+
+
+def sample(config: Config, parts: Any, key: Any, step: Any) -> dict[str, Any]:
+    """The windows of an outer step: K to train on, the next one for the response, one to validate.
+
+    The response reads half of the streams, each twice with mirrored noise.
+    """
+    k, t, batch = config.inner_steps, config.steps, config.batch
+    keys = jax.random.split(key, 3)
+    stream = parts["train"]
+    count = (stream.shape[1] - 1) // t
+    starts = (step * k + jnp.arange(k + 1)) % count * t
+
+    def window(start: jax.Array) -> dict[str, jax.Array]:
+        cut = jax.lax.dynamic_slice_in_dim(stream, start, t + 1, axis=1)
+        return {"x": cut[:, :-1], "y": cut[:, 1:]}
+
+    windows = jax.vmap(window)(starts)
+    noise = jax.random.split(keys[0], k + 1)
+    rows = jnp.arange(batch)
+    inner = {name: x[:k] for name, x in windows.items()}
+    inner |= {"rows": jnp.broadcast_to(rows, (k, batch)), "key": noise[:k]}
+    half = jax.random.permutation(keys[1], batch)[: batch // 2]
+    twice = jnp.concatenate([half, half])
+    response = {name: x[k][twice] for name, x in windows.items()}
+    response |= {"rows": twice, "key": noise[k]}
+    width = config.context + t
+    places = jax.random.randint(keys[2], (batch,), 0, parts["ids"].shape[0] - width)
+    text = parts["ids"][places[:, None] + jnp.arange(width + 1)]
+    valid = {"x": text[:, :-1], "y": text[:, config.context + 1 :]}
+    return {"inner_batches": inner, "outer_batch": valid, "response_batch": response}
+
+
+def _train(tx: Any, inner: Any, state: Any, *, inner_batches: Any, **_: Any) -> Any:
+    """The training steps of an outer step, and no hypergradient."""
+
+    def body(carry: Any, batch: Any) -> Any:
+        params, opt_state, states = carry
+        grads, states = jax.grad(inner, has_aux=True)(params, state.hparams, batch, states)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, states), None
+
+    carry = (state.params, state.inner_opt_state, state.model_state)
+    (params, opt_state, states), _none = jax.lax.scan(body, carry, inner_batches)
+    return state._replace(
+        params=params, inner_opt_state=opt_state, model_state=states, step=state.step + 1
+    ), None
+
+
+def measure(config: Config, params: Any, stream: jax.Array) -> jax.Array:
+    """Mean loss in nats over a whole part, the state carried along its streams."""
+    t = config.steps
+    batch, count = stream.shape[0], (stream.shape[1] - 1) // t
+
+    def body(carry: Any, i: jax.Array) -> Any:
+        cut = jax.lax.dynamic_slice_in_dim(stream, i * t, t + 1, axis=1)
+        logits, carry, _, _ = problem.forward(params, cut[:, :-1], carry)
+        return carry, problem.cross_entropy(logits, cut[:, 1:])
+
+    return jax.lax.scan(body, problem.zero_carry(config, batch), jnp.arange(count))[1].mean()
