@@ -31,7 +31,7 @@ def _curves(records: list[record.Record], metric: str, path: Path) -> Path:
     sets = [name for name in SETS if any(m.startswith(f"{name}_") for m in known)]
     models = [model for model in MODELS if f"{sets[0]}_{model}_one" in known]
     size = {"rows": len(sets), "columns": len(models)}
-    with draw.figure(path, **size, width=12.0, height=3.6 * len(sets) + 0.6) as (drawn, axes):
+    with draw.figure(path, **size, width=13.0, height=3.6 * len(sets) + 0.6) as (drawn, axes):
         axes = np.reshape(axes, (len(sets), len(models)))
         for i, name in enumerate(sets):
             for j, model in enumerate(models):
@@ -56,13 +56,13 @@ def _count(records: list[record.Record], name: str, model: str) -> str:
 
 
 def _cell(axes: Any, records: list[record.Record], prefix: str, metric: str) -> None:
-    """Solid lines with a decay per weight; the coarser decays on the validation set only."""
+    """A decay per weight in colour; in black the coarser ones, on the validation images only."""
     for granularity in GRANULARITY:
+        fine = granularity == "per_weight"
         chosen = [r for r in records if r.method == f"{prefix}_{granularity}"]
         steps = sorted({r.step for r in chosen})
-        for part, shade in PARTS.items():
-            if granularity != "per_weight" and part != "validation":
-                continue
+        for part in PARTS if fine else ("validation",):
+            shade = PARTS[part] if fine else draw.BLACK
             values = np.array(
                 [[r.metrics[f"{part}_{metric}"] for r in chosen if r.step == k] for k in steps]
             )
@@ -73,9 +73,9 @@ def _cell(axes: Any, records: list[record.Record], prefix: str, metric: str) -> 
                 linestyle=LINES[granularity],
                 label=f"{part}, {WORDS[granularity]}",
             )
-            axes.fill_between(
-                steps, values.min(1), values.max(1), color=shade, alpha=0.15, linewidth=0
-            )
+            if fine:  # the range of the seeds
+                low, high = values.min(1), values.max(1)
+                axes.fill_between(steps, low, high, color=shade, alpha=0.15, linewidth=0)
     if metric == "loss":
         axes.set_yscale("log")
     else:
