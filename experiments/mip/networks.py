@@ -1,0 +1,100 @@
+"""The hypernetworks, and their training."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevel
+from bilevel import tree
+from bilevel.inner.hypernetwork import encode
+from experiments.mip import tasks
+from experiments.mip.config import Config, Task
+
+# encoding of the input, and whether base weights are added
+VARIANTS = {
+    "plain": ("raw", False),
+    "encoding": ("cos_sin", False),
+    "residual": ("raw", True),
+    "mip": ("cos_sin", True),
+}
+MOMENTUM = 0.9
+
+
+def hypernetwork(variant: str, task: Task) -> bilevel.Hypernetwork:
+    """Leaky ReLU, He's first weights, biases of zero; what differs is the two parts of MIP."""
+    encoding, residual = VARIANTS[variant]
+    low, high = tasks.input_range(task)
+    raw = encoding == "raw"
+    return bilevel.Hypernetwork(
+        task.hidden,
+        encoding=encoding,
+        residual=residual,
+        to_unit=(lambda x: x) if raw else (lambda x: (x - low) / (high - low)),
+    )
+
+
+@functools.cache
+def train(variant: str, optimizer: str, task: Task, config: Config) -> Any:
+    """``(rates, key, data) -> (rates, points)``: mean training loss over inputs along each run."""
+    network = hypernetwork(variant, task)
+    low, high = tasks.input_range(task)
+    grid = jnp.linspace(low, high, config.grid)
+
+    def inner(w: Any, lam: jax.Array, batch: Any) -> jax.Array:
+        return tasks.training_loss(task, w, lam, batch)
+
+    def outer(w: Any, lam: jax.Array, batch: Any) -> jax.Array:
+        return tasks.data_loss(task, w, batch)
+
+    def one(rate: jax.Array, key: jax.Array, data: Any) -> jax.Array:
+        tx = optax.adam(rate) if optimizer == "adam" else optax.sgd(rate, momentum=MOMENTUM)
+        algorithm = bilevel.global_response(
+            outer,
+            inner,
+            network,
+            lambda key, lam: jax.random.uniform(key, (), minval=low, maxval=high),
+            tx,
+            optax.set_to_zero(),  # the hypernetwork is what is measured; nothing is searched
+            draws=task.draws,
+        )
+        first = tasks.initial(task, data[0].shape[1], key)
+        state = algorithm.init(first, jnp.float32((low + high) / 2), key=key)
+
+        def sample(key: jax.Array) -> Any:
+            batch = data
+            if task.batch:
+                index = jax.random.randint(key, (task.batch,), 0, len(data[1]))
+                batch = jax.tree.map(lambda a: a[index], data)
+            return jax.tree.map(lambda a: a[None], batch), batch
+
+        def stretch(state: Any, key: jax.Array) -> Any:
+            count = task.steps // config.points
+            state = bilevel.scan_run(algorithm, state, sample, count, key=key).state
+
+            def loss(lam: jax.Array) -> jax.Array:
+                return inner(network.apply(state.response, state.params, lam), lam, data)
+
+            return state, jax.vmap(loss)(grid).mean()
+
+        return jax.lax.scan(stretch, state, jax.random.split(key, config.points))[1]
+
+    # One rate after another: side by side every product would have its own weights.
+    return jax.jit(lambda rates, key, data: jax.lax.map(lambda r: one(r, key, data), rates))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def sizes(variant: str, task: Task, pixels: int, key: jax.Array, lam: jax.Array) -> Any:
+    """Norms over ``lam``, before training: of the encoded input, and of what is predicted."""
+    network = hypernetwork(variant, task)
+    weights = tasks.initial(task, pixels, key)
+    response = network.init(key, weights, jnp.float32(0))
+    zero = jax.tree.map(jnp.zeros_like, weights)  # the base weights are not of the prediction
+
+    def one(lam: jax.Array) -> tuple[jax.Array, jax.Array]:
+        seen = encode(network.to_unit(lam)[None], network.encoding)
+        return jnp.linalg.norm(seen), tree.norm(network.apply(response, zero, lam))
+
+    return jax.vmap(one)(lam)

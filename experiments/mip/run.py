@@ -1,0 +1,132 @@
+"""Runs `mip`: hypernetworks with and without its two parts, over a grid of learning rates."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.common import expected, record
+from experiments.mip import networks, tasks
+from experiments.mip.config import Config, Task
+
+OPTIMIZERS = ("sgd", "adam")
+TAIL = 0.1  # part of a run whose mean is the final loss: the loss of one point is noisy
+WINDOW = 5  # points of the running mean that is compared with a final loss
+LEARNT = 0.95  # of the loss of zero weights: a run that ends above it has not learnt
+TABLE = ("best_rate", "final_loss", "part_to_plain", "never", "failed", "input_variation")
+
+
+def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+    """All tasks, optimizers and variants on one seed; a resumed run skips those that finished."""
+    records = record.Records(out, seed)
+    key = jax.random.key(seed)
+    for task in config.tasks:
+        data = tasks.images(config, task, seed)
+        for optimizer in OPTIMIZERS:
+            for variant in config.variants:
+                method = f"{task.name}_{variant}_{optimizer}"
+                if len(record.read(out, seed=seed, method=method)) == config.points:
+                    continue
+                records.rewind(method)
+                rates = task.adam_rates if optimizer == "adam" else task.sgd_rates
+                runner = networks.train(variant, optimizer, task, config)
+                losses = np.asarray(runner(jnp.asarray(rates), key, data), np.float64)
+                _record(records, method, losses, rates, task, data[0].shape[1])
+
+
+def _record(
+    records: record.Records,
+    method: str,
+    losses: np.ndarray,
+    rates: Sequence[float],
+    task: Task,
+    pixels: int,
+) -> None:
+    """One record a point, with the losses of all rates; the last one has the sizes as well."""
+    variant = method.split("_")[1]
+    # Towards zero from the largest input: the range on which proportionality is a straight line.
+    lam = jnp.linspace(0.0, tasks.input_range(task)[1], 21)
+    measured = networks.sizes(variant, task, pixels, jax.random.key(records.seed), lam)
+    norm, predicted = (np.asarray(x, np.float64) for x in measured)
+    every, last = task.steps // losses.shape[1], losses.shape[1] - 1
+    for i in range(last + 1):
+        extra: dict[str, Any] = {}
+        if i == last:
+            extra = {
+                "input_variation": float(norm.std() / norm.mean()),
+                "homogeneity": residual(norm, predicted),
+                "predicted_norms": predicted,
+                "zero_loss": tasks.loss_of_zero(task),
+            }
+        records.append(
+            method, i, task.draws * every * (i + 1), losses=losses[:, i], rates=rates, **extra
+        )
+
+
+def residual(norm: np.ndarray, predicted: np.ndarray) -> float:
+    """How far predicted norms are from a line through the origin in the norm of the input."""
+    slope = norm @ predicted / (norm @ norm)
+    return float(np.linalg.norm(predicted - slope * norm) / np.linalg.norm(predicted))
+
+
+def curves(records: Sequence[record.Record], method: str) -> np.ndarray:
+    """Losses along the runs of a method, (seeds, rates, points)."""
+    chosen: dict[int, list[Any]] = {}
+    for r in records:
+        if r.method == method:
+            chosen.setdefault(r.seed, []).append(r.metrics["losses"])
+    return np.array([chosen[seed] for seed in sorted(chosen)]).swapaxes(1, 2)
+
+
+def final_losses(losses: np.ndarray) -> np.ndarray:
+    """The mean over the end of each run, infinite where it is not finite."""
+    count = max(1, round(TAIL * losses.shape[-1]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        final = losses[..., -count:].mean(axis=-1)
+    return np.where(np.isfinite(final), final, np.inf)
+
+
+def best_rate(losses: np.ndarray) -> int:
+    """The index of the rate whose final loss has the least median over seeds."""
+    return int(np.median(final_losses(losses), axis=0).argmin())
+
+
+def part_until(losses: np.ndarray, target: float) -> float:
+    """Part of a run after which its running mean is at most ``target``; infinite if it never is.
+
+    Points before the first whole window count with the mean of what there is.
+    """
+    means = [losses[max(0, i + 1 - WINDOW) : i + 1].mean() for i in range(len(losses))]
+    below = np.flatnonzero(np.array(means) <= target)
+    return float((below[0] + 1) / len(losses)) if below.size else float("inf")
+
+
+def summary(records: list[record.Record]) -> dict[str, Any]:
+    """What is judged: each method at its best rate, against the plain one at its own."""
+    result: dict[str, Any] = {}
+    last = {r.method: r for r in records}
+    for method, end in last.items():
+        task, _, optimizer = method.split("_")
+        losses, plain = curves(records, method), curves(records, f"{task}_plain_{optimizer}")
+        best, target = best_rate(losses), final_losses(plain)[:, best_rate(plain)]
+        final, steps = final_losses(losses), [r.cost for r in records if r.method == method]
+        parts = [part_until(run[best], goal) for run, goal in zip(losses, target, strict=True)]
+        # One for never: a run that was too short does not count as infinitely long.
+        capped = [min(part, 1.0) for part in parts]
+        failed = np.sum(~(final < LEARNT * end.metrics["zero_loss"]), axis=1)
+        ends = [r for r in records if r.method == method and "homogeneity" in r.metrics]
+        columns = {
+            "cost": [max(steps)] * len(losses),
+            "best_rate": [end.metrics["rates"][best]] * len(losses),
+            "final_loss": final[:, best],
+            "part_to_plain": capped,
+            "never": [float(np.isinf(part)) for part in parts],
+            "failed": failed,
+            "input_variation": [r.metrics["input_variation"] for r in ends],
+            "homogeneity": [r.metrics["homogeneity"] for r in ends],
+        }
+        result[method] = {name: expected.statistics(values) for name, values in columns.items()}
+    return result
