@@ -16,7 +16,8 @@ OPTIMIZERS = ("sgd", "adam")
 TAIL = 0.1  # part of a run whose mean is the final loss: the loss of one point is noisy
 WINDOW = 5  # points of the running mean that is compared with a final loss
 LEARNT = 0.95  # of the loss of zero weights: a run that ends above it has not learnt
-TABLE = ("best_rate", "final_loss", "part_to_plain", "never", "failed", "input_variation")
+NEAR = 1.25  # times the plain one's final loss: above the floor on which all runs end
+TABLE = ("best_rate", "final_loss", "part_to_plain", "part_near", "never", "failed")
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
@@ -113,7 +114,8 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
         losses, plain = curves(records, method), curves(records, f"{task}_plain_{optimizer}")
         best, target = best_rate(losses), final_losses(plain)[:, best_rate(plain)]
         final, steps = final_losses(losses), [r.cost for r in records if r.method == method]
-        parts = [part_until(run[best], goal) for run, goal in zip(losses, target, strict=True)]
+        parts = [part_until(r[best], goal) for r, goal in zip(losses, target, strict=True)]
+        near = [part_until(r[best], NEAR * goal) for r, goal in zip(losses, target, strict=True)]
         # One for never: a run that was too short does not count as infinitely long.
         capped = [min(part, 1.0) for part in parts]
         failed = np.sum(~(final < LEARNT * end.metrics["zero_loss"]), axis=1)
@@ -123,6 +125,7 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
             "best_rate": [end.metrics["rates"][best]] * len(losses),
             "final_loss": final[:, best],
             "part_to_plain": capped,
+            "part_near": [min(part, 1.0) for part in near],
             "never": [float(np.isinf(part)) for part in parts],
             "failed": failed,
             "input_variation": [r.metrics["input_variation"] for r in ends],
