@@ -16,6 +16,13 @@ SMALL = dataclasses.replace(
 )
 
 
+@pytest.fixture(autouse=True)
+def defaults():
+    """What those who run the experiment have: float32 and broadcasting."""
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def test_rare_words_become_one_unknown_word(monkeypatch):
     words = ("a", "<unk>", "b", "c")
     part = np.array([0, 0, 2, 1, 0, 3, 2, 0], np.int32)

@@ -35,7 +35,7 @@ class Config:
     sets: tuple[str, ...] = ("wikitext2", "ptb")
     words: int | None = 1_000
     sizes: tuple[int | None, int | None, int | None] = (20_000, 30_000, 60_000)
-    units: int = 96
+    units: int = 64
     layers: int = 1
     batch: int = 16
     steps: int = 32
@@ -52,8 +52,8 @@ class Config:
     outer_lr: float = 0.05
     own_lr: float = 0.02
     products: int = 0
-    budget: float = 2_000.0
-    points: int = 25
+    budget: float = 2_400.0
+    points: int = 16
     eval_batch: int = 50
 
 
@@ -73,7 +73,7 @@ def smoke() -> Config:
 
 
 def cpu() -> Config:
-    """Both corpora cut to 60 000 tokens and 1000 words, and a small model: minutes on one core."""
+    """Both corpora cut to 20 000 tokens and 1000 words, and a small model: minutes on one core."""
     return Config()
 
 

@@ -161,13 +161,14 @@ def pieces(config: Config, tuned: bool) -> tuple[Any, Any, Any]:
     )
     step = algorithm.step if tuned else functools.partial(_train, tx, inner)
 
-    @functools.partial(jax.jit, static_argnames="length")
-    def stretch(state: Any, parts: Any, key: Any, length: int) -> Any:
-        def body(state: Any, _: None) -> Any:
+    @jax.jit
+    def stretch(state: Any, parts: Any, key: Any, length: Any) -> Any:
+        def body(_: Any, state: Any) -> Any:
             batches = sample(config, parts, jax.random.fold_in(key, state.step), state.step)
-            return step(state, **batches)[0], None
+            return step(state, **batches)[0]
 
-        return jax.lax.scan(body, state, None, length=length)[0]
+        # A traced length: stretches of all lengths are one program.
+        return jax.lax.fori_loop(0, length, body, state)
 
     return algorithm, stretch, jax.jit(functools.partial(measure, config))
 

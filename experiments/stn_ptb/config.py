@@ -1,0 +1,99 @@
+"""Settings of the `stn_ptb` experiment and its presets."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every number of the experiment. Costs are in inner-gradient evaluations (G).
+
+    Attributes:
+      corpus, words, sizes: as in the `lstm` experiment: the text, its vocabulary, its cut.
+      units: width of the embedding and of both LSTM layers (the decoder is the embedding).
+      batch: parallel streams.
+      steps: tokens of a window, through which gradients are taken.
+      context: tokens before them that only prepare the state.
+      lr: first step size of the Adam that trains, for every method.
+      clip: global norm that gradients are clipped to.
+      patience: measurements without a better validation loss after which the step size falls.
+      shrink: by this factor.
+      start: all five rates at the start of tuning.
+      penalty: both activation penalties at the start of tuning.
+      top: upper end of the rates.
+      scale: of the perturbations, fixed.
+      inner_steps: training steps of a cycle; then comes one validation step.
+      warm_up: part of the cycles that only train.
+      outer_lr: of the Adam that moves the hyperparameters.
+      budget: G of a tuning run, of the whole random search, and of each point of the grid.
+      trials: networks of the random search, which share its budget.
+      grid: values of one rate for all five places, each trained with a whole budget.
+      points: measurements of the validation loss along a run.
+      eval_batch: parallel streams of a measurement.
+    """
+
+    corpus: str = "ptb"
+    words: int | None = 1_000
+    sizes: tuple[int | None, int | None, int | None] = (20_000, 30_000, 60_000)
+    units: int = 64
+    batch: int = 20
+    steps: int = 32
+    context: int = 4
+    lr: float = 1e-2
+    clip: float = 1.0
+    patience: int = 3
+    shrink: float = 0.5
+    start: float = 0.05
+    penalty: float = 0.05
+    top: float = 0.9
+    scale: float = 0.5
+    inner_steps: int = 2
+    warm_up: float = 0.15
+    outer_lr: float = 0.03
+    budget: float = 1_800.0
+    trials: int = 3
+    grid: tuple[float, ...] = (0.05, 0.2, 0.4)
+    points: int = 15
+    eval_batch: int = 50
+
+
+def smoke() -> Config:
+    """Seconds, on a made-up text that needs no download: does everything run?"""
+    return Config(
+        corpus="markov",
+        words=50,
+        sizes=(4_000, 2_000, 2_000),
+        units=16,
+        batch=8,
+        steps=16,
+        budget=240.0,
+        trials=2,
+        grid=(0.05,),
+        points=4,
+        eval_batch=10,
+    )
+
+
+def cpu() -> Config:
+    """The corpus cut to 20 000 tokens and 1000 words, and a small model: minutes on one core."""
+    return Config()
+
+
+def paper() -> Config:
+    """The whole corpus and the paper's two layers of 650 units, for a GPU."""
+    return Config(
+        words=None,
+        sizes=(None, None, None),
+        units=650,
+        batch=40,
+        steps=70,
+        context=20,
+        lr=1e-3,
+        clip=0.25,
+        patience=5,
+        scale=1.0,
+        outer_lr=0.01,
+        budget=60_000.0,
+        trials=10,
+        points=100,
+        eval_batch=10,
+    )

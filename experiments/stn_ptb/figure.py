@@ -1,0 +1,99 @@
+"""The pictures of `stn_ptb`, from saved records."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.common import figures as draw
+from experiments.common import record
+from experiments.stn_ptb.problem import PENALTIES, RATES
+from experiments.stn_ptb.run import best_grid
+
+NAMES = {
+    "stn": "STN",
+    "replay": "its schedule,\nreplayed",
+    "final_value": "its final\nvalues",
+    "best_grid": "best of\nthe grid",
+    "random_search": "random\nsearch",
+}
+SHADES = {
+    "stn": draw.GREEN,
+    "replay": draw.BLUE,
+    "final_value": draw.SKY,
+    "best_grid": draw.GREY,
+    "random_search": draw.BLACK,
+}
+
+
+def figures(out: Path) -> list[Path]:
+    """The schedule that was found, and what it is worth."""
+    records = record.read(out)
+    return [
+        _schedule(records, out / "figures" / "schedule.png"),
+        _perplexities(records, out / "figures" / "perplexities.png"),
+    ]
+
+
+def _schedule(records: list[record.Record], path: Path) -> Path:
+    """The seven hyperparameters along training, every seed a line."""
+    with draw.figure(path, columns=2, width=12.0, height=4.4) as (_, (left, right)):
+        for axes, names in ((left, RATES), (right, PENALTIES)):
+            for name, shade in zip(names, draw.OTHERS, strict=False):
+                for seed in sorted({r.seed for r in records}):
+                    chosen = [r for r in records if r.method == "stn" and r.seed == seed]
+                    axes.plot(
+                        [r.cost for r in chosen],
+                        [r.metrics[f"h_{name}"] for r in chosen],
+                        color=shade,
+                        alpha=0.9,
+                        linewidth=1.6,
+                        label={"ar": "activation (AR)", "tar": "temporal (TAR)"}.get(name, name)
+                        if seed == min(r.seed for r in records)
+                        else None,
+                    )
+            axes.set_xlabel("cost (inner-gradient evaluations)")
+            axes.legend()
+        left.set(ylabel="dropout rate", title="five dropout rates, a line a seed")
+        right.set(ylabel="strength", yscale="log", title="two activation penalties")
+    return path
+
+
+def _perplexities(records: list[record.Record], path: Path) -> Path:
+    """Left: validation perplexity so far. Right: each seed's figures at its best point."""
+    of = {name: name for name in NAMES} | {"best_grid": best_grid(records)}
+    with draw.figure(path, columns=2, width=12.0, height=4.4) as (_, (left, right)):
+        for place, (name, method) in enumerate(of.items()):
+            label = NAMES[name].replace("\n", " ")
+            if name == "best_grid":
+                label += f" (rate 0.{method[-2:]})"
+            cost, values = draw.curves(records, method, "best_perplexity")
+            left.plot(
+                cost,
+                np.median(values, axis=0),
+                color=SHADES[name],
+                label=label,
+                drawstyle="steps-post" if name == "random_search" else "default",
+            )
+            ends: list[dict[str, Any]] = [
+                r.metrics for (m, _), r in sorted(record.final(records).items()) if m == method
+            ]
+            for shift, (part, marker) in enumerate((("validation", "o"), ("test", "s"))):
+                seeds = [end[f"{part}_perplexity"] for end in ends]
+                where = place + 0.3 * shift - 0.15
+                right.plot([where] * len(seeds), seeds, marker, color=SHADES[name], markersize=7)
+                right.annotate(
+                    f"{np.mean(seeds):.1f}", (where, max(seeds)), xytext=(0, 7),
+                    textcoords="offset points", ha="center", fontsize=9,
+                )  # fmt: skip
+        ends = [line.get_ydata()[-1] for line in left.get_lines()]
+        left.set(
+            xlabel="cost (inner-gradient evaluations)",
+            ylabel="best validation perplexity so far",
+            ylim=(min(ends) * 0.97, max(ends) * 1.4),
+        )
+        left.legend()
+        right.set(ylabel="perplexity", title="at the best validation point: ● validation  ■ test")
+        right.set_xticks(range(len(NAMES)), list(NAMES.values()))
+        right.margins(y=0.15)
+    return path
