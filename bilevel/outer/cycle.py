@@ -152,8 +152,8 @@ class Cycle:
         if key is None:
             raise ValueError("`key` is missing: a cycle draws perturbations.")
         straight = self._check_step(state, inner_batches, outer_batch)
-        trained, inner_value, response_value = self._train(state, inner_batches, key, straight)
-        moved, value, norm = self._tune(state, trained, outer_batch, key, straight)
+        trained, inner_value, response_value = self.train(state, inner_batches, key, straight)
+        moved, value, norm = self.tune(state, trained, outer_batch, key, straight)
         new = SelfTuningState(
             *trained,
             same_type(self.real(moved.raw), state.hparams, "hparams", _KEEP),
@@ -214,8 +214,8 @@ class Cycle:
         flags = [path in named for path, _ in tree.paths(hparams, "")]
         return jax.tree.unflatten(jax.tree.structure(hparams), flags)
 
-    def _train(
-        self, state: SelfTuningState, inner_batches: Batch, key: Key, straight: bool
+    def train(
+        self, state: SelfTuningState, inner_batches: Batch, key: Key, straight: bool = False
     ) -> tuple[_Trained, Scalar, Scalar]:
         """``inner_steps`` training steps, and the two losses of the last."""
         scales = jax.tree.map(jax.nn.softplus, state.raw_scales)
@@ -284,7 +284,7 @@ class Cycle:
         self,
         raw: Hparams,
         raw_scales: Hparams,
-        trained: _Trained,
+        trained: _Trained | SelfTuningState,
         noise: Hparams,
         batch: Batch,
         straight: bool,
@@ -308,13 +308,13 @@ class Cycle:
         value = loss(d, h, batch)
         return value, value
 
-    def _tune(
+    def tune(
         self,
         state: SelfTuningState,
-        trained: _Trained,
+        trained: _Trained | SelfTuningState,
         outer_batch: Batch,
         key: Key,
-        straight: bool,
+        straight: bool = False,
     ) -> tuple[_Moved, Scalar, Scalar]:
         """``outer_steps`` validation steps (none in the warm-up), last loss and gradient norm."""
 
