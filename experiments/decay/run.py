@@ -1,0 +1,223 @@
+"""Runs `decay`: weight decays of four granularities by hypergradients, and by search."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel
+from experiments.common import baselines, budget, data, record
+from experiments.decay import problem
+from experiments.decay.config import Config
+
+SEARCHES = ("grid", "random_search", "tpe")
+# Every granularity, and the two finest once more with a part of the validation images held back.
+TUNED = (*problem.GRANULARITY, "per_unit_stopped", "per_weight_stopped")
+TABLE = (
+    "hyperparameters",
+    "validation_loss",
+    "test_loss",
+    "test_error",
+    "both_test_loss",
+    "both_test_error",
+)
+Batches = dict[str, dict[str, jax.Array]]
+
+
+def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+    """All methods on one seed; what a resumed run had finished is skipped."""
+    records = record.Records(out, seed)
+    batches = _batches(config, seed)
+    params = problem.initial(batches["train"]["x"].shape[1], config.hidden, seed)
+    todo = {"no_tuning": _no_tuning, **dict.fromkeys(SEARCHES, _search)}
+    todo |= {f"tuned_{name}": _tune for name in TUNED}
+    for method, work in todo.items():
+        if record.read(out, seed=seed, method=method):
+            continue
+        # The points along the way have a name of their own: a method's one record is its result.
+        records.rewind(f"{method}_path")
+        hparams = work(method, config, params, batches, records)
+        _judge(method, config, params, hparams, batches, records)
+
+
+def _batches(config: Config, seed: int) -> Batches:
+    """Train, validation and test, and the training and validation images together."""
+    if config.data == "digits":
+        sets = data.digits(valid=config.valid, test=config.test, seed=seed)
+    else:
+        sets = getattr(data, config.data)(seed=seed)
+    sizes = {"train": config.train, "validation": config.valid, "test": config.test}
+    batches = {}
+    for (part, size), rows in zip(sizes.items(), sets, strict=True):
+        chosen = np.random.default_rng(seed).permutation(len(rows.y))[:size]
+        x = rows.x[chosen]
+        if x.shape[1] == 28:
+            x = x.reshape(-1, 14, 2, 14, 2).mean((2, 4))
+        batches[part] = {"x": jnp.asarray(x.reshape(len(x), -1)), "y": jnp.asarray(rows.y[chosen])}
+    both = [batches["train"], batches["validation"]]
+    batches["both"] = jax.tree.map(lambda *xs: jnp.concatenate(xs), *both)
+    return batches
+
+
+@functools.cache
+def _train(config: Config) -> Any:
+    """Training from scratch for `trial_steps` steps of Adam, jitted."""
+    tx, loss = optax.adam(config.inner_lr), problem.operator(config.damping).loss
+
+    @jax.jit
+    def train(params: Any, hparams: Any, batch: Any) -> Any:
+        def step(carry: Any, _: Any) -> Any:
+            params, opt_state = carry
+            grads = jax.grad(loss)(params, hparams, batch)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        carry = (params, tx.init(params))
+        return jax.lax.scan(step, carry, length=config.trial_steps)[0][0]
+
+    return train
+
+
+_measure = jax.jit(problem.metrics)
+
+
+def _measured(params: Any, batches: Batches, *parts: str) -> dict[str, float]:
+    return {k: float(v) for k, v in _measure(params, {p: batches[p] for p in parts}).items()}
+
+
+def _judge(
+    method: str, config: Config, params: Any, hparams: Any, batches: Batches, records: Any
+) -> None:
+    """Networks trained from scratch with the decays that a method found, seen by the test part.
+
+    One is trained on the training images, another (``both``) on these and the validation images.
+    The loss is a mean over images and the penalty is not: with n times the images the same prior
+    has the n-th part of the decay.
+    """
+    train = _train(config)
+    found = _measured(train(params, hparams, batches["train"]), batches, "validation", "test")
+    shift = np.log(config.train / (config.train + config.valid))
+    weaker = jax.tree.map(lambda decay: decay + jnp.asarray(shift, decay.dtype), hparams)
+    both = _measured(train(params, weaker, batches["both"]), batches, "test")
+    count = sum(x.size for x in jax.tree.leaves(hparams))
+    records.append(
+        method,
+        0,
+        config.budget,
+        **found,
+        **{f"both_{name}": value for name, value in both.items()},
+        hyperparameters=count,
+    )
+
+
+def _no_tuning(method: str, config: Config, params: Any, batches: Any, records: Any) -> Any:
+    """Nothing is spent: the starting decay is what it is."""
+    return problem.decays(params, config.start, "per_layer")
+
+
+def _search(method: str, config: Config, params: Any, batches: Batches, records: Any) -> Any:
+    """A grid over one log decay; random search and TPE over one of each layer.
+
+    Each trial is a network trained from scratch.
+    """
+    train = _train(config)
+    leaves, structure = jax.tree.flatten(problem.decays(params, 0.0, "per_layer"))
+    names = [f"decay_{i}" for i in range(len(leaves))]
+    trials = int(config.budget // config.trial_steps)
+
+    def hparams(setting: dict[str, Any]) -> Any:
+        return jax.tree.unflatten(structure, [jnp.float32(setting[name]) for name in names])
+
+    def objective(setting: dict[str, Any]) -> float:
+        fitted = train(params, hparams(setting), batches["train"])
+        return _measured(fitted, batches, "validation")["validation_loss"]
+
+    def log(trial: baselines.Trial) -> None:
+        records.append(f"{method}_path", trial.number, trial.cost, validation_loss=trial.best)
+
+    if method == "grid":
+        done: list[baselines.Trial] = []
+        for i, value in enumerate(np.linspace(config.low, config.high, trials)):
+            setting = dict.fromkeys(names, float(value))
+            loss = objective(setting)
+            lowest = min([loss, *(trial.value for trial in done)])
+            done.append(baselines.Trial(i, setting, loss, (i + 1) * config.trial_steps, lowest))
+            log(done[-1])
+    else:
+        done = baselines.search(
+            objective,
+            {name: (config.low, config.high) for name in names},
+            budget=config.budget,
+            cost=config.trial_steps,
+            sampler={"random_search": "random", "tpe": "tpe"}[method],
+            seed=records.seed,
+            log=log,
+        )
+    best = hparams(baselines.best(done).hparams)
+    return {"all": best["hidden"]["kernel"]} if method == "grid" else best
+
+
+def step_cost(config: Config) -> float:
+    """G of one outer step: the training steps and the hypergradient."""
+    hypergradient = budget.implicit_hypergradient(config.products + 1)
+    return budget.training(config.inner_steps).plus(hypergradient).cost
+
+
+def outer_steps(config: Config) -> int:
+    """What the budget pays for, less one training from scratch with what was found."""
+    return int((config.budget - config.trial_steps) // step_cost(config))
+
+
+@functools.cache
+def _algorithm(config: Config) -> tuple[Any, Any]:
+    op = problem.operator(config.damping)
+    schedule = optax.cosine_decay_schedule(config.outer_lr, outer_steps(config))
+    algorithm = bilevel.alternate(
+        problem.outer,
+        op.loss,
+        bilevel.Implicit(bilevel.CG(max_steps=config.products), op),
+        inner_tx=optax.adam(config.inner_lr),
+        outer_tx=optax.adam(schedule),
+        inner_steps=config.inner_steps,
+    )
+    return algorithm, jax.jit(algorithm.step)
+
+
+def _tune(method: str, config: Config, params: Any, batches: Batches, records: Any) -> Any:
+    """The network trains once, and its decays move along hypergradients while it does.
+
+    The last decays are returned, or, of a method that stops early, those with the lowest loss
+    on the images held back.
+    """
+    name = method.removeprefix("tuned_")
+    stopped = name.endswith("_stopped")
+    hparams = problem.decays(params, config.start, name.removesuffix("_stopped"))
+    held = config.guard if stopped else 0
+    parts = {
+        "fitted": jax.tree.map(lambda x: x[held:], batches["validation"]),
+        "test": batches["test"],
+    }
+    if stopped:
+        parts["guard"] = jax.tree.map(lambda x: x[:held], batches["validation"])
+    algorithm, step = _algorithm(config)
+    state = algorithm.init(params, hparams)
+    # Full-batch training: the same batch for every step.
+    stack = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (config.inner_steps, *x.shape)), batches["train"]
+    )
+    steps = outer_steps(config)
+    every, lowest, best = max(1, steps // config.points), np.inf, hparams
+    for k in range(1, steps + 1):
+        used = state.hparams  # those that the parameters below were trained with
+        state, _ = step(state, inner_batches=stack, outer_batch=parts["fitted"])
+        if k % every and k not in (1, steps):
+            continue
+        measured = _measured(state.params, parts, *parts)
+        if stopped and measured["guard_loss"] < lowest:
+            lowest, best = measured["guard_loss"], used
+        records.append(f"{method}_path", k, k * step_cost(config), **measured)
+    return best if stopped else state.hparams
