@@ -22,10 +22,13 @@ class Config:
       shrink: by this factor.
       rate, decay, penalty: dropout rates, log decays and log activation penalties at the start
         of tuning, and of the model that is not tuned.
-      top: upper end of the rates.
+      rates, decays: ends of the ranges of the rates and of the log decays. A weight that a decay
+        has killed has no hypergradient to come back by: the upper end keeps all alive.
       inner_steps: training steps between two hypergradients.
-      outer_lr: step size of the Adam that moves the number of each kind.
-      own_lr: of the Adam that moves the offsets of units, words and weights.
+      warm_up: part of the budget that is spent on plain training before tuning begins: while
+        the model still under-fits, a hypergradient only asks to learn faster.
+      outer_lr: first step size of the Adam that moves the number of each kind.
+      own_lr: the same of the Adam that moves the offsets of units, words and weights.
       products: Hessian products of one hypergradient; 0 is the identity (T1-T2).
       budget: G that every method may spend on one corpus.
       points: measurements of the validation loss along a run.
@@ -47,13 +50,15 @@ class Config:
     rate: float = 0.05
     decay: float = -12.0
     penalty: float = -9.0
-    top: float = 0.9
+    rates: tuple[float, float] = (0.005, 0.9)
+    decays: tuple[float, float] = (-16.0, -4.0)
     inner_steps: int = 4
-    outer_lr: float = 0.05
+    warm_up: float = 0.2
+    outer_lr: float = 0.1
     own_lr: float = 0.02
     products: int = 0
     budget: float = 2_400.0
-    points: int = 16
+    points: int = 20
     eval_batch: int = 50
 
 

@@ -6,13 +6,13 @@ al. 2014; Kingma, Salimans and Welling 2015) but, unlike it, a derivative in r. 
 broadcast: one for all, one for a unit, a word, or a weight.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+import bilevel
 from bilevel.regularizers import (
     activation_penalty,
     l2_penalty,
@@ -44,14 +44,17 @@ def initial(config: Config, words: int, key: jax.Array) -> dict[str, Any]:
 
 def hparams(config: Config, params: dict[str, Any], many: bool) -> dict[str, Any]:
     """The start of tuning: one number for each kind; with ``many`` also an offset for each unit,
-    word and weight, at zero. Rates are logits, everything else is a logarithm."""
+    word and weight, at zero. All are raw: see `strengths`."""
     words, n = params["embedding"].shape
     places = ["input", "output", "recurrent"] + ["between"] * (config.layers > 1)
     shapes = {name: (n,) for name in places} | {"words": (words,)}
-    logit = math.log(config.rate) - math.log(config.top - config.rate)
+    rate, decay = (
+        bilevel.Interval(*ends).unconstrain(jnp.float32(value))
+        for value, ends in ((config.rate, config.rates), (config.decay, config.decays))
+    )
     start = {
-        "rates": dict.fromkeys(shapes, jnp.float32(logit)),
-        "decays": penalty_init(params, math.exp(config.decay), "tensor", leaves=DECAYED),
+        "rates": dict.fromkeys(shapes, rate),
+        "decays": dict.fromkeys(penalty_init(params, 1.0, leaves=DECAYED), decay),
         "ar": jnp.float32(config.penalty),
         "tar": jnp.float32(config.penalty),
     }
@@ -66,12 +69,17 @@ def hparams(config: Config, params: dict[str, Any], many: bool) -> dict[str, Any
     return {"shared": start, "own": own}
 
 
-def strengths(hparams: dict[str, Any], top: float) -> dict[str, Any]:
-    """What the loss reads: rates in (0, top), log decays and log penalties."""
+def strengths(config: Config, hparams: dict[str, Any]) -> dict[str, Any]:
+    """What the loss reads: rates and log decays in their ranges, and log penalties."""
     raw = hparams["shared"]
     if "own" in hparams:
-        raw = jax.tree.map(jnp.add, raw, hparams["own"])
-    return raw | {"rates": jax.tree.map(lambda x: top * jax.nn.sigmoid(x), raw["rates"])}
+        # Offsets of mean zero: the shared number stays what it is without them.
+        raw = jax.tree.map(lambda x, own: x + own - own.mean(), raw, hparams["own"])
+    bounded = {
+        name: jax.tree.map(bilevel.Interval(*ends).constrain, raw[name])
+        for name, ends in (("rates", config.rates), ("decays", config.decays))
+    }
+    return raw | bounded
 
 
 def zero_carry(config: Config, batch: int) -> Carry:
@@ -140,11 +148,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def inner(
-    params: Any, hparams: Any, batch: Any, carry: Carry, *, top: float
+    config: Config, params: Any, hparams: Any, batch: Any, carry: Carry
 ) -> tuple[jax.Array, Carry]:
     """Training loss of a window: noise, decays, activation penalties; the state goes on."""
     mine = jax.tree.map(lambda leaf: leaf[batch["rows"]], carry)
-    strength = strengths(hparams, top)
+    strength = strengths(config, hparams)
     logits, new, dropped, raw = forward(params, batch["x"], mine, strength["rates"], batch["key"])
     loss = cross_entropy(logits, batch["y"])
     # A strength a unit: the activations take its square root along.

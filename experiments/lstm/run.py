@@ -48,6 +48,20 @@ def outer_cost(config: Config) -> float:
     return budget.training(config.inner_steps).plus(hypergradient).cost
 
 
+def stretches(config: Config, tuned: bool) -> list[tuple[bool, int]]:
+    """``(tuned, outer steps)`` between two measurements, at about equal costs, in the budget."""
+    each = config.budget / config.points
+    plan, spent = [], 0.0
+    for i in range(config.points):
+        now = tuned and (i + 0.5) / config.points > config.warm_up
+        cost = outer_cost(config) if now else float(config.inner_steps)
+        # What a stretch leaves of its share is the next one's.
+        steps = int(((i + 1) * each - spent) // cost)
+        plan.append((now, steps))
+        spent += steps * cost
+    return plan
+
+
 def _one(
     name: str,
     method: str,
@@ -58,45 +72,43 @@ def _one(
     records: record.Records,
 ) -> None:
     """One run of one method: stretches of one compiled scan, a measurement after each."""
-    tuned = method != "untuned"
-    cost = outer_cost(config) if tuned else float(config.inner_steps)
-    total = int(config.budget // cost)
-    ends = [round(total * (i + 1) / config.points) for i in range(config.points)]
+    plan = stretches(config, method != "untuned")
+    last = sum(count for _, count in plan)
     done = record.read(records.out, seed=seed, method=name)
-    if done and done[-1].step == ends[-1]:
+    if done and done[-1].step == last:
         return
     records.rewind(name)
     key = jax.random.key(seed)
     params = problem.initial(config, words, jax.random.fold_in(key, 1))
     hparams = problem.hparams(config, params, many=method == "many")
-    algorithm, stretch, evaluate = pieces(config, tuned)
+    algorithm, evaluate = pieces(config)
     state = algorithm.init(params, hparams, problem.zero_carry(config, config.batch))
     best, best_loss, best_cost, losses = state, np.inf, 0.0, []
-    lr = config.lr
-    for i, end in enumerate(ends):
-        length = end - (ends[i - 1] if i else 0)
-        state = stretch(state, parts, key, length)
+    lr, cost = config.lr, 0.0
+    for tuned, count in plan:
+        state = stretch(config, tuned)(state, parts, key, count)
+        cost += count * (outer_cost(config) if tuned else config.inner_steps)
         losses.append(float(evaluate(state.params, parts["validation"])))
         if losses[-1] < best_loss:
-            best, best_loss, best_cost = state, losses[-1], cost * end
+            best, best_loss, best_cost = state, losses[-1], cost
         elif losses.index(min(losses)) < len(losses) - config.patience:
             # Fall, and wait as long again before the next fall.
             lr, losses = lr * config.shrink, losses[-1:]
             state = with_rate(state, lr)
         metrics: dict[str, Any] = {}
-        if end == ends[-1]:
+        if int(state.step) == last:
             for part in ("validation", "test", "train"):
                 metrics[f"{part}_perplexity"] = np.exp(float(evaluate(best.params, parts[part])))
             metrics["hyperparameters"] = sum(x.size for x in jax.tree.leaves(hparams))
             metrics["best_cost"] = best_cost
         records.append(
             name,
-            end,
-            cost * end,
+            int(state.step),
+            cost,
             now_perplexity=float(np.exp(losses[-1])),
             best_perplexity=float(np.exp(best_loss)),
             lr=lr,
-            **_kinds(problem.strengths(state.hparams, config.top)),
+            **_kinds(problem.strengths(config, state.hparams)),
             **metrics,
         )
     record.save_arrays(
@@ -104,7 +116,7 @@ def _one(
         f"{name}_{seed}",
         **{
             _plain(path): np.asarray(x)
-            for path, x in _paths(problem.strengths(best.hparams, config.top))
+            for path, x in _paths(problem.strengths(config, best.hparams))
         },
     )
 
@@ -142,27 +154,27 @@ def _kinds(hparams: Any) -> dict[str, list[float]]:
 
 
 @functools.cache
-def pieces(config: Config, tuned: bool) -> tuple[Any, Any, Any]:
-    """Algorithm, compiled stretch of outer steps, and compiled measurement."""
-    tx = optax.inject_hyperparams(
-        lambda learning_rate: optax.chain(
-            optax.clip_by_global_norm(config.clip), optax.adam(learning_rate)
-        )
-    )(learning_rate=config.lr)
-    inner = functools.partial(problem.inner, top=config.top)
+def pieces(config: Config) -> tuple[Any, Any]:
+    """Algorithm and compiled measurement."""
     algorithm = bilevel.alternate(
         problem.outer,
-        inner,
+        _inner(config),
         bilevel.Implicit(solver(config)),
-        inner_tx=tx,
+        inner_tx=_inner_tx(config),
         outer_tx=_outer_tx(config),
         inner_steps=config.inner_steps,
         has_state=True,
     )
-    step = algorithm.step if tuned else functools.partial(_train, tx, inner)
+    return algorithm, jax.jit(functools.partial(measure, config))
+
+
+@functools.cache
+def stretch(config: Config, tuned: bool) -> Any:
+    """Compiled outer steps, or their training steps alone: ``(state, parts, key, length)``."""
+    step = pieces(config)[0].step if tuned else functools.partial(_train, config)
 
     @jax.jit
-    def stretch(state: Any, parts: Any, key: Any, length: Any) -> Any:
+    def many(state: Any, parts: Any, key: Any, length: Any) -> Any:
         def body(_: Any, state: Any) -> Any:
             batches = sample(config, parts, jax.random.fold_in(key, state.step), state.step)
             return step(state, **batches)[0]
@@ -170,12 +182,24 @@ def pieces(config: Config, tuned: bool) -> tuple[Any, Any, Any]:
         # A traced length: stretches of all lengths are one program.
         return jax.lax.fori_loop(0, length, body, state)
 
-    return algorithm, stretch, jax.jit(functools.partial(measure, config))
+    return many
+
+
+def _inner(config: Config) -> Any:
+    return functools.partial(problem.inner, config)
+
+
+def _inner_tx(config: Config) -> Any:
+    return optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(
+            optax.clip_by_global_norm(config.clip), optax.adam(learning_rate)
+        )
+    )(learning_rate=config.lr)
 
 
 def _outer_tx(config: Config) -> Any:
     """Adam for what is shared, and a slower one for the noisier offsets; both come to rest."""
-    total = int(config.budget // outer_cost(config))
+    total = int((1 - config.warm_up) * config.budget // outer_cost(config))
     rates = {"shared": config.outer_lr, "own": config.own_lr}
     return optax.multi_transform(
         {name: optax.adam(optax.cosine_decay_schedule(lr, total)) for name, lr in rates.items()},
@@ -221,8 +245,9 @@ def sample(config: Config, parts: Any, key: Any, step: Any) -> dict[str, Any]:
     return {"inner_batches": inner, "outer_batch": valid, "response_batch": response}
 
 
-def _train(tx: Any, inner: Any, state: Any, *, inner_batches: Any, **_: Any) -> Any:
+def _train(config: Config, state: Any, *, inner_batches: Any, **_: Any) -> Any:
     """The training steps of an outer step, and no hypergradient."""
+    inner, tx = _inner(config), _inner_tx(config)
 
     def body(carry: Any, batch: Any) -> Any:
         params, opt_state, states = carry

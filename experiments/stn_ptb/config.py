@@ -10,6 +10,7 @@ class Config:
     Attributes:
       corpus, words, sizes: as in the `lstm` experiment: the text, its vocabulary, its cut.
       units: width of the embedding and of both LSTM layers (the decoder is the embedding).
+      embedding: factor on the first embeddings, which are uniform in (-0.1, 0.1).
       batch: parallel streams.
       steps: tokens of a window, through which gradients are taken.
       context: tokens before them that only prepare the state.
@@ -35,10 +36,11 @@ class Config:
     words: int | None = 1_000
     sizes: tuple[int | None, int | None, int | None] = (20_000, 30_000, 60_000)
     units: int = 64
-    batch: int = 20
+    embedding: float = 5.0
+    batch: int = 16
     steps: int = 32
     context: int = 4
-    lr: float = 1e-2
+    lr: float = 5e-3
     clip: float = 1.0
     patience: int = 3
     shrink: float = 0.5
@@ -49,7 +51,7 @@ class Config:
     inner_steps: int = 2
     warm_up: float = 0.15
     outer_lr: float = 0.03
-    budget: float = 1_800.0
+    budget: float = 1_500.0
     trials: int = 3
     grid: tuple[float, ...] = (0.05, 0.2, 0.4)
     points: int = 15
@@ -84,6 +86,7 @@ def paper() -> Config:
         words=None,
         sizes=(None, None, None),
         units=650,
+        embedding=1.0,
         batch=40,
         steps=70,
         context=20,

@@ -72,6 +72,8 @@ def build(config: Config, words: int, key: jax.Array) -> tuple[LayerResponse, An
     for cell in (model.first, model.second):  # forget gates start open
         n = config.units
         cell.inputs.bias[...] = cell.inputs.bias[...].at[n : 2 * n].set(1.0)
+    # At U(-0.1, 0.1) two layers are silent, and training first sits on word frequencies.
+    model.embedding.embedding[...] = config.embedding * model.embedding.embedding[...]
     return split_layers(model, centred=False, gain_scale=0.01)
 
 
