@@ -1,0 +1,170 @@
+r"""The second part: a decay for every weight of a linear classifier.
+
+:math:`h(w, \lambda) =` cross-entropy :math:`+ \tfrac12 \sum_i e^{\lambda_i} w_i^2`. A hypernetwork
+of two linear layers with a narrow middle maps all log decays to all weights.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel
+from experiments.common import budget, data
+from experiments.hypernet.config import Decays
+
+CLASSES = 10
+FIRST = 0.01
+
+
+def images(config: Decays, seed: int) -> Any:
+    """``(train, valid, test)``, each with rows of pixels and labels."""
+    if config.data == "mnist":
+        sets = data.mnist(valid=config.valid, seed=seed)
+    else:
+        sets = data.digits(valid=config.valid, test=500, seed=seed)
+
+    def part(split: Any, count: int | None = None) -> tuple[jax.Array, jax.Array]:
+        y = split.y[:count]
+        return jnp.asarray(split.x[:count].reshape(len(y), -1)), jnp.asarray(y)
+
+    return part(sets.train, config.train), part(sets.valid), part(sets.test)
+
+
+def initial(pixels: int) -> dict[str, jax.Array]:
+    """Zeros: the training loss is convex."""
+    return {"kernel": jnp.zeros((pixels, CLASSES)), "bias": jnp.zeros(CLASSES)}
+
+
+def outer(w: Any, lam: Any, batch: Any) -> jax.Array:
+    """Cross-entropy."""
+    x, y = batch
+    logits = x @ w["kernel"] + w["bias"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def inner(w: Any, lam: Any, batch: Any) -> jax.Array:
+    """The same with the decay; ``lam`` is a tree like ``w``, or one number for all weights."""
+    trees = lam if isinstance(lam, dict) else jax.tree.map(lambda _: lam, w)
+    parts = jax.tree.map(lambda w, lam: 0.5 * jnp.sum(jnp.exp(lam) * w**2), w, trees)
+    return outer(w, lam, batch) + jnp.sum(jnp.stack(jax.tree.leaves(parts)))
+
+
+def start(method: str, pixels: int, config: Decays) -> Any:
+    """The first log decay, for all weights or for each."""
+    first = jnp.float32(config.start)
+    if method == "local_shared":
+        return first
+    return jax.tree.map(lambda w: jnp.full_like(w, first), initial(pixels))
+
+
+def network(method: str, config: Decays) -> bilevel.Hypernetwork:
+    """A straight line, or two linear layers with a narrow middle; inputs are standardised."""
+    middle, half = (config.low + config.high) / 2, (config.high - config.low) / 2
+    return bilevel.Hypernetwork(
+        () if method == "local_shared" else (config.bottleneck,),
+        residual=False,
+        to_unit=lambda lam: (lam - middle) / half,
+        activation=lambda x: x,
+        init_scale=FIRST,
+    )
+
+
+def steps(config: Decays) -> int:
+    """Of the local algorithm: each has a gradient for every draw, and an outer one."""
+    cost = budget.training(config.draws).plus(budget.Counts(outer_gradients=1)).cost
+    return int(config.budget // cost)
+
+
+def _draw(key: jax.Array, part: Any, count: int) -> Any:
+    index = jax.random.randint(key, (count,), 0, len(part[1]))
+    return jax.tree.map(lambda a: a[index], part)
+
+
+@functools.cache
+def local(method: str, config: Decays) -> Any:
+    """``(key, train, valid, test) -> (valid, test, decays)`` at ``points`` of local training."""
+    net = network(method, config)
+
+    def sample(key: jax.Array, lam: Any) -> Any:
+        leaves, form = jax.tree.flatten(lam)
+        keys = jax.random.split(key, len(leaves))
+        return jax.tree.unflatten(
+            form,
+            [
+                x + config.sigma * jax.random.normal(k, x.shape)
+                for k, x in zip(keys, leaves, strict=True)
+            ],
+        )
+
+    count = steps(config)
+    warm = round(config.warm_up * count)
+    outer_rate = optax.join_schedules(  # an untrained response gives a wrong direction
+        [
+            optax.constant_schedule(0.0),
+            optax.cosine_decay_schedule(config.outer_rate, count - warm),
+        ],
+        [warm],
+    )
+    made = bilevel.global_response(
+        outer,
+        inner,
+        net,
+        sample,
+        optax.adam(optax.cosine_decay_schedule(config.rate, count)),
+        optax.adam(outer_rate),
+        draws=config.draws,
+    )
+
+    def whole(key: jax.Array, train: Any, valid: Any, test: Any) -> Any:
+        pixels = train[0].shape[1]
+        first = initial(pixels)
+        state = made.init(first, start(method, pixels, config), key=key)
+
+        def batches(key: jax.Array) -> Any:
+            one, two = jax.random.split(key)
+            batch = _draw(one, train, config.batch)
+            return jax.tree.map(lambda a: a[None], batch), _draw(two, valid, config.outer_batch)
+
+        def stretch(state: Any, key: jax.Array) -> Any:
+            count = steps(config) // config.points
+            state = bilevel.scan_run(made, state, batches, count, key=key).state
+            w = net.apply(state.response, first, state.hparams)
+            flat = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(state.hparams)])
+            measured = outer(w, None, valid), outer(w, None, test), flat.mean(), flat.std()
+            return state, jnp.stack(measured)
+
+        return jax.lax.scan(stretch, state, jax.random.split(key, config.points))[1]
+
+    return jax.jit(whole)
+
+
+@functools.cache
+def plain(config: Decays) -> Any:
+    """``(lam, key, train, valid, test) -> (valid, test)`` of one trial: Adam."""
+    count = config.budget // config.trials
+    tx = optax.adam(optax.cosine_decay_schedule(10 * config.rate, count))
+
+    def whole(lam: Any, key: jax.Array, train: Any, valid: Any, test: Any) -> Any:
+        def step(carry: Any, key: jax.Array) -> Any:
+            w, opt_state = carry
+            grads = jax.grad(inner)(w, lam, _draw(key, train, config.batch))
+            updates, opt_state = tx.update(grads, opt_state)
+            return (optax.apply_updates(w, updates), opt_state), None
+
+        w = initial(train[0].shape[1])
+        (w, _), _ = jax.lax.scan(step, (w, tx.init(w)), jax.random.split(key, count))
+        return outer(w, None, valid), outer(w, None, test)
+
+    return jax.jit(whole)
+
+
+def random_decays(config: Decays, pixels: int, rng: np.random.Generator) -> Any:
+    """A log decay for every weight, each drawn uniformly."""
+    return jax.tree.map(
+        lambda w: jnp.asarray(rng.uniform(config.low, config.high, w.shape), jnp.float32),
+        initial(pixels),
+    )
