@@ -78,8 +78,8 @@ def _paths(records: list[record.Record], used: list[str], path: Path) -> Path:
 
 
 def _decays(records: list[record.Record], path: Path) -> Path:
-    """Best validation loss so far, and the test loss of the same weights, over cost."""
-    titles = {"validation_loss": "validation loss, best so far", "test_loss": "its test loss"}
+    """Validation and test loss over cost: of the network, or of a search's best trial so far."""
+    titles = {"validation_loss": "validation loss", "test_loss": "test loss"}
     with draw.figure(path, columns=2, width=11.5, height=4.2) as (_, axes):
         tops = []
         for panel, (metric, title) in zip(axes, titles.items(), strict=True):

@@ -82,17 +82,16 @@ def _decays(config: Decays, records: record.Records, out: Path) -> None:
             continue
         records.rewind(method)
         rows = decays.local(method, config)(jax.random.key(records.seed), *parts)
-        best = (np.inf, np.inf)
+        best = np.inf
         for i, (now, test, mean, spread) in enumerate(np.asarray(rows, np.float64)):
-            best = min(best, (now, test))
+            best = min(best, now)
             records.append(
                 method,
                 i,
                 config.budget * (i + 1) / config.points,
-                validation_loss=best[0],
-                test_loss=best[1],
-                current_validation=now,
-                current_test=test,
+                validation_loss=now,
+                test_loss=test,
+                best_validation=best,
                 mean_decay=mean,
                 decay_spread=spread,
             )
