@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bilevel import tree
-from bilevel.aliases import MatVec, Vector
+from bilevel.aliases import Key, MatVec, Vector
 
 
 class Factors(NamedTuple):
@@ -25,6 +25,18 @@ class Factors(NamedTuple):
     diagonal: Vector
 
 
+class SampledDiagonal(NamedTuple):
+    r""":math:`\operatorname{diag}(M + \rho I) = d + \mathrm{E}[s]`.
+
+    Attributes:
+      known: returns :math:`d \ge 0`, damping included.
+      sample: draws :math:`s` from a key; its mean is not negative.
+    """
+
+    known: Callable[[], Vector]
+    sample: Callable[[Key], Vector]
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearMap:
     r""":math:`v \mapsto (M + \rho I) v` for a symmetric :math:`M`, with optional structure.
@@ -34,6 +46,7 @@ class LinearMap:
       damping: :math:`\rho`, a Python float or a scalar array.
       unroll: loops over products should be straight-line code (convolutions on CPU).
       diagonal: returns the exact diagonal of :math:`M + \rho I`, where known.
+      sampled: :class:`SampledDiagonal`, where there is a better estimate than Hutchinson's.
       factors: returns :class:`Factors`, where known.
       fresh: ``fresh(v, i)`` is the damped product on batch ``i``, where batches are fresh.
     """
@@ -42,6 +55,7 @@ class LinearMap:
     damping: Any = 0.0
     unroll: bool = False
     diagonal: Callable[[], Vector] | None = None
+    sampled: SampledDiagonal | None = None
     factors: Callable[[], Factors] | None = None
     fresh: Callable[[Vector, Any], Vector] | None = None
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Params, Scalar, Vector
+from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Vector
 from bilevel.arguments import check_at_least
-from bilevel.linear_map import Factors, LinearMap
+from bilevel.linear_map import Factors, LinearMap, SampledDiagonal
 from bilevel.problem import Problem
 from bilevel.traced import contains_primitive
 
@@ -166,7 +166,8 @@ class GaussNewton:
         ``has_state=True`` it also receives ``model_state``), or a :class:`LinearModel`.
       output_loss: ``output_loss(outputs, hparams, batch) -> scalar``, convex in the outputs.
       damping: :math:`\rho \ge 0`, in units of curvature.
-      penalty: ``penalty(params, hparams) -> scalar``, or ``None``.
+      penalty: ``penalty(params, hparams) -> scalar``, or ``None``. ``Woodbury`` and ``Diagonal``
+        take it to be a sum over the weights.
       independent_examples: every leaf of the batch has the examples as its leading axis, and
         the outputs of an example depend on that example alone (no batch norm). ``Woodbury``
         then takes each Jacobian row from one example instead of the whole batch.
@@ -205,11 +206,11 @@ class GaussNewton:
             bound = self.bind(problem, params, hparams, first, fresh=False)
 
             def product(v: Vector, i: Any) -> Vector:
-                mv = _gauss_newton(self, problem, params, hparams, slice_batch(batch, i))
+                mv, _ = _gauss_newton(self, problem, params, hparams, slice_batch(batch, i))
                 return tree.axpy(self.damping, v, tree.cast_like(mv(v), v))
 
             return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
-        mv = _gauss_newton(self, problem, params, hparams, batch)
+        mv, sample = _gauss_newton(self, problem, params, hparams, batch)
         diagonal, model = None, self.model
         if isinstance(model, LinearModel):
             diagonal = functools.partial(
@@ -222,6 +223,7 @@ class GaussNewton:
                 self.damping,
                 wants_straight_line(problem, params, hparams, batch),
                 diagonal,
+                SampledDiagonal(lambda: _separable_penalty(self, params, hparams), sample),
                 lambda: _factors(self, problem, params, hparams, batch),
             ),
         )
@@ -234,7 +236,8 @@ def _outputs(op: GaussNewton, problem: Problem, hparams: Hparams, batch: Batch) 
 
 def _gauss_newton(
     op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
-) -> Callable[[Vector], Vector]:
+) -> tuple[Callable[[Vector], Vector], Callable[[Key], Vector]]:
+    """The product, and a sample of the diagonal of its part without the penalty."""
     z, push, pull = _jacobian(op, problem, params, hparams, batch)
     weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
     bend, penalty = None, op.penalty
@@ -249,7 +252,13 @@ def _gauss_newton(
         image = pull(weigh(push(v)))
         return image if bend is None else tree.add(image, bend(v))
 
-    return mv
+    def sample(key: Key) -> Vector:
+        # With s = +-1 on the outputs, E[J's * J'Qs] = diag(J'QJ) and its error is of the size
+        # of the entry itself; Hutchinson's is of the size of the whole row.
+        s = tree.cast_like(tree.random_like(key, z, jax.random.rademacher), z)
+        return jax.tree.map(jnp.multiply, pull(s), pull(weigh(s)))
+
+    return mv, sample
 
 
 def _jacobian(

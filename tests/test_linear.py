@@ -314,6 +314,54 @@ def test_hutchinson_diagonal():
         Diagonal().inverse(amap, jnp.asarray(G), None)
 
 
+def test_diagonal_of_a_generic_gauss_newton():
+    """Unbiased, with the error that its formula proves, and the gain in steps it is there for."""
+    rng = np.random.default_rng(0)
+    scales = np.logspace(1, -2, 30)  # features of unlike size: what scaling cures
+    x, y = rng.normal(size=(200, 30)) * scales, rng.integers(0, 3, 200)
+    params = {"w": jnp.asarray(0.1 * rng.normal(size=(30, 3))), "b": jnp.zeros(3)}
+    batch = (jnp.asarray(x), jnp.asarray(y))
+
+    def model(w, lam, batch):
+        return batch[0] @ w["w"] + w["b"].reshape(1, 3)
+
+    def loss(z, lam, batch):
+        picked = jnp.take_along_axis(jax.nn.log_softmax(z), batch[1].reshape(-1, 1), axis=1)
+        return -jnp.mean(picked) + 0.1 * jnp.mean(z**2)  # no direction of the outputs is flat
+
+    def penalty(w, lam):
+        return lam * jnp.sum(w["w"] ** 2)
+
+    operator = GaussNewton(model, loss, damping=1e-3, penalty=penalty)
+    problem = Problem(lambda w, lam, b: operator.loss(w, lam, b), operator.loss)
+    rhs = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+
+    def bind():
+        return operator.bind(problem, params, jnp.asarray(1e-3), batch, fresh=False).mv
+
+    @jax.jit
+    def run():
+        solvers = [CG(500, rtol=1e-6, preconditioner=p) for p in (Diagonal(10), None)]
+        solved = [s.solve(bind(), rhs, key=KEY) for s in solvers]
+        return solved, Diagonal(4000, floor=1e-12).inverse(bind(), rhs, KEY)
+
+    (fast, plain), inverse = run()
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    mv = jax.jit(lambda v: jax.flatten_util.ravel_pytree(bind()(unravel(v)))[0])
+    matrix = np.stack([mv(e) for e in np.eye(flat.size)])
+    jacobian = np.asarray(jax.jacobian(lambda v: model(unravel(v), None, batch).ravel())(flat))
+    outputs = model(params, None, batch)
+    inner = jax.hessian(lambda z: loss(z.reshape(outputs.shape), None, batch))(outputs.ravel())
+    images = np.asarray(inner) @ jacobian
+    dots = np.sum(jacobian * images, axis=0)
+    spread = np.sqrt((np.sum(jacobian**2, 0) * np.sum(images**2, 0) + dots**2) / 4000)
+    got = 1 / np.asarray(jax.flatten_util.ravel_pytree(inverse)[0])
+    assert (np.abs(got - np.diag(matrix)) <= 5 * spread).all()
+    assert int(fast.result) == int(plain.result) == Status.ok
+    products = [int(s.stats["num_matvecs"]) for s in (fast, plain)]
+    assert products[0] < products[1] / 2, products  # the ten probes included
+
+
 # ---- Neumann and its stochastic relative -----------------------------------------------------
 
 QUADRATICS = ["ridge_scalar", "ridge_per_feature", "ridge_data_weights", "ridge_labels"]

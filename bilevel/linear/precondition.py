@@ -18,18 +18,24 @@ class Diagonal:
     r"""The Jacobi preconditioner :math:`P = \operatorname{diag}(A)`.
 
     Where the operator knows its diagonal (``GaussNewton`` of a :class:`~bilevel.LinearModel`
-    plus a separable penalty) it is exact and costs less than one gradient. Otherwise it is
-    estimated by Hutchinson's method,
+    plus a separable penalty) it is exact and costs less than one gradient. Otherwise it is the
+    mean of ``num_probes`` samples drawn with ``key``: for ``GaussNewton`` of any other model,
+
+    .. math:: \operatorname{diag}(J^\top Q J) \approx
+        \frac1m \sum_{i=1}^m J^\top s_i \odot J^\top Q s_i
+
+    with signs :math:`s_i` on the outputs, whose error is of the size of the entry, plus the
+    damping and the diagonal of a separable penalty; for other operators Hutchinson's
 
     .. math:: \operatorname{diag}(A) \approx \frac1m \sum_{i=1}^m z_i \odot A z_i,
         \qquad z_i \in \{-1, 1\}^n,
 
-    which needs ``key`` and ``num_probes`` products. Its error in entry i is about the norm of
-    the rest of row i over :math:`\sqrt m`, often far above the entry itself, and an entry that
-    is too small magnifies its direction: each is raised to twice its own standard error.
+    whose error in entry i is about the norm of the rest of row i over :math:`\sqrt m`, often far
+    above the entry. An entry that is too small magnifies its direction: each is raised to twice
+    its own standard error.
 
     Args:
-      num_probes: m, for the estimate; its standard error needs at least 2.
+      num_probes: m, for the estimate; its standard error needs at least 2. One costs a product.
       floor: entries are raised to at least ``floor`` times their mean absolute value, so
         that P stays positive definite whatever the estimate's noise.
 
@@ -54,28 +60,36 @@ class Diagonal:
             diagonal = tree.cast_like(mv.diagonal(), rhs)
         else:
             key = require_key(key, "The estimate of `Diagonal()` for this operator")
-            diagonal = self._hutchinson(mv, rhs, key)
+            diagonal = tree.cast_like(self._estimate(mv, rhs, key), rhs)
         return jax.tree.map(lambda d: 1 / d, self._raise_to_floor(diagonal))
 
-    def _hutchinson(self, mv: LinearMap, rhs: Vector, key: Key) -> Vector:
-        keys = jax.random.split(key, self.num_probes)
+    def _estimate(self, mv: LinearMap, rhs: Vector, key: Key) -> Vector:
+        """What is known, and the mean of samples raised to twice its standard error."""
+        keys, m = jax.random.split(key, self.num_probes), self.num_probes
+
+        def hutchinson(key: Key) -> Vector:
+            z = tree.random_like(key, rhs, jax.random.rademacher)
+            return jax.tree.map(jnp.multiply, z, mv.undamped(z))
+
+        draw = hutchinson if mv.sampled is None else mv.sampled.sample
 
         def body(i, sums):
-            z = tree.random_like(keys[i], rhs, jax.random.rademacher)
-            sample = jax.tree.map(jnp.multiply, z, mv(z))
+            sample = tree.accumulate(draw(keys[i]))
             squares = jax.tree.map(lambda t, s: t + s * s, sums[1], sample)
             return tree.add(sums[0], sample), squares
 
-        zeros = jax.tree.map(jnp.zeros_like, rhs)
-        total, squares = loop(self.num_probes, body, (zeros, zeros), mv.unroll)
-        m = self.num_probes
+        zeros = jax.tree.map(jnp.zeros_like, tree.accumulate(rhs))
+        total, squares = loop(m, body, (zeros, zeros), mv.unroll)
 
         def estimate(t: jax.Array, s: jax.Array) -> jax.Array:
             mean = t / m
             variance = jnp.maximum(s - m * mean**2, 0) / max(m - 1, 1)
             return jnp.maximum(mean, 2 * jnp.sqrt(variance / m))
 
-        return jax.tree.map(estimate, total, squares)
+        estimated = jax.tree.map(estimate, total, squares)
+        if mv.sampled is None:
+            return jax.tree.map(lambda e: e + mv.damping, estimated)
+        return tree.add(estimated, mv.sampled.known())
 
     def _raise_to_floor(self, diagonal: Vector) -> Vector:
         magnitude = jax.tree.map(jnp.abs, diagonal)
