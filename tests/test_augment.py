@@ -13,20 +13,20 @@ from experiments.common import data, record
 
 
 def test_a_warp_by_whole_pixels_is_a_shift_and_by_half_a_mean():
-    images = jax.random.uniform(jax.random.key(0), (2, 5, 6, 3))
-    move = jnp.zeros((2, 5, 6, 2)).at[..., 1].set(1.0)
+    images = jax.random.uniform(jax.random.key(0), (2, 5, 6, 3), jnp.float32)
+    move = jnp.zeros((2, 5, 6, 2), jnp.float32).at[..., 1].set(1.0)
     moved = networks.warp(images, move)
     np.testing.assert_array_equal(moved[:, :, :-1], images[:, :, 1:])
     np.testing.assert_array_equal(moved[:, :, -1], images[:, :, -1])  # the edge is continued
-    half = networks.warp(images, jnp.zeros((2, 5, 6, 2)).at[..., 0].set(0.5))
+    half = networks.warp(images, jnp.zeros((2, 5, 6, 2), jnp.float32).at[..., 0].set(0.5))
     # Two roundings of float32 numbers below one.
     np.testing.assert_allclose(half[:, :-1], (images[:, :-1] + images[:, 1:]) / 2, atol=2e-7)
 
 
 def test_without_a_last_layer_nothing_changes_and_noise_matters_with_one():
     settings = config.cpu()
-    x = jax.random.uniform(jax.random.key(0), (4, 28, 28, 1))
-    noise = jax.random.normal(jax.random.key(1), (4, settings.noise))
+    x = jax.random.uniform(jax.random.key(0), (4, 28, 28, 1), jnp.float32)
+    noise = jax.random.normal(jax.random.key(1), (4, settings.noise), jnp.float32)
     unet, weights = problem.augmenter(settings, 1, 0)
     made = [networks.call(unet, weights, x, n) for n in (noise, -noise)]
     assert float(jnp.abs(made[0] - made[1]).max()) > 1e-2
@@ -35,13 +35,13 @@ def test_without_a_last_layer_nothing_changes_and_noise_matters_with_one():
     # Examples weigh the same at first, whatever their losses.
     weigher, weights = problem.reweighter(settings, 0)
     np.testing.assert_array_equal(
-        networks.call(weigher, weights, jnp.array([0.1, 5.0])), jnp.ones(2)
+        networks.call(weigher, weights, jnp.array([0.1, 5.0], jnp.float32)), jnp.ones(2)
     )
 
 
 def test_hand_made_augmentation_shifts_whole_images_and_cuts_one_square():
     settings = dataclasses.replace(config.smoke(), shift=1, hole=2)
-    x = jnp.broadcast_to(jnp.arange(8.0)[None, :, None, None] / 16, (50, 8, 8, 1))
+    x = jnp.broadcast_to(jnp.arange(8, dtype=jnp.float32)[None, :, None, None] / 16, (50, 8, 8, 1))
     made = np.asarray(problem.by_hand(jax.random.key(0), x, settings, mirror=True))
     cut = (made == 0.5).sum((1, 2, 3))
     assert set(cut) <= {1, 2, 4} and 4 in cut  # a square at the edge is clipped
@@ -96,7 +96,7 @@ def _start_change(settings: config.Config) -> float:
     parts = problem.load("digits", settings, 0)
     unet, weights = problem.augmenter(settings, 1, 0)
     x = parts.train["x"][:100]
-    noise = jax.random.normal(jax.random.key(0), (len(x), settings.noise))
+    noise = jax.random.normal(jax.random.key(0), (len(x), settings.noise), jnp.float32)
     return float(jnp.sqrt(jnp.mean((networks.call(unet, weights, x, noise) - x) ** 2)))
 
 

@@ -17,6 +17,7 @@ class Config:
       widths: channels of the convolutions of the small one; the first of the ResNet.
       hidden: units of the dense layer of the small one.
       batch: images of a training batch.
+      share: of a training batch that is augmented, learned or by hand; the rest is left as it is.
       outer_batch: validation images of one outer gradient.
       lr: first step size of the Adam (SGD with momentum for "resnet18") that trains the
         classifier, of every method alike; it falls to zero like a cosine.
@@ -49,6 +50,7 @@ class Config:
     widths: tuple[int, ...] = (16, 32)
     hidden: int = 64
     batch: int = 50
+    share: float = 0.5
     outer_batch: int = 200
     lr: float = 2e-3
     decay: float = 0.0
@@ -56,14 +58,14 @@ class Config:
     noisy_steps: int = 1_000
     every: int = 10
     products: int = 3
-    damping: float = 0.3
-    outer_lr: float = 5e-3
+    damping: float = 1.0
+    outer_lr: float = 1e-2
     weigh_lr: float = 3e-2
     width: int = 6
     noise: int = 4
     reach: float = 3.0
     strength: float = 0.2
-    start: float = 0.2
+    start: float = 0.1
     reweighter: int = 16
     flipped: float = 0.4
     shift: int = 1
@@ -111,6 +113,7 @@ def paper() -> Config:
         network="resnet18",
         widths=(64,),
         batch=128,
+        share=1.0,
         outer_batch=512,
         lr=0.1,
         decay=5e-4,

@@ -40,16 +40,18 @@ class Block(nnx.Module):
         self.second = nnx.Conv(after, after, (3, 3), use_bias=False, rngs=rngs)
         groups = min(32, after)
         self.norms = nnx.List([nnx.GroupNorm(after, num_groups=groups, rngs=rngs) for _ in "ab"])
-        self.shortcut = None
+        self.shortcut = nnx.List([])
         if stride > 1 or before != after:
-            self.shortcut = nnx.Conv(
-                before, after, (1, 1), (stride, stride), use_bias=False, rngs=rngs
+            self.shortcut.append(
+                nnx.Conv(before, after, (1, 1), (stride, stride), use_bias=False, rngs=rngs)
             )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nnx.relu(self.norms[0](self.first(x)))
         y = self.norms[1](self.second(y))
-        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        for shortcut in self.shortcut:
+            x = shortcut(x)
+        return nnx.relu(y + x)
 
 
 class ResNet18(nnx.Module):

@@ -127,7 +127,9 @@ def build(config: Config, side: int, channels: int) -> Problem:
     def model(params: Any, hparams: Any, batch: Any) -> jax.Array:
         x = batch["x"]
         if "augment" in hparams:
-            x = augment(hparams["augment"], x, batch["noise"])
+            kept = unchanged(config, len(x))
+            made = augment(hparams["augment"], x[kept:], batch["noise"][kept:])
+            x = jnp.concatenate([x[:kept], made])
         return logits(params, x)
 
     def training(outputs: jax.Array, hparams: Any, batch: Any) -> jax.Array:
@@ -148,6 +150,11 @@ def build(config: Config, side: int, channels: int) -> Problem:
         model, training, config.damping, penalty if config.decay else None
     )
     return Problem(operator, outer, logits, augment, weigh)
+
+
+def unchanged(config: Config, size: int) -> int:
+    """How many images of a batch, the first, are left as they are."""
+    return size - round(config.share * size)
 
 
 def by_hand(key: jax.Array, x: jax.Array, config: Config, mirror: bool) -> jax.Array:

@@ -79,17 +79,23 @@ def _pieces(
         optax.clip_by_global_norm(1.0),
         optax.adam(optax.cosine_decay_schedule(outer_lr, updates)),
     )
-    response = bilevel.Implicit(bilevel.CG(max_steps=config.products), made.operator)
+    # No warm start: the equation is another one for every batch.
+    solver = bilevel.CG(max_steps=config.products)
+    response = bilevel.Implicit(solver, made.operator, warm_start=False)
 
     @functools.partial(jax.jit, static_argnames=("size", "hand"))
     def draw(part: Any, key: jax.Array, size: int, hand: bool = False) -> Any:
         rows_key, noise_key, hand_key = jax.random.split(key, 3)
         rows = jax.random.randint(rows_key, (size,), 0, len(part["y"]))
         x = part["x"][rows]
+        if hand:
+            kept = problem.unchanged(config, size)
+            made = problem.by_hand(hand_key, x[kept:], config, mirror)
+            x = jnp.concatenate([x[:kept], made])
         return {
-            "x": problem.by_hand(hand_key, x, config, mirror) if hand else x,
+            "x": x,
             "y": part["y"][rows],
-            "noise": jax.random.normal(noise_key, (size, config.noise)),
+            "noise": jax.random.normal(noise_key, (size, config.noise), jnp.float32),
         }
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -100,7 +106,6 @@ def _pieces(
 
     @jax.jit
     def tune(params: Any, hparams: Any, opt_state: Any, batch: Any, outer_batch: Any) -> Any:
-        # No warm start: the equation is another one for every batch.
         solution = bilevel.hypergrad_solve(
             made.outer,
             made.operator.loss,
@@ -109,7 +114,6 @@ def _pieces(
             hparams,
             inner_batch=batch,
             outer_batch=outer_batch,
-            state=bilevel.hypergrad_init(made.outer, made.operator.loss, response, params, hparams),
         )
         moves, opt_state = tune_tx.update(solution.grads, opt_state, hparams)
         stats = {
@@ -222,7 +226,7 @@ def _changes(
     built = problem.build(config, shape[0], shape[-1])
     if "augment" in hparams:
         x = part["x"][:100]
-        noise = jax.random.normal(jax.random.key(0), (len(x), config.noise))
+        noise = jax.random.normal(jax.random.key(0), (len(x), config.noise), jnp.float32)
         moved = built.augment(hparams["augment"], x, noise)
         changes["change"] = float(jnp.sqrt(jnp.mean((moved - x) ** 2)))
     if "weigh" in hparams:
@@ -255,7 +259,7 @@ def _save_augmented(
     x = part["x"][np.array(first)]
     drawn = []
     for i in range(4):
-        noise = jax.random.normal(jax.random.key(i), (len(x), config.noise))
+        noise = jax.random.normal(jax.random.key(i), (len(x), config.noise), jnp.float32)
         drawn.append(np.asarray(built.augment(hparams["augment"], x, noise)))
     hand = problem.by_hand(jax.random.key(0), x, config, name.startswith(config.mirrored))
     weights = np.concatenate([np.ravel(w) for w in jax.tree.leaves(hparams["augment"])])

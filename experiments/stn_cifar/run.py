@@ -1,0 +1,133 @@
+"""Runs `stn_cifar`: all hyperparameters of a CNN tuned while it trains, against random search."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.common import baselines, record
+from experiments.stn_cifar import problem, train
+from experiments.stn_cifar.config import Config
+
+TABLE = ("validation_loss", "test_loss", "test_error", "cutout_holes", "cutout_length")
+# Streams of random numbers: methods share the first weights, and nothing else.
+STREAMS = {"delta_stn": 1, "fixed": 2, "replay": 3, "random_search": 4}
+
+
+def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+    """All methods on one seed, each skipped if a resumed run had finished it."""
+    records = record.Records(out, seed)
+    parts = problem.parts(config, seed)
+    params = problem.initial(config, seed)
+    if not _done(records, "delta_stn", config.points):
+        _tune(config, params, parts, records)
+    for method in ("fixed", "replay"):
+        if not _done(records, method, config.points):
+            _train(method, config, params, parts, records)
+    _search(config, params, parts, records)
+
+
+def _done(records: record.Records, method: str, count: int) -> bool:
+    if len(record.read(records.out, seed=records.seed, method=method)) == count:
+        return True
+    records.rewind(method)
+    return False
+
+
+def _key(seed: int, method: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), STREAMS[method])
+
+
+def _held_out(parts: Any) -> dict[str, Any]:
+    return {"validation": parts["valid"], "test": parts["test"]}
+
+
+def _row(measured: Any, i: int) -> dict[str, float]:
+    return {name: float(np.asarray(value)[i]) for name, value in measured.items()}
+
+
+def _tune(config: Config, params: Any, parts: Any, records: record.Records) -> None:
+    """One run of Delta-STN: the network trains once, its hyperparameters move while it does."""
+    hparams, scales, norms, measured, schedule = train.tuned(config)(
+        params, _key(records.seed, "delta_stn"), parts["train"], _held_out(parts)
+    )
+    record.save_arrays(records.out, f"schedule_{records.seed}", **schedule)
+    every = train.cycles(config) // config.points
+    for i in range(config.points):
+        widths = {f"scale_{name}": value for name, value in _row(scales, i).items()}
+        records.append(
+            "delta_stn",
+            i,
+            train.cycle_cost(config) * every * (i + 1),
+            **_row(measured, i),
+            **_row(norms, i),
+            **_row(hparams, i),
+            **widths,
+        )
+
+
+def _train(method: str, config: Config, params: Any, parts: Any, records: record.Records) -> None:
+    """A plain network at the starting values, for the whole budget; or one that follows the
+    schedule which was found, for as many steps as the tuned one was trained."""
+    if method == "fixed":
+        steps = config.budget // config.points * config.points
+        schedule = {name: jnp.asarray([x]) for name, x in problem.start(config).items()}
+    else:
+        steps = config.inner_steps * train.cycles(config)
+        found = record.load_arrays(records.out, f"schedule_{records.seed}")
+        schedule = {name: jnp.asarray(found[name]) for name in problem.names(config)}
+    measured = train.trained(config, steps, config.points)(
+        params, schedule, _key(records.seed, method), parts["train"], _held_out(parts)
+    )
+    for i in range(config.points):
+        records.append(method, i, steps // config.points * (i + 1), **_row(measured, i))
+
+
+def _distributions(config: Config) -> dict[str, Any]:
+    """The ranges of the space: uniform; whole numbers for cutout."""
+    from optuna.distributions import IntDistribution
+
+    found: dict[str, Any] = {}
+    for name, bound in problem.space(config).bounds.items():
+        whole = name in problem.CUTOUT
+        found[name] = IntDistribution(bound.lo, bound.hi) if whole else (bound.lo, bound.hi)
+    return found
+
+
+def _search(config: Config, params: Any, parts: Any, records: record.Records) -> None:
+    """Random search over all of them; each trial trains a network to its end."""
+    method = "random_search"
+    steps = config.budget // config.trials
+    once = train.trained(config, steps, 1)
+    before = record.read(records.out, seed=records.seed, method=method)
+    best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
+    measured: dict[str, float] = {}
+    calls = len(before)
+
+    def objective(setting: dict[str, Any]) -> float:
+        nonlocal calls
+        schedule = {name: jnp.asarray([value], jnp.float32) for name, value in setting.items()}
+        key = jax.random.fold_in(_key(records.seed, method), calls)
+        measured.update(_row(once(params, schedule, key, parts["train"], _held_out(parts)), 0))
+        calls += 1
+        return measured["validation_loss"]
+
+    def log(trial: baselines.Trial) -> None:
+        nonlocal best
+        if trial.value < best["validation_loss"]:
+            setting = {name: float(value) for name, value in trial.hparams.items()}
+            best = {**measured, **setting}
+        records.append(method, trial.number, trial.cost, **{**best, "trial_loss": trial.value})
+
+    baselines.search(
+        objective,
+        _distributions(config),
+        budget=steps * config.trials,
+        cost=steps,
+        sampler="random",
+        seed=records.seed,
+        done=[r.metrics["trial_loss"] for r in before],
+        log=log,
+    )

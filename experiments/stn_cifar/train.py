@@ -1,0 +1,160 @@
+"""Whole runs in one compiled scan: tuned while they train, or along a schedule."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevel
+from experiments.stn_cifar import problem
+from experiments.stn_cifar.config import Config
+
+
+def cycle_cost(config: Config) -> int:
+    """G of a cycle: a training step has the general gradient, 1, and that of the response, 2 (a
+    perturbed layer makes two products instead of one); a perturbed validation gradient is 2."""
+    return 3 * config.inner_steps + 2
+
+
+def cycles(config: Config) -> int:
+    """As many as the budget pays for, a multiple of the recorded points."""
+    return int(config.budget // cycle_cost(config) // config.points) * config.points
+
+
+def _optimizer(
+    config: Config, lr: float, steps: int, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    rate = optax.cosine_decay_schedule(lr, steps)
+    if config.optimizer == "adam":
+        return optax.adam(rate, eps=eps)
+    return optax.sgd(rate, momentum=0.9)
+
+
+def evaluated(config: Config, params: Any, parts: Any) -> dict[str, jax.Array]:
+    """Loss and error of plain weights on the parts, a few hundred examples at a time."""
+    measured = {}
+    for name, part in parts.items():
+        size = len(part["y"])
+        blocks = max(1, size // 500)
+
+        def one(block: Any) -> tuple[jax.Array, jax.Array]:
+            z = problem.logits(config, params, block)
+            loss = optax.softmax_cross_entropy_with_integer_labels(z, block["y"]).mean()
+            return loss, jnp.mean(jnp.argmax(z, -1) != block["y"])
+
+        def blocked(a: jax.Array, blocks: int = blocks) -> jax.Array:
+            return a[: len(a) // blocks * blocks].reshape(blocks, -1, *a.shape[1:])
+
+        loss, error = jax.lax.map(one, jax.tree.map(blocked, part))
+        measured[f"{name}_loss"], measured[f"{name}_error"] = loss.mean(), error.mean()
+    return measured
+
+
+def _draw(part: Any, key: Any, shape: tuple[int, ...]) -> Any:
+    rows = jax.random.randint(key, shape, 0, len(part["y"]))
+    return jax.tree.map(lambda a: a[rows], part)
+
+
+@functools.cache
+def tuned(config: Config) -> Any:
+    """``(params, key, train, held_out) -> (hparams, scales, norms, measured, schedule)``.
+
+    ``held_out`` has the parts "validation" and "test". All are stacked over the recorded points;
+    the schedule is what training read in every cycle.
+    """
+    count = cycles(config)
+    network, bounds = problem.network(config), problem.space(config)
+    outer, inner = problem.losses(config)
+    rate = optax.cosine_decay_schedule(config.outer_lr, count)
+    algorithm = bilevel.self_tuning(
+        outer,
+        inner,
+        _optimizer(config, config.lr, config.inner_steps * count),
+        optax.adam(rate, eps=config.outer_eps),
+        config.inner_steps,
+        network=network,
+        response_tx=_optimizer(
+            config, config.response_lr, config.inner_steps * count, config.response_eps
+        ),
+        scale=config.scale,
+        entropy=config.entropy,
+        constrain=bounds,
+        warm_up=round(config.warm_up * count),
+    )
+    every = count // config.points
+
+    @jax.jit
+    def some(state: Any, key: Any, train: Any, held_out: Any) -> Any:
+        def sample(key: Any) -> Any:
+            inner_key, outer_key, drop_key = jax.random.split(key, 3)
+            inner_batches = _draw(train, inner_key, (config.inner_steps, config.batch))
+            inner_batches["key"] = jax.random.split(drop_key, config.inner_steps)
+            return inner_batches, _draw(held_out["validation"], outer_key, (config.batch,))
+
+        result = bilevel.scan_run(algorithm, state, sample, every, key=key)
+        state = result.state
+        norms = {
+            "hypergrad_norm": jnp.mean(result.infos.hypergrad_norm),
+            "response_norm": result.infos.response_norm[-1],
+        }
+        weights = network.plain(state.response, state.params)
+        return state, (
+            bounds.constrain(state.raw),
+            jax.tree.map(jax.nn.softplus, state.raw_scales),
+            norms,
+            evaluated(config, weights, held_out),
+            result.infos.hparams,
+        )
+
+    def whole(params: Any, key: Any, train: Any, held_out: Any) -> Any:
+        state, rows = algorithm.init(params, problem.start(config), key=key), []
+        for _ in range(config.points):
+            state, row = some(state, key, train, held_out)
+            rows.append(row)
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *(row[:4] for row in rows))
+        schedule = jax.tree.map(lambda *a: jnp.concatenate(a), *(row[4] for row in rows))
+        return (*stacked, schedule)
+
+    return whole
+
+
+@functools.cache
+def trained(config: Config, steps: int, points: int) -> Any:
+    """``(params, schedule, key, train, held_out) -> measured`` of one plain run.
+
+    ``schedule`` is hyperparameters, leaves ``(k,)``: the run is cut in k equal parts, and each
+    reads its own.
+    """
+    network = problem.network(config)
+    _, inner = problem.losses(config)
+    tx = _optimizer(config, config.lr, steps)
+    every = steps // points
+
+    @jax.jit
+    def some(carry: Any, first: jax.Array, schedule: Any, key: Any, train: Any, held_out: Any):
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.template)
+
+        def step(carry: Any, t: jax.Array) -> Any:
+            params, opt_state = carry
+            batch_key, drop_key = jax.random.split(jax.random.fold_in(key, t))
+            batch = {**_draw(train, batch_key, (config.batch,)), "key": drop_key}
+            count = len(jax.tree.leaves(schedule)[0])
+            row = jnp.minimum(t * count // steps, count - 1)
+            hparams = jax.tree.map(lambda x: x[row], schedule)
+            grads = jax.grad(lambda p: inner(network.plain(empty, p), hparams, batch))(params)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        carry, _ = jax.lax.scan(step, carry, first + jnp.arange(every))
+        return carry, evaluated(config, network.plain(empty, carry[0]), held_out)
+
+    def whole(params: Any, schedule: Any, key: Any, train: Any, held_out: Any) -> Any:
+        carry, rows = (params, tx.init(params)), []
+        for i in range(points):
+            carry, row = some(carry, i * every, schedule, key, train, held_out)
+            rows.append(row)
+        return jax.tree.map(lambda *a: jnp.stack(a), *rows)
+
+    return whole
