@@ -16,7 +16,7 @@ LOCAL = ("local_per_weight", "local_shared")
 SEARCHES = ("random_shared", "tpe_shared", "random_per_weight")
 POINTS = 10  # measurements along the training of a curve
 NEAR, FAR = 0.3, 1.5  # distances in log decay within and beyond which gaps are averaged
-DENSE = 601  # log decays of the exact curve
+DENSE = 241  # log decays of the exact curve
 TABLE = ("found", "optimum", "error", "near_gap", "far_gap", "validation_loss", "test_loss")
 
 
