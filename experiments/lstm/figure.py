@@ -101,6 +101,8 @@ def _learned(records: list[record.Record], sets: list[str], out: Path, path: Pat
                     [v.ravel() for k, v in saved.items() if k.startswith("decays") and kind in k]
                 )
                 row[2].hist(decays, 60, color=shade, label=kind, histtype="step", density=True)
-            row[2].set(xlabel="log decay", ylabel="density", title="a decay for every weight")
+            row[2].set(
+                xlabel="log decay", ylabel="density", yscale="log", title="a decay for every weight"
+            )
             row[2].legend()
     return path
