@@ -42,12 +42,9 @@ def initial(config: Config, words: int, key: jax.Array) -> dict[str, Any]:
     return params
 
 
-def hparams(config: Config, params: dict[str, Any], level: str) -> dict[str, Any]:
-    """The start of tuning: one number for each kind (``"tensor"``); also an offset for each unit
-    and word, at zero (``"unit"``); and one for the decay of each weight (``"weight"``).
-
-    All are raw: see `strengths`.
-    """
+def hparams(config: Config, params: dict[str, Any], many: bool) -> dict[str, Any]:
+    """The start of tuning: one number for each kind; with ``many`` also an offset for each unit,
+    word and weight, at zero. All are raw: see `strengths`."""
     words, n = params["embedding"].shape
     places = ["input", "output", "recurrent"] + ["between"] * (config.layers > 1)
     shapes = {name: (n,) for name in places} | {"words": (words,)}
@@ -61,11 +58,11 @@ def hparams(config: Config, params: dict[str, Any], level: str) -> dict[str, Any
         "ar": jnp.float32(config.penalty),
         "tar": jnp.float32(config.penalty),
     }
-    if level == "tensor":
+    if not many:
         return {"shared": start}
     own = {
         "rates": {name: jnp.zeros(shape) for name, shape in shapes.items()},
-        "decays": penalty_init(params, 1.0, level, leaves=DECAYED),
+        "decays": penalty_init(params, 1.0, "weight", leaves=DECAYED),
         "ar": jnp.zeros(n),
         "tar": jnp.zeros(n),
     }

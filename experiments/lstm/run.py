@@ -14,8 +14,7 @@ from experiments.common import budget, record
 from experiments.lstm import corpus, problem
 from experiments.lstm.config import Config
 
-LEVELS = {"untuned": "tensor", "few": "tensor", "many": "weight"}
-METHODS = tuple(LEVELS)
+METHODS = ("untuned", "few", "many")
 TABLE = (
     "hyperparameters",
     "validation_perplexity",
@@ -81,7 +80,7 @@ def _one(
     records.rewind(name)
     key = jax.random.key(seed)
     params = problem.initial(config, words, jax.random.fold_in(key, 1))
-    hparams = problem.hparams(config, params, LEVELS[method])
+    hparams = problem.hparams(config, params, many=method == "many")
     algorithm, evaluate = pieces(config)
     state = algorithm.init(params, hparams, problem.zero_carry(config, config.batch))
     best, best_loss, best_cost, losses = state, np.inf, 0.0, []
@@ -199,27 +198,13 @@ def _inner_tx(config: Config) -> Any:
 
 
 def _outer_tx(config: Config) -> Any:
-    """Adam for what is shared. The offsets of a kind move by their common scale, so that those
-    whose gradient is mostly noise hardly do. Both come to rest."""
+    """Adam for what is shared, and a slower one for the noisier offsets; both come to rest."""
     total = int((1 - config.warm_up) * config.budget // outer_cost(config))
-    shared = optax.adam(optax.cosine_decay_schedule(config.outer_lr, total))
-    own = optax.chain(
-        optax.ema(0.9),
-        _by_common_scale(),
-        optax.scale_by_learning_rate(optax.cosine_decay_schedule(config.own_lr, total)),
-    )
+    rates = {"shared": config.outer_lr, "own": config.own_lr}
     return optax.multi_transform(
-        {"shared": shared, "own": own}, lambda hparams: {name: name for name in hparams}
+        {name: optax.adam(optax.cosine_decay_schedule(lr, total)) for name, lr in rates.items()},
+        lambda hparams: {name: name for name in hparams},
     )
-
-
-def _by_common_scale() -> optax.GradientTransformation:
-    """Every leaf over its root mean square: mean size one, proportions kept, outliers clipped."""
-
-    def scaled(leaf: jax.Array) -> jax.Array:
-        return jnp.clip(leaf / (jnp.sqrt(jnp.mean(leaf**2)) + 1e-30), -5.0, 5.0)
-
-    return optax.stateless(lambda updates, _: jax.tree.map(scaled, updates))
 
 
 def solver(config: Config) -> Any:
