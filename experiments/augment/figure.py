@@ -11,10 +11,11 @@ from experiments.common import record
 SETS = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10 (JPEG)", "digits": "digits"}
 NAMES = {
     "none": ("none", draw.GREY),
-    "by_hand": ("made by hand", draw.GOLD),
+    "by_hand": ("made by hand", draw.GREEN),
+    "untrained": ("U-Net as it starts", draw.GOLD),
     "learned": ("learned", draw.BLUE),
-    "replayed": ("learned, new classifier", draw.SKY),
-    "both_parts": ("none, validation images trained on too", draw.BLACK),
+    "replayed": ("learned,\nnew classifier", draw.SKY),
+    "both_parts": ("none, trained on\nvalidation too", draw.BLACK),
 }
 NOISY = {"noisy_none": ("all weigh 1", draw.GREY), "noisy_learned": ("learned", draw.BLUE)}
 
@@ -70,15 +71,13 @@ def _bars(
 
 def _accuracy(records: list[record.Record], sets: list[str], path: Path) -> Path:
     """Test accuracy at the end (bars), and test loss along training."""
-    size = {"rows": 2, "columns": len(sets), "width": 6.6 * len(sets), "height": 6.8}
+    size = {"rows": 2, "columns": len(sets), "width": 6.8 * len(sets) + 1.5, "height": 7.4}
     with draw.figure(path, **size) as (_, axes):
         axes = np.reshape(axes, (2, len(sets)))
         for column, name in enumerate(sets):
             top, bottom = axes[:, column]
             _bars(top, records, name, NAMES)
-            top.set(
-                title=f"{SETS[name]}: test accuracy at the end", xlabel="% (dots: single seeds)"
-            )
+            top.set(title=SETS[name], xlabel="test accuracy at the end, % (dots: single seeds)")
             for method, (text, shade) in NAMES.items():
                 chosen = [r for r in records if r.method == f"{name}_{method}"]
                 steps = sorted({r.step for r in chosen})
@@ -91,7 +90,7 @@ def _accuracy(records: list[record.Record], sets: list[str], path: Path) -> Path
                 bottom.fill_between(
                     steps, values.min(1), values.max(1), color=shade, alpha=0.18, linewidth=0
                 )
-            bottom.set(xlabel="training step", ylabel="test loss (nats)", yscale="log")
+            bottom.set(xlabel="training step", ylabel="test loss (nats)", ylim=(0, None))
         axes[1, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return path
 
