@@ -72,7 +72,7 @@ class HyperSchedule:
         """The hyperparameters in force at ``step`` (an integer, traced or not)."""
         index = jnp.searchsorted(self.steps, step, side="right") - 1
         index = jnp.clip(index, 0, self.steps.shape[0] - 1)
-        return jax.tree.map(lambda x: x[index], self.values)
+        return jax.tree.map(lambda x: jnp.asarray(x)[index], self.values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file of plain arrays."""

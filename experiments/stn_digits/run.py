@@ -1,0 +1,198 @@
+"""Runs `stn_digits`: three dropout rates, tuned while the network trains, against searches."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bilevel
+from experiments.common import baselines, record
+from experiments.stn_digits import problem, train
+from experiments.stn_digits.config import Config
+
+TUNED = ("delta_stn", "stn")
+FORCED = ("sgd", "small_scale", "no_response")
+BLACK_BOX = {"random_search": "random", "tpe": "tpe"}
+TABLE = ("validation_loss", "test_loss", "test_error", "spread", "loss_spread")
+# Streams of random numbers: methods share the first weights, and nothing else.
+STREAMS = {"delta_stn": 1, "stn": 2, "grid": 3, "search": 4, "replay": 5, "forced": 6}
+
+
+def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+    """All methods on one seed, each skipped if a resumed run had finished it."""
+    records = record.Records(out, seed)
+    sets = problem.batches(config, seed)
+    params = problem.initial(config.hidden, seed)
+    for method in TUNED:
+        if not _done(records, method, config.points):
+            _tune(method, config, params, sets, records)
+        if not _done(records, f"{method}_replay", config.points):
+            _replay(method, config, params, sets, records)
+    if not _done(records, "grid", config.points):
+        _grid(config, params, sets, records)
+    for method in BLACK_BOX:
+        _search(method, config, params, sets, records)
+    if not all([_done(records, method, config.points) for method in FORCED]):
+        _forced(config, params, sets, records)
+
+
+def _done(records: record.Records, method: str, count: int) -> bool:
+    if len(record.read(records.out, seed=records.seed, method=method)) == count:
+        return True
+    records.rewind(method)
+    return False
+
+
+def _keys(seed: int, stream: str, count: int) -> jax.Array:
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), count)
+
+
+def _row(measured: Any, i: int) -> dict[str, float]:
+    """Mean over parallel runs of every measurement at one point."""
+    return {name: float(np.mean(np.asarray(value)[:, i])) for name, value in measured.items()}
+
+
+def _tune(method: str, config: Config, params: Any, sets: Any, records: record.Records) -> None:
+    """A run from each start; losses are means over them, and what differs is recorded too."""
+    starts = jnp.asarray(config.starts)
+    keys = _keys(records.seed, method, len(starts))
+    free = jnp.ones(len(starts))
+    infos, measured = train.tuned(method, config)(
+        params, starts, train.Mode(config.scale * free, free, free), keys, sets
+    )
+    hparams, scales = (
+        {p: np.asarray(tree[p]).reshape(len(starts), -1) for p in problem.PLACES}
+        for tree in infos[:2]
+    )
+    record.save_arrays(records.out, f"{method}_{records.seed}", **hparams)
+    count = train.cycles(method, config)
+    every = count // config.points
+    first = config.starts.index(config.first)
+    for i in range(config.points):
+        last = every * (i + 1) - 1
+        spreads = [float(np.ptp(hparams[p][:, last]) / np.ptp(config.starts)) for p in hparams]
+        losses = np.asarray(measured["validation_loss"])[:, i]
+        records.append(
+            method,
+            i,
+            train.cycle_cost(method, config) * every * (i + 1),
+            **_row(measured, i),
+            losses=losses,
+            loss_spread=float(np.ptp(losses)),
+            moved=_distance([hparams[p][first, last] for p in hparams], config.first),
+            spread=max(spreads),
+            mean_spread=float(np.mean(spreads)),
+            **{f"rate_{p}": hparams[p][:, last] for p in hparams},
+            **{f"mean_rate_{p}": float(hparams[p][:, last].mean()) for p in hparams},
+            **{f"scale_{p}": float(scales[p][:, last].mean()) for p in hparams},
+        )
+
+
+def _replay(method: str, config: Config, params: Any, sets: Any, records: record.Records) -> None:
+    """Plain networks that follow the schedules which the runs from each start found."""
+    found = record.load_arrays(records.out, f"{method}_{records.seed}")
+    count = train.cycles(method, config)
+    steps = jnp.broadcast_to(train.TRAINING * jnp.arange(count), (len(config.starts), count))
+    schedules = bilevel.HyperSchedule(steps, {p: jnp.asarray(found[p]) for p in problem.PLACES})
+    follow = train.trained(config, train.TRAINING * count, config.points)
+    keys = _keys(records.seed, "replay", len(config.starts))
+    measured = follow(params, schedules, keys, sets)
+    every = train.TRAINING * count // config.points
+    for i in range(config.points):
+        losses = np.asarray(measured["validation_loss"])[:, i]
+        records.append(f"{method}_replay", i, every * (i + 1), **_row(measured, i), losses=losses)
+
+
+def _constant(rates: Any) -> bilevel.HyperSchedule:
+    """A schedule without change from each setting, leaves of shape ``(n,)``."""
+    values = {p: jnp.asarray(rates[p], jnp.float32)[:, None] for p in problem.PLACES}
+    count = len(values[problem.PLACES[0]])
+    return bilevel.HyperSchedule(jnp.zeros((count, 1), jnp.int32), values)
+
+
+def _grid(config: Config, params: Any, sets: Any, records: record.Records) -> None:
+    """Fixed rates, each trained for as many steps as a run of Delta-STN: more than its budget."""
+    steps = train.TRAINING * train.cycles("delta_stn", config)
+    grid = np.asarray(config.grid)
+    keys = _keys(records.seed, "grid", len(grid))
+    measured = train.trained(config, steps, config.points)(
+        params, _constant({p: grid for p in problem.PLACES}), keys, sets
+    )
+    best = int(np.argmin(np.asarray(measured["validation_loss"])[:, -1]))
+    for i in range(config.points):
+        one = {name: float(np.asarray(value)[best, i]) for name, value in measured.items()}
+        losses = np.asarray(measured["validation_loss"])[:, i]
+        cost = steps // config.points * (i + 1) * len(grid)
+        records.append("grid", i, cost, **one, losses=losses, rate=float(grid[best]))
+
+
+def _search(method: str, config: Config, params: Any, sets: Any, records: record.Records) -> None:
+    """Random search or TPE over the three rates; each trial trains a network to its end."""
+    steps = config.budget // config.trials
+    trial_run = train.trained(config, steps, 1)
+    before = record.read(records.out, seed=records.seed, method=method)
+    best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
+    measured: dict[str, float] = {}
+    calls = len(before)
+    keys = _keys(records.seed, "search", config.trials)
+
+    def objective(setting: dict[str, Any]) -> float:
+        nonlocal calls
+        schedule = _constant({p: [setting[p]] for p in problem.PLACES})
+        measured.update(_row(trial_run(params, schedule, keys[calls : calls + 1], sets), 0))
+        calls += 1
+        return measured["validation_loss"]
+
+    def log(trial: baselines.Trial) -> None:
+        nonlocal best
+        if trial.value < best["validation_loss"]:
+            best = {**measured, **{f"rate_{p}": trial.hparams[p] for p in problem.PLACES}}
+        records.append(method, trial.number, trial.cost, **{**best, "trial_loss": trial.value})
+
+    baselines.search(
+        objective,
+        {p: (0.0, config.high) for p in problem.PLACES},
+        budget=steps * config.trials,
+        cost=steps,
+        sampler=BLACK_BOX[method],
+        seed=records.seed,
+        done=[r.metrics["trial_loss"] for r in before],
+        log=log,
+    )
+
+
+def _forced(config: Config, params: Any, sets: Any, records: record.Records) -> None:
+    """Delta-STN by SGD: free, with a width too small, and with a response held at zero."""
+    modes = train.Mode(
+        scale=jnp.asarray([config.scale, config.small_scale, config.scale]),
+        moves=jnp.asarray([1.0, 0.0, 1.0]),
+        learns=jnp.asarray([1.0, 1.0, 0.0]),
+    )
+    starts, keys = jnp.full((3,), config.first), _keys(records.seed, "forced", 3)
+    go = train.tuned("delta_stn", config, normalised=False)
+    infos, measured = go(params, starts, modes, keys, sets)
+    every = train.cycles("delta_stn", config) // config.points
+    rates = {p: np.asarray(infos[0][p]).reshape(3, -1) for p in problem.PLACES}
+    for k, method in enumerate(FORCED):
+        records.rewind(method)
+        for i in range(config.points):
+            last = every * (i + 1) - 1
+            moved, by_free = (
+                _distance([rates[p][j, last] for p in rates], config.first) for j in (k, 0)
+            )
+            records.append(
+                method,
+                i,
+                train.cycle_cost("delta_stn", config) * every * (i + 1),
+                **{name: float(np.asarray(value)[k, i]) for name, value in measured.items()},
+                moved=moved,
+                relative=moved / by_free if by_free else 0.0,
+                **{f"rate_{p}": float(rates[p][k, last]) for p in rates},
+            )
+
+
+def _distance(rates: Any, start: float) -> float:
+    """Largest move of a rate from where it started."""
+    return float(np.max(np.abs(np.asarray(list(rates)) - np.float32(start))))

@@ -1,0 +1,157 @@
+"""Whole runs in one compiled scan: tuned while they train, or at rates that are given."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevel
+from experiments.stn_digits import problem
+from experiments.stn_digits.config import Config
+
+TRAINING = 5  # training steps a cycle
+# A gradient makes three products a layer. Perturbed, a layer makes two products forward and two
+# back to its input, and one for each of its kernels that learns: both (STN's training), the
+# response (Delta-STN's) or neither (validation).
+BOTH, RESPONSE, NEITHER = 6 / 3, 5 / 3, 4 / 3
+
+
+def cycle_cost(method: str, config: Config) -> float:
+    """G of five training steps and a validation step; a gradient counts by its examples."""
+    step = {"delta_stn": 1 + RESPONSE, "stn": BOTH}[method]
+    return TRAINING * step + NEITHER * config.valid_batch / config.batch
+
+
+def cycles(method: str, config: Config) -> int:
+    """As many as the budget pays for, a multiple of the recorded points."""
+    return int(config.budget // cycle_cost(method, config) // config.points) * config.points
+
+
+def optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """Of the weights, for every method: Adam, whose rate falls to zero."""
+    return optax.adam(optax.cosine_decay_schedule(config.lr, steps))
+
+
+def evaluated(config: Config, params: Any, sets: Any) -> dict[str, jax.Array]:
+    """Loss and error of deployed weights on the validation and the test part."""
+    measured = {}
+    for name, part in (("validation", "valid"), ("test", "test")):
+        z = problem.logits(config.hidden, params, None, sets[part])
+        loss = optax.softmax_cross_entropy_with_integer_labels(z, sets[part]["y"]).mean()
+        measured[f"{name}_loss"] = loss
+        measured[f"{name}_error"] = jnp.mean(jnp.argmax(z, -1) != sets[part]["y"])
+    return measured
+
+
+def _draw(config: Config, sets: Any, part: str, key: Any, shape: tuple[int, ...]) -> Any:
+    index = jax.random.randint(key, shape, 0, len(sets[part]["y"]))
+    return jax.tree.map(lambda a: a[index], sets[part])
+
+
+def sample(config: Config, sets: Any, key: Any) -> Any:
+    """Batches of a cycle: ``(5, batch, ...)`` to train, with keys of dropout, one to validate."""
+    inner_key, outer_key, drop_key = jax.random.split(key, 3)
+    inner_batches = _draw(config, sets, "train", inner_key, (TRAINING, config.batch))
+    inner_batches["key"] = jax.random.split(drop_key, TRAINING)
+    return inner_batches, _draw(config, sets, "valid", outer_key, (config.valid_batch,))
+
+
+class Mode(NamedTuple):
+    """What makes a run a control: numbers, one for each of the runs side by side.
+
+    Attributes:
+      scale: width of the perturbations at the start.
+      moves: 1, or 0 to hold the widths where they are.
+      learns: 1, or 0 to hold the response as it was made.
+    """
+
+    scale: Any
+    moves: Any
+    learns: Any
+
+
+@functools.cache
+def tuned(method: str, config: Config, normalised: bool = True) -> Any:
+    """``(params, starts, modes, keys, sets) -> records`` of a run from each start.
+
+    ``normalised``: the response and the rates are moved by Adam. Otherwise by SGD, whose steps
+    are as small as their gradients: Adam makes full steps of noise alone.
+    """
+    count = cycles(method, config)
+    network = problem.network(config.hidden, method == "delta_stn")
+    outer, inner = problem.losses(config.hidden)
+    rate = optax.cosine_decay_schedule(config.outer_lr, count, exponent=config.outer_power)
+    if normalised:
+        response_tx, outer_tx = optimizer(config, TRAINING * count), optax.adam(rate)
+    else:
+        response_tx = optax.chain(
+            optax.clip_by_global_norm(1.0), optax.sgd(config.sgd_response_lr, 0.9)
+        )
+        outer_tx = optax.sgd(config.sgd_outer_lr)
+    every = count // config.points
+
+    def one(params: Any, start: jax.Array, mode: Mode, key: Any, sets: Any) -> Any:
+        algorithm = bilevel.self_tuning(
+            outer,
+            inner,
+            optimizer(config, TRAINING * count),
+            outer_tx,
+            TRAINING,
+            network=network,
+            response_tx=optax.chain(response_tx, optax.scale(mode.learns)),
+            scale_tx=optax.chain(outer_tx, optax.scale(mode.moves)),
+            entropy=config.entropy,
+            constrain=problem.space(config),
+            warm_up=round(config.warm_up * count),
+        )
+        draw = functools.partial(sample, config, sets)
+
+        def some(state: Any, _: None) -> Any:
+            result = bilevel.scan_run(algorithm, state, draw, every, key=key)
+            weights = bilevel.tuned_params(network, result.state)
+            if network.centred:
+                weights = network.plain(result.state.response, weights)
+            infos = result.infos
+            kept = (infos.hparams, infos.scales, infos.hypergrad_norm, infos.response_norm)
+            return result.state, (kept, evaluated(config, weights, sets))
+
+        state = algorithm.init(params, problem.rates(start), key=key)
+        raw_scale = jnp.log(jnp.expm1(mode.scale))
+        widths = jax.tree.map(lambda s: jnp.full_like(s, raw_scale), state.raw_scales)
+        state = state._replace(raw_scales=widths)
+        return jax.lax.scan(some, state, None, length=config.points)[1]
+
+    return jax.jit(jax.vmap(one, (None, 0, 0, 0, None)))
+
+
+@functools.cache
+def trained(config: Config, steps: int, points: int) -> Any:
+    """``(params, schedules, keys, sets) -> records`` of plain runs, rates given for every cycle."""
+    network = problem.network(config.hidden)
+    _, inner = problem.losses(config.hidden)
+    tx = optimizer(config, steps)
+    every = steps // points
+
+    def one(params: Any, schedule: bilevel.HyperSchedule, key: Any, sets: Any) -> Any:
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.template)
+
+        def loss(params: Any, rates: Any, batch: Any) -> jax.Array:
+            return inner(network.plain(empty, params), rates, batch)
+
+        def step(carry: Any, t: jax.Array) -> Any:
+            params, opt_state = carry
+            batch_key, drop_key = jax.random.split(jax.random.fold_in(key, t))
+            batch = _draw(config, sets, "train", batch_key, (config.batch,))
+            grads = jax.grad(loss)(params, schedule(t), {**batch, "key": drop_key})
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        def some(carry: Any, i: jax.Array) -> Any:
+            carry, _ = jax.lax.scan(step, carry, i * every + jnp.arange(every))
+            return carry, evaluated(config, network.plain(empty, carry[0]), sets)
+
+        return jax.lax.scan(some, (params, tx.init(params)), jnp.arange(points))[1]
+
+    return jax.jit(jax.vmap(one, (None, 0, 0, None)))
