@@ -13,12 +13,12 @@ class Config:
       test: images of the publisher's test part.
       guard: images held back from the validation part by the methods that stop early.
       hidden: units of the hidden layer.
-      inner_lr: step size of the Adam that trains the network, for every method.
-      trial_steps: full-batch training steps from scratch, of a black-box trial and of the
-        training that judges what was found.
+      inner_lr: first step size of the Adam that trains the network, for every method.
+      trial_steps: full-batch training steps from scratch, of a black-box trial, of the training
+        before tuning by hypergradients, and of that which judges what was found.
       inner_steps: training steps between two hypergradients.
-      outer_lr: first step size of the Adam that moves the log decays; it falls to zero like a
-        cosine.
+      outer_lr: first step size of the Adam that moves the log decays. All step sizes fall to zero
+        like a cosine.
       budget: G that every method may spend, the training of what it returns included.
       start: log decay of every weight before tuning, and of the network that is not tuned.
       low, high: range of log decays that grid, random search and TPE look at.

@@ -65,8 +65,9 @@ def _batches(config: Config, seed: int) -> Batches:
 
 @functools.cache
 def _train(config: Config) -> Any:
-    """Training from scratch for `trial_steps` steps of Adam, jitted."""
-    tx, loss = optax.adam(config.inner_lr), problem.operator(config.damping).loss
+    """Training for `trial_steps` steps of Adam, jitted."""
+    tx = optax.adam(optax.cosine_decay_schedule(config.inner_lr, config.trial_steps))
+    loss = problem.operator(config.damping).loss
 
     @jax.jit
     def train(params: Any, hparams: Any, batch: Any) -> Any:
@@ -103,7 +104,7 @@ def _judge(
     shift = np.log(config.train / (config.train + config.valid))
     weaker = jax.tree.map(lambda decay: decay + jnp.asarray(shift, decay.dtype), hparams)
     both = _measured(train(params, weaker, batches["both"]), batches, "test")
-    count = sum(x.size for x in jax.tree.leaves(hparams))
+    count = sum(x.size for x in jax.tree.leaves(hparams)) if method != "no_tuning" else 0
     records.append(
         method,
         0,
@@ -168,29 +169,30 @@ def step_cost(config: Config) -> float:
 
 
 def outer_steps(config: Config) -> int:
-    """What the budget pays for, less one training from scratch with what was found."""
-    return int((config.budget - config.trial_steps) // step_cost(config))
+    """What the budget pays for, less the training before the tuning and that with its result."""
+    return int((config.budget - 2 * config.trial_steps) // step_cost(config))
 
 
 @functools.cache
 def _algorithm(config: Config) -> tuple[Any, Any]:
-    op = problem.operator(config.damping)
-    schedule = optax.cosine_decay_schedule(config.outer_lr, outer_steps(config))
+    op, steps = problem.operator(config.damping), outer_steps(config)
+    inner = optax.cosine_decay_schedule(config.inner_lr, steps * config.inner_steps)
     algorithm = bilevel.alternate(
         problem.outer,
         op.loss,
         bilevel.Implicit(bilevel.CG(max_steps=config.products), op),
-        inner_tx=optax.adam(config.inner_lr),
-        outer_tx=optax.adam(schedule),
+        inner_tx=optax.adam(inner),
+        outer_tx=optax.adam(optax.cosine_decay_schedule(config.outer_lr, steps)),
         inner_steps=config.inner_steps,
     )
     return algorithm, jax.jit(algorithm.step)
 
 
 def _tune(method: str, config: Config, params: Any, batches: Batches, records: Any) -> Any:
-    """The network trains once, and its decays move along hypergradients while it does.
+    """The network is trained, then trains on while its decays move along hypergradients.
 
-    The last decays are returned, or, of a method that stops early, those with the lowest loss
+    Trained first, so that what the held-out images see is the decays and not that the network
+    has hardly begun. The last decays are returned, or, of a method that stops early, those with the lowest loss
     on the images held back.
     """
     name = method.removeprefix("tuned_")
@@ -204,7 +206,7 @@ def _tune(method: str, config: Config, params: Any, batches: Batches, records: A
     if stopped:
         parts["guard"] = jax.tree.map(lambda x: x[:held], batches["validation"])
     algorithm, step = _algorithm(config)
-    state = algorithm.init(params, hparams)
+    state = algorithm.init(_train(config)(params, hparams, batches["train"]), hparams)
     # Full-batch training: the same batch for every step.
     stack = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (config.inner_steps, *x.shape)), batches["train"]
@@ -219,5 +221,6 @@ def _tune(method: str, config: Config, params: Any, batches: Batches, records: A
         measured = _measured(state.params, parts, *parts)
         if stopped and measured["guard_loss"] < lowest:
             lowest, best = measured["guard_loss"], used
-        records.append(f"{method}_path", k, k * step_cost(config), **measured)
+        spent = config.trial_steps + k * step_cost(config)
+        records.append(f"{method}_path", k, spent, **measured)
     return best if stopped else state.hparams
