@@ -192,8 +192,8 @@ def _tune(method: str, config: Config, params: Any, batches: Batches, records: A
     """The network is trained, then trains on while its decays move along hypergradients.
 
     Trained first, so that what the held-out images see is the decays and not that the network
-    has hardly begun. The last decays are returned, or, of a method that stops early, those with the lowest loss
-    on the images held back.
+    has hardly begun. The last decays are returned, or, of a method that stops early, those with
+    the lowest loss on the images held back.
     """
     name = method.removeprefix("tuned_")
     stopped = name.endswith("_stopped")
