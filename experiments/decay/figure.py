@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from experiments.common import figures as draw
 from experiments.common import record
@@ -82,6 +83,7 @@ def _paths(records: list[record.Record], path: Path) -> Path:
             cell.set(title=f"{title} (nats)", xlabel="cost (inner-gradient evaluations)")
             cell.set_yscale("log")
             cell.yaxis.set_major_formatter("{x:g}")
+            cell.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
             cell.yaxis.set_minor_formatter("{x:g}")
         axes[0].legend()
     return path
