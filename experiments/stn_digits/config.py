@@ -14,7 +14,7 @@ class Config:
       batch, valid_batch: examples of a batch to train on, and of one to move hyperparameters.
       high: the rates lie in (0, high).
       starts: the rate, of all three places, from which the runs of a method start.
-      first: the start whose run is compared with the other methods.
+      first: the start of the runs about the width, and from where moves are measured.
       lr: of Adam on the weights, the same for every method, and on the response; falls to zero.
       outer_lr: of Adam on the rates' logits and on the scales.
       outer_power: of the cosine along which that rate falls, so that the rates settle first.

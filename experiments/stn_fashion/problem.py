@@ -1,0 +1,192 @@
+"""A CNN on gray images with the fifteen hyperparameters of the STN paper's CNN."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import bilevel
+from bilevel.inner.layers import TunedLinear, split_layers
+from bilevel.regularizers import color_jitter, cutout, dropout, input_scaling
+from experiments.common import data
+from experiments.stn_fashion.config import Config
+
+SIDE = 28
+MEAN, STD = 0.286, 0.353  # of the pixels of Fashion-MNIST's training images
+CONVOLUTIONS = 5
+DENSE = 3
+DROPOUTS = tuple(f"conv_dropout_{i}" for i in range(CONVOLUTIONS)) + (
+    "dense_dropout_0",
+    "dense_dropout_1",
+    "input_dropout",
+)
+JITTER = ("brightness", "contrast", "saturation", "hue")
+# On gray images these two do nothing: nothing that is learnt may move them.
+IDLE = ("saturation", "hue")
+CUTOUT = ("cutout_holes", "cutout_length")
+NAMES = DROPOUTS + JITTER + ("input_scaling",) + CUTOUT
+
+
+def patches(x: jax.Array, stride: int) -> jax.Array:
+    """``(B, H, W, C)`` to the 3 x 3 neighbourhoods ``(B, H', W', 9 C)``, zeros outside.
+
+    A dense layer on them is a convolution. XLA on CPU runs the products of a scan fast, and
+    the gradients of convolutions there slowly.
+    """
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    parts = [
+        padded[:, i : i + height : stride, j : j + width : stride]
+        for i in range(3)
+        for j in range(3)
+    ]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def pool(x: jax.Array) -> jax.Array:
+    """Largest of every 2 x 2 pixels; an odd last row and column are left out."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+
+class CNN(nnx.Module):
+    """Five convolutions (the first with stride 2, pools after two) and three dense layers."""
+
+    def __init__(self, channels: tuple[int, ...], dense: int, *, rngs: nnx.Rngs):
+        count = len(NAMES)
+        inputs = (1, *channels[:-1])
+        flat = 9 * channels[-1]  # 28 -> 14 -> 7 -> 3 pixels
+        units = ((flat, dense), (dense, dense), (dense, 10))
+        self.convolutions = nnx.List(
+            [TunedLinear(9 * a, b, count, rngs=rngs) for a, b in zip(inputs, channels, strict=True)]
+        )
+        self.dense = nnx.List([TunedLinear(a, b, count, rngs=rngs) for a, b in units])
+
+    def __call__(self, x: jax.Array, h: Any, d: jax.Array | None, key: Any) -> jax.Array:
+        """Logits of normalised images. Without ``key`` nothing is dropped."""
+
+        def drop(x: jax.Array, name: str, axes: tuple[int, ...] = ()) -> jax.Array:
+            if key is None:
+                return x
+            fold = jax.random.fold_in(key, DROPOUTS.index(name))
+            return dropout(fold, x, h[name], broadcast_axes=axes)
+
+        for i, layer in enumerate(self.convolutions):
+            x = jax.nn.relu(layer(patches(x, 2 if i == 0 else 1), d))
+            x = pool(x) if i < 2 else x
+            x = drop(x, f"conv_dropout_{i}", (1, 2))
+        x = x.reshape(x.shape[0], -1)
+        for i, layer in enumerate(self.dense):
+            x = layer(drop(x, f"dense_dropout_{i}") if i < DENSE - 1 else x, d)
+            x = jax.nn.relu(x) if i < DENSE - 1 else x
+        return x
+
+
+@functools.cache
+def network(config: Config) -> Any:
+    """How the weights follow: Delta-STN's response, a displacement an example."""
+    return split_layers(CNN(config.channels, config.dense, rngs=nnx.Rngs(0)))[0]
+
+
+def initial(config: Config, seed: int) -> Any:
+    """Fresh weights."""
+    return split_layers(CNN(config.channels, config.dense, rngs=nnx.Rngs(seed)))[1]
+
+
+def augment(config: Config, key: Any, x: jax.Array, h: Any) -> jax.Array:
+    """Jitter on pixels in [0, 1]; then normalise, drop inputs, scale and cut out."""
+    keys = jax.random.split(key, 4)
+    colours = jnp.broadcast_to(x[..., None], (*x.shape, 3))
+    jittered = color_jitter(keys[0], colours, **{name: h[name] for name in JITTER})
+    x = normalised(jittered[..., 0])
+    x = dropout(keys[1], x, h["input_dropout"])
+    x = input_scaling(keys[2], x, h["input_scaling"])
+    return cutout(keys[3], x, h["cutout_holes"], h["cutout_length"], max_holes=config.max_holes)
+
+
+def normalised(x: jax.Array) -> jax.Array:
+    """``(B, 28, 28)`` to ``(B, 28, 28, 1)`` of mean 0 and variance 1."""
+    return ((x - MEAN) / STD)[..., None]
+
+
+def logits(config: Config, params: Any, batch: Any) -> jax.Array:
+    """Of clean images, without dropout."""
+    model, d = network(config).merge(params)
+    return model(normalised(batch["x"]), None, d, None)
+
+
+def losses(config: Config) -> tuple[Any, Any]:
+    """``(outer, inner)``: cross-entropy of clean images, and with all that is tuned."""
+
+    def entropy(z: jax.Array, batch: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(z, batch["y"]).mean()
+
+    def outer(params: Any, h: Any, batch: Any) -> jax.Array:
+        return entropy(logits(config, params, batch), batch)
+
+    def inner(params: Any, h: Any, batch: Any) -> jax.Array:
+        model, d = network(config).merge(params)
+        augment_key, drop_key = jax.random.split(batch["key"])
+        x = augment(config, augment_key, batch["x"], h)
+        return entropy(model(x, h, d, drop_key), batch)
+
+    return outer, inner
+
+
+def space(config: Config) -> bilevel.Space:
+    """The ranges of the STN paper's CNN; whole numbers for holes and length."""
+    bounds: dict[str, Any] = {name: bilevel.Interval(0.0, 0.9) for name in DROPOUTS}
+    bounds |= {name: bilevel.Interval(0.0, 1.0) for name in JITTER[:3]}
+    bounds["hue"] = bilevel.Interval(0.0, 0.5)
+    bounds["input_scaling"] = bilevel.Interval(0.0, 0.3)
+    bounds["cutout_holes"] = bilevel.Integer(0, config.max_holes)
+    bounds["cutout_length"] = bilevel.Integer(0, config.max_length)
+    return bilevel.Space(bounds)
+
+
+def start() -> dict[str, jax.Array]:
+    """Where tuning starts, and what is fixed without it: 0.05, and one hole of four pixels."""
+    values = dict.fromkeys(NAMES, 0.05) | {"cutout_holes": 1.0, "cutout_length": 4.0}
+    return {name: jnp.float32(value) for name, value in values.items()}
+
+
+def sets(config: Config, seed: int) -> dict[str, Any]:
+    """The parts, and validation and test with an occluder on every image.
+
+    The square has the mean gray of the set, as a hole of cutout, and a place drawn by ``seed``.
+    """
+    if config.data == "digits":
+        found = data.digits(valid=config.valid, test=config.test, seed=seed)
+        found = data.Dataset(*(data.Split(_enlarge(part.x), part.y) for part in found))
+    else:
+        found = data.fashion_mnist(valid=config.valid, seed=seed)
+    draw = np.random.default_rng(seed)
+    parts = {}
+    sizes = (config.train, config.valid, config.test)
+    for name, part, size in zip(("train", "valid", "test"), found, sizes, strict=True):
+        chosen = draw.permutation(len(part.y))[:size]
+        parts[name] = data.Split(np.asarray(part.x[chosen], np.float32), part.y[chosen])
+    for name in ("valid", "test"):
+        hidden = _occlude(parts[name].x, config.occluder, MEAN, draw)
+        parts[f"{name}_occluded"] = data.Split(hidden, parts[name].y)
+    return {
+        name: {"x": jnp.asarray(part.x), "y": jnp.asarray(part.y)} for name, part in parts.items()
+    }
+
+
+def _enlarge(x: np.ndarray) -> np.ndarray:
+    """8 x 8 to 28 x 28: each pixel thrice, within a margin of two."""
+    return np.pad(x.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
+
+
+def _occlude(x: np.ndarray, side: int, value: float, draw: np.random.Generator) -> np.ndarray:
+    """A square of one gray value somewhere inside every image."""
+    x = x.copy()
+    for image, (i, j) in zip(x, draw.integers(0, SIDE - side + 1, (len(x), 2)), strict=True):
+        image[i : i + side, j : j + side] = value
+    return x
