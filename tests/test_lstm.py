@@ -67,10 +67,16 @@ def test_many_start_where_few_start_and_reach_every_weight():
     # The derivative of e^(log decay) w^2 / 2, and of the log decay in its raw variable.
     slope = (SMALL.decay - low) * (high - SMALL.decay) / (high - low)
     expected = 0.5 * math.exp(SMALL.decay) * kernel**2 * slope
-    np.testing.assert_allclose(grads["decays"]["['lstm_0']['recurrent']"], expected, rtol=1e-4)
-    # Only words that occur have a rate that matters.
+    # Offsets have mean zero, so their gradient has too: float32 loses digits to that difference.
+    expected = np.asarray(expected - expected.mean())
+    found = grads["decays"]["['lstm_0']['recurrent']"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    # Only words that occur have a rate that matters; all others share what the mean takes away.
     seen = np.isin(np.arange(50), np.asarray(batch["x"]))
-    assert np.array_equal(np.asarray(grads["rates"]["words"]) != 0, seen)
+    words = np.asarray(grads["rates"]["words"])
+    assert 0 < seen.sum() < 50
+    np.testing.assert_allclose(words[~seen], words[~seen][0], rtol=1e-5)
+    assert np.all(np.abs(words[seen] / words[~seen][0] - 1) > 1e-3)
 
 
 def test_a_small_run_learns_records_everything_and_is_not_repeated(tmp_path):

@@ -27,17 +27,18 @@ def load(name: str, words: int | None, sizes: tuple[int | None, int | None, int 
     if name == "markov":
         return markov(words or 50, sizes)
     text = {"ptb": data.ptb, "wikitext2": data.wikitext2}[name]()
-    parts = [part[:size] for part, size in zip(text[:3], sizes, strict=True)]
+    parts = zip((text.train, text.valid, text.test), sizes, strict=True)
+    train, valid, test = (part[:size] for part, size in parts)
     if words is None:
-        return Corpus(*parts, len(text.vocabulary))
+        return Corpus(train, valid, test, len(text.vocabulary))
     unknown = text.vocabulary.index(UNKNOWN)
-    counts = np.bincount(parts[0], minlength=len(text.vocabulary))
+    counts = np.bincount(train, minlength=len(text.vocabulary))
     counts[unknown] = 0
     # A stable sort: equal counts stay in the order of first appearance.
     kept = np.argsort(-counts, kind="stable")[: words - 1]
     new = np.zeros(len(text.vocabulary), np.int32)
     new[kept] = np.arange(1, words)
-    return Corpus(*(new[part] for part in parts), words)
+    return Corpus(new[train], new[valid], new[test], words)
 
 
 def markov(words: int, sizes: tuple[int | None, int | None, int | None], seed: int = 0) -> Corpus:

@@ -115,7 +115,7 @@ def _layer(
 
 
 def forward(
-    params: Any, tokens: jax.Array, carry: Carry, rates: Any = None, key: jax.Array | None = None
+    params: Any, tokens: jax.Array, carry: Carry, rates: Any = None, key: Any = None
 ) -> tuple[jax.Array, Carry, jax.Array, jax.Array]:
     """Logits (B, T, V), the new carry, and the last layer's output dropped and raw.
 
@@ -124,7 +124,7 @@ def forward(
     x = params["embedding"][tokens]
     words, n = params["embedding"].shape
     layers = len(carry)
-    keys = None if rates is None else jax.random.split(key, 2 * layers + 2)
+    keys: Any = None if rates is None else jax.random.split(key, 2 * layers + 2)
     if rates is not None:
         of_words = factors(keys[0], (tokens.shape[0], words), rates["words"])
         x = x * jnp.take_along_axis(of_words, tokens, axis=1)[..., None]

@@ -86,11 +86,11 @@ def _perplexities(records: list[record.Record], path: Path) -> Path:
                     f"{np.mean(seeds):.1f}", (where, max(seeds)), xytext=(0, 7),
                     textcoords="offset points", ha="center", fontsize=9,
                 )  # fmt: skip
-        ends = [line.get_ydata()[-1] for line in left.get_lines()]
+        lowest = [float(np.asarray(line.get_ydata())[-1]) for line in left.get_lines()]
         left.set(
             xlabel="cost (inner-gradient evaluations)",
             ylabel="best validation perplexity so far",
-            ylim=(min(ends) * 0.97, max(ends) * 1.4),
+            ylim=(min(lowest) * 0.97, max(lowest) * 1.4),
         )
         left.legend()
         right.set(ylabel="perplexity", title="at the best validation point: ● validation  ■ test")

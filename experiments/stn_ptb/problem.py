@@ -18,8 +18,8 @@ from bilevel.regularizers import (
 from experiments.lstm.problem import cross_entropy
 from experiments.stn_ptb.config import Config
 
-RATES = ("embedding", "hidden", "input", "output", "weight")
-PENALTIES = ("ar", "tar")
+RATES: tuple[str, ...] = ("embedding", "hidden", "input", "output", "weight")
+PENALTIES: tuple[str, ...] = ("ar", "tar")
 COUNT = len(RATES) + len(PENALTIES)
 # Perturbed once a batch: what the sequences of a batch cannot have apart, and the paper's choice.
 SHARED = ("embedding", "weight", "ar", "tar")
@@ -83,9 +83,10 @@ def space(config: Config) -> bilevel.Space:
     return bilevel.Space(dict.fromkeys(RATES, rate) | dict.fromkeys(PENALTIES, bilevel.Positive()))
 
 
-def hparams(rate: float, penalty: float) -> dict[str, jax.Array]:
+def hparams(rate: float, penalty: float) -> dict[str, Any]:
     """The seven hyperparameters, all rates alike."""
-    return dict.fromkeys(RATES, jnp.float32(rate)) | dict.fromkeys(PENALTIES, jnp.float32(penalty))
+    rates: dict[str, Any] = dict.fromkeys(RATES, jnp.float32(rate))
+    return rates | dict.fromkeys(PENALTIES, jnp.float32(penalty))
 
 
 def zero_carry(batch: int, units: int) -> Any:

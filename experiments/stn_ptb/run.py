@@ -153,17 +153,17 @@ class Bench:
                 name: jnp.float32(np.exp(x) if name in problem.PENALTIES else x)
                 for name, x in setting.items()
             }
-            self.trial = f"trial_{len(self.done)}"
-            return self.train(self.trial, _constant(values), each)
+            return self.train(f"trial_{len(done)}", _constant(values), each)
 
         def log(trial: baselines.Trial) -> None:
-            self.done.append(trial.value)
-            last = record.read(self.records.out, seed=self.seed, method=self.trial)[-1]
+            done.append(trial.value)
+            name = f"trial_{trial.number}"
+            last = record.read(self.records.out, seed=self.seed, method=name)[-1]
             if last.metrics["best_loss"] < best["best_loss"]:
                 best.update(last.metrics)
             self.records.append(method, trial.number + 1, trial.cost, **best)
 
-        self.done: list[float] = []
+        done: list[float] = []
         baselines.search(
             objective,
             space,
