@@ -9,6 +9,8 @@ from experiments.bench.measure import COLUMNS
 from experiments.common import figures as style
 from experiments.common import record
 
+COLOURS = (style.GREY, style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
+
 
 def figures(out: Path) -> list[Path]:
     """`time.png` (gradient-equivalents, logarithmic) and `table.md` of the first seed."""
@@ -23,9 +25,10 @@ def figures(out: Path) -> list[Path]:
             costs = {r.metrics["row"]: r.cost for r in records if r.metrics["column"] == column}
             heights = np.arange(len(names)) + (i - 2) * width
             values = [costs.get(name, np.nan) for name in names]
-            axes.barh(heights, values, width, label=column, color=style.colour(column))
+            name = "hand-written JAX" if column == "jax" else column
+            axes.barh(heights, values, width, label=name, color=COLOURS[i])
         axes.set(xscale="log", xlabel="time / one gradient of the inner loss")
         axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-        axes.invert_yaxis()
-        axes.legend()
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.legend(loc="center right")
     return [path]
