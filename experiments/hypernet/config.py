@@ -78,9 +78,9 @@ class Decays:
     batch: int = 100
     outer_batch: int = 500
     bottleneck: int = 10
-    sigma: float = 0.1
+    sigma: float = 0.5
     draws: int = 2
-    rate: float = 1e-3
+    rate: float = 0.001
     outer_rate: float = 0.01
     warm_up: float = 0.1
     trials: int = 20
