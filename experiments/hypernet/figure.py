@@ -72,6 +72,7 @@ def _paths(records: list[record.Record], used: list[str], path: Path) -> Path:
                 )
             panel.axhline(0.3, color=draw.GREY, linestyle="--", label="bound at the end")
             panel.set(title=DATA[name], xlabel="cost (inner-gradient evaluations)", yscale="log")
+            panel.locator_params(axis="x", nbins=5)
         np.ravel(axes)[0].set_ylabel("|log decay found − exact optimum|")
         np.ravel(axes)[0].legend()
     return path
@@ -97,7 +98,8 @@ def _decays(records: list[record.Record], path: Path) -> Path:
                     step="post",
                 )
                 tops.append(middle[len(middle) // 4])
-            panel.set(title=title, xlabel="cost (inner-gradient evaluations)", yscale="log")
+            panel.set(title=title, xlabel="cost (inner-gradient evaluations)")
+            panel.locator_params(axis="x", nbins=5)
         for panel in axes:  # the first steps of training are not what is compared
             panel.set_ylim(top=1.15 * max(tops))
         axes[0].legend(fontsize=9)
