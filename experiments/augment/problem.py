@@ -144,7 +144,8 @@ def build(config: Config, side: int, channels: int) -> Problem:
         return training(logits(params, batch["x"]), {}, batch)
 
     def penalty(params: Any, hparams: Any) -> jax.Array:
-        return 0.5 * config.decay * sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
+        squares = [jnp.sum(w**2) for w in jax.tree.leaves(params)]
+        return 0.5 * config.decay * jnp.sum(jnp.stack(squares))
 
     operator = bilevel.GaussNewton(
         model, training, config.damping, penalty if config.decay else None

@@ -31,8 +31,8 @@ def figures(out: Path) -> list[Path]:
 def _curves(out: Path, records: list[record.Record], used: list[str], path: Path) -> Path:
     """Validation loss over the log decay: exact, global and local, of the first seed."""
     seed = min(r.seed for r in records)
-    size = {"width": 5.6 * len(used), "height": 4.2}
-    with draw.figure(path, columns=len(used), **size) as (_, axes):
+    columns = len(used)
+    with draw.figure(path, columns=columns, width=5.6 * columns, height=4.2) as (_, axes):
         for panel, name in zip(np.ravel(axes), used, strict=True):
             kept = record.load_arrays(out, f"{name}_{seed}")
             lam, exact = kept["lam"], kept["exact"]
@@ -61,8 +61,8 @@ def _curves(out: Path, records: list[record.Record], used: list[str], path: Path
 
 def _paths(records: list[record.Record], used: list[str], path: Path) -> Path:
     """Distance of the hyperparameter found from the exact optimum, over cost, all seeds."""
-    size = {"width": 5.6 * len(used), "height": 3.8}
-    with draw.figure(path, columns=len(used), **size) as (_, axes):
+    columns = len(used)
+    with draw.figure(path, columns=columns, width=5.6 * columns, height=3.8) as (_, axes):
         for panel, name in zip(np.ravel(axes), used, strict=True):
             for method, shade in (("global", draw.BLUE), ("local", draw.ORANGE)):
                 cost, values = draw.curves(records, f"{name}_{method}", "error")

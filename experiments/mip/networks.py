@@ -1,6 +1,7 @@
 """The hypernetworks, and their training."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,12 +10,12 @@ import optax
 
 import bilevel
 from bilevel import tree
-from bilevel.inner.hypernetwork import encode
+from bilevel.inner.hypernetwork import Encoding, encode
 from experiments.mip import tasks
 from experiments.mip.config import Config, Task
 
 # encoding of the input, and whether base weights are added
-VARIANTS = {
+VARIANTS: dict[str, tuple[Encoding, bool]] = {
     "plain": ("raw", False),
     "encoding": ("cos_sin", False),
     "residual": ("raw", True),
@@ -26,14 +27,17 @@ MOMENTUM = 0.9
 def hypernetwork(variant: str, task: Task) -> bilevel.Hypernetwork:
     """Leaky ReLU, He's first weights, biases of zero; what differs is the two parts of MIP."""
     encoding, residual = VARIANTS[variant]
-    low, high = tasks.input_range(task)
-    raw = encoding == "raw"
     return bilevel.Hypernetwork(
-        task.hidden,
-        encoding=encoding,
-        residual=residual,
-        to_unit=(lambda x: x) if raw else (lambda x: (x - low) / (high - low)),
+        task.hidden, encoding=encoding, residual=residual, to_unit=to_unit(variant, task)
     )
+
+
+def to_unit(variant: str, task: Task) -> Callable[[jax.Array], jax.Array]:
+    """The input as the network takes it: raw, or in [0, 1] to be encoded."""
+    low, high = tasks.input_range(task)
+    if VARIANTS[variant][0] == "raw":
+        return lambda x: x
+    return lambda x: (x - low) / (high - low)
 
 
 @functools.cache
@@ -94,7 +98,7 @@ def sizes(variant: str, task: Task, pixels: int, key: jax.Array, lam: jax.Array)
     zero = jax.tree.map(jnp.zeros_like, weights)  # the base weights are not of the prediction
 
     def one(lam: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen = encode(network.to_unit(lam)[None], network.encoding)
+        seen = encode(to_unit(variant, task)(lam)[None], network.encoding)
         return jnp.linalg.norm(seen), tree.norm(network.apply(response, zero, lam))
 
     return jax.vmap(one)(lam)
