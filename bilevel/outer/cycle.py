@@ -28,6 +28,7 @@ from bilevel.outer.tuning_state import (
     SelfTuningState,
     entropy_of,
     inverse_softplus,
+    weights_at,
 )
 from bilevel.problem import Problem
 from bilevel.status import Status, code
@@ -97,9 +98,7 @@ class Cycle:
         """The weights at the current hyperparameters."""
         if self.network.centred:
             return self.undisplaced(params, response)
-        if self.per_example:
-            return self.network.everywhere(response, params, raw)
-        return self.network.apply(response, params, raw)
+        return weights_at(self.network, response, params, raw)
 
     def problem(self, model_state: ModelState) -> Problem:
         """The two losses, which read ``model_state`` frozen."""

@@ -12,7 +12,7 @@ from bilevel.operators import GaussNewton
 from bilevel.outer.base import Algorithm
 from bilevel.outer.constrain import Space
 from bilevel.outer.cycle import Cycle
-from bilevel.outer.tuning_state import SelfTuningState
+from bilevel.outer.tuning_state import SelfTuningState, weights_at
 
 
 def self_tuning(
@@ -197,6 +197,4 @@ def tuned_params(network: Network, state: SelfTuningState) -> Params:
     """
     if network.centred:
         return state.params
-    if getattr(network, "per_example", False):
-        return network.everywhere(state.response, state.params, state.raw)  # pyright: ignore
-    return network.apply(state.response, state.params, state.raw)
+    return weights_at(network, state.response, state.params, state.raw)

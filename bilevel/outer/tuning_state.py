@@ -66,6 +66,13 @@ class SelfTuningInfo(NamedTuple):
     result: jax.Array
 
 
+def weights_at(network: Any, response: Any, params: Params, raw: Hparams) -> Any:
+    """What the losses read as weights of an uncentred network at ``raw``, for all examples."""
+    # A network of layers takes a displacement an example; here one serves them all.
+    layered = getattr(network, "per_example", False)
+    return (network.everywhere if layered else network.apply)(response, params, raw)
+
+
 def entropy_of(scales: Hparams) -> Scalar:
     r"""Entropy of the perturbation, :math:`\sum_k \log\sigma_k + \tfrac12\log(2\pi e)` nats."""
     constant = 0.5 * (1 + jnp.log(2 * jnp.pi))

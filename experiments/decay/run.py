@@ -108,7 +108,7 @@ def _judge(
     records.append(
         method,
         0,
-        config.budget,
+        0.0 if method == "no_tuning" else config.budget,
         **found,
         **{f"both_{name}": value for name, value in both.items()},
         hyperparameters=count,
