@@ -10,6 +10,8 @@ class Config:
     Attributes:
       regressions: data sets of the linear case; `diabetes` comes with scikit-learn.
       decay_mean, decay_std: of the normal law of the log decays of the linear case.
+      conditioned: data sets that are measured once more, with all log decays shifted by one number.
+      condition: so that the Hessian has this condition number.
       nystrom_damping: what is added to the curvature for Nystrom, as a fraction of its largest;
         outside its sketch the method divides by that alone.
       train, valid: digits to train and to validate the network.
@@ -25,6 +27,8 @@ class Config:
     regressions: tuple[str, ...] = ("diabetes", "concrete")
     decay_mean: float = -3.0
     decay_std: float = 1.0
+    conditioned: tuple[str, ...] = ("diabetes",)
+    condition: float = 100.0
     nystrom_damping: float = 1e-2
     train: int = 600
     valid: int = 600

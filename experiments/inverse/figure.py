@@ -15,7 +15,8 @@ METHODS = {
     "nystrom": "Nyström of that rank",
 }
 TITLES = {
-    "diabetes": "ridge regression, diabetes",
+    "diabetes_conditioned": "ridge regression, diabetes",
+    "diabetes": "the same with weaker decays",
     "concrete": "ridge regression, concrete",
     "bostonHousing": "ridge regression, Boston housing",
     "digits_hessian": "MLP on digits, damped Hessian",

@@ -85,18 +85,36 @@ class Exact(NamedTuple):
     hypergradient: np.ndarray
 
 
-def ridge(name: str, config: Config, seed: int) -> tuple[Case, Exact]:
-    """The minimiser, its Hessian and the hypergradient in closed form."""
+def ridge(
+    name: str, config: Config, seed: int, condition: float | None = None
+) -> tuple[Case, Exact]:
+    """The minimiser, its Hessian and the hypergradient in closed form.
+
+    With ``condition``, the log decays are shifted until the Hessian has that condition number.
+    """
     x, y, x_valid, y_valid = regression_rows(name, seed)
     hparams = np.random.default_rng(seed + 100).normal(
         config.decay_mean, config.decay_std, x.shape[1]
     )
-    hessian = x.T @ x / len(y) + np.diag(np.exp(hparams))
+    gram = x.T @ x / len(y)
+    if condition is not None:
+        hparams = hparams + _shift(gram, hparams, condition)
+    hessian = gram + np.diag(np.exp(hparams))
     params = np.linalg.solve(hessian, x.T @ y / len(y))
     g = x_valid.T @ (x_valid @ params - y_valid) / len(y_valid)
     q = np.linalg.solve(hessian, g)
     case = Case(params, hparams, {"x": x, "y": y}, {"x": x_valid, "y": y_valid})
     return jax.tree.map(jnp.asarray, case), Exact(hessian, q, g, -np.exp(hparams) * params * q)
+
+
+def _shift(gram: np.ndarray, hparams: np.ndarray, condition: float) -> float:
+    """What to add to all log decays; one up to their mean at zero, above which they dominate."""
+    from scipy.optimize import brentq
+
+    def excess(shift: float) -> float:
+        return float(np.log(np.linalg.cond(gram + np.diag(np.exp(hparams + shift))) / condition))
+
+    return float(brentq(excess, -10.0, -hparams.mean()))
 
 
 def mlp(params: Any, hparams: Any, batch: Any) -> jax.Array:

@@ -26,7 +26,10 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     records.rewind()
     with jax.enable_x64(True):
         for name in config.regressions:
-            _regression(name, config, seed, records)
+            _regression(name, name, config, seed, records)
+        for name in config.conditioned:
+            label = f"{name}_conditioned"
+            _regression(label, name, config, seed, records, config.condition)
         _network(config, seed, records)
 
 
@@ -93,9 +96,16 @@ def _append(records: record.Records, name: str, k: int, got: Any, truth: np.ndar
     )
 
 
-def _regression(name: str, config: Config, seed: int, records: record.Records) -> None:
+def _regression(
+    name: str,
+    rows: str,
+    config: Config,
+    seed: int,
+    records: record.Records,
+    condition: float | None = None,
+) -> None:
     """Ridge regression: the truth is dense linear algebra that shares nothing with the library."""
-    case, exact = problem.ridge(name, config, seed)
+    case, exact = problem.ridge(rows, config, seed, condition)
     measure = measurer(problem.ridge_outer, problem.ridge_inner)
     eigenvalues = np.linalg.eigvalsh(exact.hessian)
     step = 1 / eigenvalues[-1]
