@@ -1,0 +1,192 @@
+"""Runs `stn_fashion`: fifteen hyperparameters tuned while a CNN trains, against random search."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optuna
+
+from experiments.common import baselines, record
+from experiments.stn_fashion import problem, train
+from experiments.stn_fashion.config import Config
+
+TUNED = ("delta_stn", "delta_stn_clean", "small_scale", "no_response")
+SEARCHES = ("random_search", "random_search_low")
+LOW = 1 / 3  # part of every range but those of cutout that the second search draws from
+TABLE = ("validation_loss", "test_loss", "test_error", "area", "holes", "length")
+
+
+def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+    """All methods on one seed, each skipped if a resumed run had finished it."""
+    records = record.Records(out, seed)
+    parts = problem.sets(config, seed)
+    params = problem.initial(config, seed)
+    for index, method in enumerate(TUNED):
+        if not _done(records, method, config.points):
+            _tune(method, index, config, params, parts, records)
+    _examples(config, parts, records)
+    if not _done(records, "fixed", config.points):
+        _fixed(config, params, parts, records)
+    for index, method in enumerate(SEARCHES):
+        _search(method, index, config, params, parts, records)
+
+
+def _done(records: record.Records, method: str, count: int) -> bool:
+    if len(record.read(records.out, seed=records.seed, method=method)) == count:
+        return True
+    records.rewind(method)
+    return False
+
+
+def _key(seed: int, stream: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), stream)
+
+
+def _held_out(parts: Any, method: str) -> dict[str, Any]:
+    """Validation and test part of a method: occluded, except in the control on clean images."""
+    suffix = "" if method.endswith("clean") else "_occluded"
+    return {"validation": parts[f"valid{suffix}"], "test": parts[f"test{suffix}"]}
+
+
+def _row(measured: Any, i: int) -> dict[str, float]:
+    return {name: float(np.asarray(value)[i]) for name, value in measured.items()}
+
+
+def _floats(measured: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in measured.items()}
+
+
+def _area(config: Config, hparams: dict[str, float], scales: dict[str, float]) -> float:
+    """Mean pixels (holes times length squared) over the numbers that training really draws."""
+    noise = np.random.default_rng(0).normal(size=(2, 2000))
+    drawn = []
+    for name, eps in zip(problem.CUTOUT, noise, strict=True):
+        bound = problem.space(config).bounds[name]
+        raw = bound.unconstrain(jnp.float32(hparams[name]))
+        value = bound.constrain(raw + jnp.asarray(scales[name] * eps, jnp.float32))
+        drawn.append(np.asarray(bound.round(value), np.float64))
+    return float(np.mean(drawn[0] * drawn[1] ** 2))
+
+
+def _tune(
+    method: str, index: int, config: Config, params: Any, parts: Any, records: record.Records
+) -> None:
+    """One run of Delta-STN: the network trains once, and its hyperparameters move while it does."""
+    mode = train.Mode(
+        scale=config.small_scale if method == "small_scale" else config.scale,
+        moves=float(method != "small_scale"),
+        learns=float(method != "no_response"),
+    )
+    key = _key(records.seed, index)
+    hparams, scales, norms, measured = train.tuned(config)(
+        params, mode, key, parts["train"], _held_out(parts, method)
+    )
+    every = train.cycles(config) // config.points
+    first = {name: float(value) for name, value in problem.start(config).items()}
+    before = _area(config, first, dict.fromkeys(problem.names(config), mode.scale))
+    for i in range(config.points):
+        now, widths = _row(hparams, i), _row(scales, i)
+        moved = {name: abs(now[name] - first[name]) for name in problem.names(config)}
+        records.append(
+            method,
+            i,
+            train.cycle_cost(config) * every * (i + 1),
+            **_row(measured, i),
+            **_row(norms, i),
+            **now,
+            **{f"scale_{name}": widths[name] for name in problem.names(config)},
+            **{f"moved_{name}": moved[name] for name in problem.names(config)},
+            mean_dropout=float(np.mean([now[name] for name in problem.dropouts(config)])),
+            moved_dropout=float(np.mean([moved[name] for name in problem.dropouts(config)])),
+            holes=now["cutout_holes"],
+            length=now["cutout_length"],
+            area=_area(config, now, widths),
+            area_growth=_area(config, now, widths) / before,
+        )
+
+
+def _examples(config: Config, parts: Any, records: record.Records) -> None:
+    """Saves a few images: to validate on, and to train on before and after tuning."""
+    few, key = slice(0, 8), _key(records.seed, 20)
+    start = problem.start(config)
+    settings = {"start": start}
+    for name, method in (("tuned", "delta_stn"), ("tuned_clean", "delta_stn_clean")):
+        (*_, last) = record.read(records.out, seed=records.seed, method=method)
+        settings[name] = {name: jnp.float32(last.metrics[name]) for name in start}
+    augment = jax.jit(functools.partial(problem.augment, config))
+    images = {"validation": np.asarray(parts["valid_occluded"]["x"][few])}
+    for name, hparams in settings.items():
+        made = augment(key, parts["train"]["x"][few], problem.space(config).round(hparams))
+        images[name] = problem.shown(np.asarray(made))
+    record.save_arrays(records.out, f"examples_{records.seed}", **images)
+
+
+def _fixed(config: Config, params: Any, parts: Any, records: record.Records) -> None:
+    """One network at the starting values, trained with the whole budget."""
+    every = config.budget // config.points
+    key, held_out = _key(records.seed, 10), _held_out(parts, "fixed")
+    opt_state, hparams = optax.adam(config.lr).init(params), problem.start(config)
+    for i in range(config.points):
+        params, opt_state = train.trained(config)(
+            params, opt_state, hparams, key, parts["train"], i * every, every, config.points * every
+        )
+        measured = train.evaluator(config)(params, held_out)
+        records.append("fixed", i, every * (i + 1), **_floats(measured))
+
+
+def _distributions(config: Config, part: float) -> dict[str, Any]:
+    """Uniform in the lower ``part`` of every range; whole numbers from all of theirs."""
+    found: dict[str, Any] = {}
+    for name in problem.names(config):
+        bound = problem.space(config).bounds[name]
+        if name in problem.CUTOUT:
+            found[name] = optuna.distributions.IntDistribution(int(bound.lo), int(bound.hi))
+        else:
+            found[name] = (float(bound.lo), float(bound.hi) * part * (1 - 1e-6))
+    return found
+
+
+def _search(
+    method: str, index: int, config: Config, params: Any, parts: Any, records: record.Records
+) -> None:
+    """Random search over all fifteen; each trial trains a network to its end."""
+    steps = config.budget // config.trials
+    opt_state = optax.adam(config.lr).init(params)
+    held_out = _held_out(parts, method)
+    before = record.read(records.out, seed=records.seed, method=method)
+    best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
+    measured: dict[str, float] = {}
+    calls = len(before)
+
+    def objective(setting: dict[str, Any]) -> float:
+        nonlocal calls
+        hparams = {name: jnp.float32(value) for name, value in setting.items()}
+        key = _key(records.seed, 100 * (1 + index) + calls)
+        weights, _ = train.trained(config)(
+            params, opt_state, hparams, key, parts["train"], 0, steps, steps
+        )
+        measured.update(_floats(train.evaluator(config)(weights, held_out)))
+        calls += 1
+        return measured["validation_loss"]
+
+    def log(trial: baselines.Trial) -> None:
+        nonlocal best
+        if trial.value < best["validation_loss"]:
+            setting = {name: float(value) for name, value in trial.hparams.items()}
+            best = {**measured, **setting}
+        records.append(method, trial.number, trial.cost, **{**best, "trial_loss": trial.value})
+
+    baselines.search(
+        objective,
+        _distributions(config, LOW if method.endswith("low") else 1.0),
+        budget=steps * config.trials,
+        cost=steps,
+        sampler="random",
+        seed=records.seed,
+        done=[r.metrics["trial_loss"] for r in before],
+        log=log,
+    )

@@ -1,0 +1,102 @@
+"""`stn_fashion` in miniature: its network, its fifteen hyperparameters, and a run end to end."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.common import record
+from experiments.stn_fashion import config, figure, problem, run, train
+
+SETTINGS = dataclasses.replace(
+    config.smoke(),
+    channels=(4,),
+    dense=(8,),
+    train=64,
+    valid=64,
+    test=64,
+    batch=8,
+    valid_batch=16,
+    response_lr=0.05,
+    budget=64,
+    points=2,
+    trials=2,
+)
+
+
+def test_neighbourhoods_and_a_dense_layer_are_a_convolution():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 7, 3), jnp.float32)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4), jnp.float32)
+    for stride in (1, 2):
+        ours = problem.patches(x, stride) @ kernel.reshape(27, 4)
+        theirs = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        # Sums of 27 products of normal numbers in float32.
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_pool_passes_its_gradient_to_one_of_four_even_where_all_are_equal():
+    # A reduction would divide by a count of equals, which XLA can make 0 where it rounds anew.
+    x = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
+    theirs = np.asarray(x)[:, :4, :6].reshape(2, 2, 2, 3, 2, 3).max(axis=(2, 4))
+    np.testing.assert_array_equal(problem.pool(x), theirs)
+    for image in (x, jnp.zeros_like(x)):
+        grads = np.asarray(jax.grad(lambda x: jnp.sum(problem.pool(x)))(image))
+        assert set(np.unique(grads)) == {0.0, 1.0}
+        np.testing.assert_array_equal(
+            grads[:, :4, :6].reshape(2, 2, 2, 3, 2, 3).sum(axis=(2, 4)), np.ones((2, 2, 3, 3))
+        )
+
+
+def test_an_occluder_is_one_square_and_hue_does_nothing_to_gray():
+    x = np.ones((5, 28, 28), np.float32)
+    hidden = problem._occlude(x, 6, 0.0, np.random.default_rng(0))
+    assert np.all((hidden == 0).sum(axis=(1, 2)) == 36)
+    assert np.all((hidden == 0).any(axis=2).sum(axis=1) == 6)
+    images = jax.random.uniform(jax.random.key(0), (4, 28, 28), jnp.float32)
+    none = {name: jnp.float32(0) for name in problem.names(SETTINGS)}
+    augment = jax.jit(lambda h: problem.augment(SETTINGS, jax.random.key(1), images, h))
+    plain = augment(none)
+    for name, changes in (("hue", False), ("saturation", False), ("brightness", True)):
+        changed = augment({**none, name: jnp.float32(0.4)})
+        assert (float(jnp.max(jnp.abs(changed - plain))) > 1e-3) == changes, name
+
+
+def test_every_method_is_recorded_once_and_holes_move_through_the_response_alone(tmp_path):
+    run.run(SETTINGS, 0, tmp_path, resume=False)
+    records = record.read(tmp_path)
+    run.run(SETTINGS, 0, tmp_path, resume=True)
+    assert record.read(tmp_path) == records
+    last = {r.method: r.metrics for r in records}
+    assert {*run.TUNED, *run.SEARCHES, "fixed"} == set(last)
+    assert all(np.isfinite(r.metrics["validation_loss"]) for r in records)
+    assert max(r.cost for r in records) <= SETTINGS.budget
+    for name in ("moved_cutout_holes", "moved_cutout_length", "moved_dropout"):
+        # Rounding of the logistic function and back: lengths span 17.
+        assert last["no_response"][name] < 1e-5
+        assert last["delta_stn"][name] > 1e-4
+        assert last["small_scale"][name] < 0.1 * last["delta_stn"][name]
+    for path in figure.figures(tmp_path):
+        assert path.stat().st_size > 10_000
+
+
+def test_the_papers_run_can_be_traced_and_tunes_fifteen_hyperparameters():
+    settings = config.paper()
+    params = jax.eval_shape(lambda: problem.initial(settings, 0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def part(size):
+        return {
+            "x": jax.ShapeDtypeStruct((size, 28, 28), jnp.float32),
+            "y": jax.ShapeDtypeStruct((size,), jnp.int32),
+        }
+
+    held_out = {"validation": part(settings.valid), "test": part(settings.test)}
+    hparams, _, _, measured = jax.eval_shape(
+        train.tuned(settings), params, train.Mode(1.0), key, part(settings.train), held_out
+    )
+    assert len(hparams) == 15
+    assert {leaf.shape for leaf in jax.tree.leaves((hparams, measured))} == {(settings.points,)}
