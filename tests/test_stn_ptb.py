@@ -10,7 +10,15 @@ import pytest
 
 import bilevel
 from experiments.common import record
-from experiments.stn_ptb import config, figure, problem, run
+from experiments.stn_ptb import (
+    config,
+    figure,
+    problem,
+    run,
+    starts,
+    starts_problem,
+    starts_summary,
+)
 
 SMALL = dataclasses.replace(
     config.smoke(),
@@ -21,6 +29,16 @@ SMALL = dataclasses.replace(
     budget=90.0,
     points=3,
     grid=(0.1,),
+    starts=dataclasses.replace(
+        config.smoke().starts,
+        sizes=(600, 600, 600),
+        units=8,
+        batch=8,
+        steps=8,
+        context=2,
+        valid_batch=8,
+        budget=150.0,
+    ),
 )
 
 
@@ -81,6 +99,7 @@ def test_a_small_run_moves_what_it_tunes_replays_it_and_is_not_repeated(tmp_path
     assert (tmp_path / record.FILE).read_bytes() == before
     records = record.read(tmp_path)
     last = {method: r.metrics for (method, _), r in record.final(records).items()}
+    second = {method: last.pop(method) for method in list(last) if method.startswith("starts_")}
     assert last.keys() == {
         "stn", "replay", "final_value", "grid_10", "trial_0", "trial_1", "random_search"
     }  # fmt: skip
@@ -97,4 +116,53 @@ def test_a_small_run_moves_what_it_tunes_replays_it_and_is_not_repeated(tmp_path
         assert abs(float(moved) - float(first)) > 1e-4 * float(first), name
     chosen = run.summary(records)["best_grid"]
     assert chosen["validation_perplexity"]["mean"] == last["grid_10"]["validation_perplexity"]
+    _check_second_part(second, records, tmp_path)
     assert all(path.exists() for path in figure.figures(tmp_path))
+
+
+def _check_second_part(last, records, out):
+    """The part about starting points, of the same small run."""
+    small = SMALL.starts
+    assert last.keys() == {
+        f"starts_{name}" for name in (
+            "stn", "stn_replay", "delta_stn", "delta_stn_replay", "grid_00", "grid_40",
+            "random_search", "tpe",
+        )
+    }  # fmt: skip
+    for name, metrics in last.items():
+        assert math.isfinite(metrics["test_loss"]) and metrics["validation_loss"] < math.log(52)
+        cost = max(r.cost for r in records if r.method == name)
+        assert 0 < cost <= small.budget
+    for method in starts.TUNED:
+        found = record.load_arrays(out, f"starts_{method}_0")["rates"]
+        np.testing.assert_allclose(found[:, 0], small.starts, rtol=1e-4)
+        # Both leave where they started, and what is recorded is where they are.
+        assert np.all(np.abs(found[:, -1] - found[:, 0]) > 1e-4)
+        metrics = last[f"starts_{method}"]
+        np.testing.assert_allclose(metrics["rates"], found[:, -1], rtol=1e-6)
+        assert metrics["spread"] == pytest.approx(np.ptp(found[:, -1]) / np.ptp(small.starts))
+    grid = starts_summary.summary(records)["starts_grid"]["validation_loss"]["mean"]
+    assert grid == min(last[f"starts_grid_{rate}"]["validation_loss"] for rate in ("00", "40"))
+
+
+def test_a_plain_network_follows_its_schedule(tmp_path):
+    # The same draws: runs agree until their rates do not.
+    part = starts.Part(SMALL.starts, 0, record.Records(tmp_path, 0))
+    keys = jnp.stack([part._keys("grid", 1)[0]] * 2)
+    every = 10 * SMALL.starts.inner_steps
+    rates = np.full((2, 20), 0.1)
+    rates[1, 10:] = 0.9  # after the first measurement
+    losses, test = part._train(rates, every, keys)
+    assert losses.shape == (2, SMALL.starts.points) == (2, 2)
+    np.testing.assert_allclose(losses[0, 0], losses[1, 0], rtol=1e-6)
+    assert abs(float(losses[0, 1] - losses[1, 1])) > 1e-3 and np.all(np.isfinite(test))
+
+
+def test_costs_are_those_of_the_products_made():
+    # Without a decoder, by hand: 6/3, 5/3 and 4/3 of a gradient; with an endless one, 1, 2/3, 2/3.
+    small = dataclasses.replace(SMALL.starts, inner_steps=2, batch=8, valid_batch=16)
+    cost = starts_problem.cycle_cost
+    assert cost(small, 0, "stn") == pytest.approx(2 * 2 + 2 * 4 / 3)
+    assert cost(small, 0, "delta_stn") == pytest.approx(2 * (1 + 5 / 3) + 2 * 4 / 3)
+    assert cost(small, 10**9, "stn") == pytest.approx(2 + 2 * 2 / 3, rel=1e-5)
+    assert cost(small, 10**9, "delta_stn") == pytest.approx(2 * (1 + 2 / 3) + 2 * 2 / 3, rel=1e-5)

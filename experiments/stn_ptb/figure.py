@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments.common import figures as draw
 from experiments.common import record
+from experiments.stn_ptb import starts_figure
 from experiments.stn_ptb.problem import PENALTIES, RATES
 from experiments.stn_ptb.run import best_grid
 
@@ -27,11 +28,13 @@ SHADES = {
 
 
 def figures(out: Path) -> list[Path]:
-    """The schedule that was found, and what it is worth."""
+    """The schedule that was found, and what it is worth; the same of the second part."""
     records = record.read(out)
     return [
         _schedule(records, out / "figures" / "schedule.png"),
         _perplexities(records, out / "figures" / "perplexities.png"),
+        starts_figure.schedules(records, out, out / "figures" / "starts.png"),
+        starts_figure.losses(records, out / "figures" / "starts_losses.png"),
     ]
 
 

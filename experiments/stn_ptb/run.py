@@ -1,4 +1,7 @@
-"""Runs `stn_ptb`: a self-tuning LSTM, its schedule replayed, and fixed values beside them."""
+"""Runs `stn_ptb`: a self-tuning LSTM, its schedule replayed, and fixed values beside them.
+
+Two parts: seven hyperparameters from one starting point (here), and one from five (`starts.py`).
+"""
 
 import functools
 from pathlib import Path
@@ -12,10 +15,17 @@ import optax
 import bilevel
 from experiments.common import baselines, expected, record
 from experiments.lstm import corpus
-from experiments.stn_ptb import problem
+from experiments.stn_ptb import problem, starts, starts_summary
 from experiments.stn_ptb.config import Config
 
-TABLE = ("validation_perplexity", "test_perplexity", "train_perplexity", "best_cost")
+TABLE = (
+    "validation_perplexity",
+    "test_perplexity",
+    "validation_loss",
+    "test_loss",
+    "spread",
+    "loss_spread",
+)
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
@@ -35,17 +45,18 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     # Equal costs: a plain network makes 3 training steps for 2 of tuning, and holds the last value
     # after the end of the schedule.
     bench.train("replay", schedule)
-    bench.train("final_value", _constant(jax.tree.map(lambda x: x[-1], schedule.values)))
+    bench.train("final_value", bench.constant(jax.tree.map(lambda x: x[-1], schedule.values)))
     for rate in config.grid:
-        bench.train(f"grid_{round(100 * rate):02d}", _constant(problem.hparams(rate, 1e-6)))
+        bench.train(f"grid_{round(100 * rate):02d}", bench.constant(problem.hparams(rate, 1e-6)))
     bench.search()
+    starts.run(config.starts, seed, records)
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:
-    """The best of the grid as a method of its own, chosen by mean validation perplexity."""
+    """The best of each part's grid as a method of its own, chosen by its mean over seeds."""
     chosen = best_grid(records)
     statistics = expected.summarise(r for r in records if r.method == chosen)
-    return {"best_grid": statistics[chosen]}
+    return {"best_grid": statistics[chosen], **starts_summary.summary(records)}
 
 
 def best_grid(records: list[record.Record]) -> str:
@@ -55,10 +66,6 @@ def best_grid(records: list[record.Record]) -> str:
         if method.startswith("grid_"):
             grid.setdefault(method, []).append(last.metrics["validation_perplexity"])
     return min(grid, key=lambda method: float(np.mean(grid[method])))
-
-
-def _constant(hparams: Any) -> bilevel.HyperSchedule:
-    return bilevel.HyperSchedule(jnp.zeros(1, jnp.int32), jax.tree.map(lambda x: x[None], hparams))
 
 
 def cycles(config: Config) -> int:
@@ -73,6 +80,12 @@ class Bench:
         self.config, self.seed, self.parts, self.records = config, seed, parts, records
         self.key = jax.random.key(seed)
         self.words = words
+
+    def constant(self, hparams: Any) -> bilevel.HyperSchedule:
+        """No change, as long as a schedule that was found: both are then one program."""
+        count = cycles(self.config)
+        values = jax.tree.map(lambda x: jnp.full(count, x, jnp.float32), hparams)
+        return bilevel.HyperSchedule(self.config.inner_steps * jnp.arange(count), values)
 
     def _begin(self, method: str, last: int) -> bool:
         done = record.read(self.records.out, seed=self.seed, method=method)
@@ -153,7 +166,7 @@ class Bench:
                 name: jnp.float32(np.exp(x) if name in problem.PENALTIES else x)
                 for name, x in setting.items()
             }
-            return self.train(f"trial_{len(done)}", _constant(values), each)
+            return self.train(f"trial_{len(done)}", self.constant(values), each)
 
         def log(trial: baselines.Trial) -> None:
             done.append(trial.value)
