@@ -59,7 +59,9 @@ def describe(name: str, preset: str, config: Any, folder: Path) -> dict[str, Any
     if not is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"{name}: config.{preset}() must return a dataclass, not {type(config)}")
     root = folder.parent.parent
-    changes = _git(root, "status", "--porcelain", "--", "bilevel", "experiments")
+    # Summaries and figures kept by an earlier run are no part of what this one executes.
+    parts = ("bilevel", "experiments", ":(exclude,glob)experiments/*/results/**")
+    changes = _git(root, "status", "--porcelain", "--", *parts)
     devices = jax.devices()
     return record.restored(
         record.plain(
