@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -55,16 +54,9 @@ def initial(width: int, seed: int) -> Any:
 
 
 def batches(config: Config, seed: int) -> dict[str, Any]:
-    """``x`` of shape (n, 64) in [0, 1], and ``y``, of the three parts.
-
-    A part of the training labels, drawn by ``seed``, is replaced by random ones.
-    """
+    """``x`` of shape (n, 64) in [0, 1], and ``y``, of the three parts."""
     test = TOTAL - config.train - config.valid
     sets = data.digits(valid=config.valid, test=test, seed=seed)
-    draw = np.random.default_rng(seed)
-    wrong = draw.random(config.train) < config.label_noise
-    noisy = np.where(wrong, draw.integers(0, 10, config.train), sets.train.y)
-    sets = sets._replace(train=sets.train._replace(y=noisy.astype(np.int32)))
     return {
         name: {"x": jnp.asarray(part.x.reshape(-1, 64)), "y": jnp.asarray(part.y)}
         for name, part in zip(("train", "valid", "test"), sets, strict=True)

@@ -49,9 +49,23 @@ def _keys(seed: int, stream: str, count: int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), count)
 
 
-def _row(measured: Any, i: int) -> dict[str, float]:
+def _best(measured: Any) -> dict[str, np.ndarray]:
+    """Of parallel runs, shape ``(n, points)``: every measurement at the best point so far.
+
+    The best in validation loss; every method is measured equally often along its runs.
+    """
+    losses = np.asarray(measured["validation_loss"])
+    lowest = np.minimum.accumulate(losses, axis=1)
+    points = np.arange(losses.shape[1])
+    at = np.maximum.accumulate(np.where(losses == lowest, points, 0), axis=1)
+    return {
+        name: np.take_along_axis(np.asarray(value), at, axis=1) for name, value in measured.items()
+    }
+
+
+def _row(best: dict[str, np.ndarray], i: int) -> dict[str, float]:
     """Mean over parallel runs of every measurement at one point."""
-    return {name: float(np.mean(np.asarray(value)[:, i])) for name, value in measured.items()}
+    return {name: float(np.mean(value[:, i])) for name, value in best.items()}
 
 
 def _tune(method: str, config: Config, params: Any, sets: Any, records: record.Records) -> None:
@@ -67,18 +81,20 @@ def _tune(method: str, config: Config, params: Any, sets: Any, records: record.R
         for tree in infos[:2]
     )
     record.save_arrays(records.out, f"{method}_{records.seed}", **hparams)
+    best = _best(measured)
     count = train.cycles(method, config)
     every = count // config.points
     first = config.starts.index(config.first)
     for i in range(config.points):
         last = every * (i + 1) - 1
         spreads = [float(np.ptp(hparams[p][:, last]) / np.ptp(config.starts)) for p in hparams]
-        losses = np.asarray(measured["validation_loss"])[:, i]
+        losses = best["validation_loss"][:, i]
         records.append(
             method,
             i,
             train.cycle_cost(method, config) * every * (i + 1),
-            **_row(measured, i),
+            **_row(best, i),
+            first_start_loss=float(losses[first]),
             losses=losses,
             loss_spread=float(np.ptp(losses)),
             moved=_distance([hparams[p][first, last] for p in hparams], config.first),
@@ -98,11 +114,11 @@ def _replay(method: str, config: Config, params: Any, sets: Any, records: record
     schedules = bilevel.HyperSchedule(steps, {p: jnp.asarray(found[p]) for p in problem.PLACES})
     follow = train.trained(config, train.TRAINING * count, config.points)
     keys = _keys(records.seed, "replay", len(config.starts))
-    measured = follow(params, schedules, keys, sets)
+    best = _best(follow(params, schedules, keys, sets))
     every = train.TRAINING * count // config.points
     for i in range(config.points):
-        losses = np.asarray(measured["validation_loss"])[:, i]
-        records.append(f"{method}_replay", i, every * (i + 1), **_row(measured, i), losses=losses)
+        losses = best["validation_loss"][:, i]
+        records.append(f"{method}_replay", i, every * (i + 1), **_row(best, i), losses=losses)
 
 
 def _constant(rates: Any) -> bilevel.HyperSchedule:
@@ -117,21 +133,26 @@ def _grid(config: Config, params: Any, sets: Any, records: record.Records) -> No
     steps = train.TRAINING * train.cycles("delta_stn", config)
     grid = np.asarray(config.grid)
     keys = _keys(records.seed, "grid", len(grid))
-    measured = train.trained(config, steps, config.points)(
-        params, _constant({p: grid for p in problem.PLACES}), keys, sets
+    fixed = _best(
+        train.trained(config, steps, config.points)(
+            params, _constant({p: grid for p in problem.PLACES}), keys, sets
+        )
     )
-    best = int(np.argmin(np.asarray(measured["validation_loss"])[:, -1]))
+    chosen = int(np.argmin(fixed["validation_loss"][:, -1]))
     for i in range(config.points):
-        one = {name: float(np.asarray(value)[best, i]) for name, value in measured.items()}
-        losses = np.asarray(measured["validation_loss"])[:, i]
+        one = {name: float(value[chosen, i]) for name, value in fixed.items()}
+        losses = fixed["validation_loss"][:, i]
         cost = steps // config.points * (i + 1) * len(grid)
-        records.append("grid", i, cost, **one, losses=losses, rate=float(grid[best]))
+        without = float(losses[list(config.grid).index(0.0)])
+        records.append(
+            "grid", i, cost, **one, losses=losses, no_dropout=without, rate=float(grid[chosen])
+        )
 
 
 def _search(method: str, config: Config, params: Any, sets: Any, records: record.Records) -> None:
     """Random search or TPE over the three rates; each trial trains a network to its end."""
     steps = config.budget // config.trials
-    trial_run = train.trained(config, steps, 1)
+    trial_run = train.trained(config, steps, config.points)
     before = record.read(records.out, seed=records.seed, method=method)
     best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
     measured: dict[str, float] = {}
@@ -141,7 +162,7 @@ def _search(method: str, config: Config, params: Any, sets: Any, records: record
     def objective(setting: dict[str, Any]) -> float:
         nonlocal calls
         schedule = _constant({p: [setting[p]] for p in problem.PLACES})
-        measured.update(_row(trial_run(params, schedule, keys[calls : calls + 1], sets), 0))
+        measured.update(_row(_best(trial_run(params, schedule, keys[calls : calls + 1], sets)), -1))
         calls += 1
         return measured["validation_loss"]
 
@@ -175,6 +196,7 @@ def _forced(config: Config, params: Any, sets: Any, records: record.Records) -> 
     infos, measured = go(params, starts, modes, keys, sets)
     every = train.cycles("delta_stn", config) // config.points
     rates = {p: np.asarray(infos[0][p]).reshape(3, -1) for p in problem.PLACES}
+    best = _best(measured)
     for k, method in enumerate(FORCED):
         records.rewind(method)
         for i in range(config.points):
@@ -186,7 +208,7 @@ def _forced(config: Config, params: Any, sets: Any, records: record.Records) -> 
                 method,
                 i,
                 train.cycle_cost("delta_stn", config) * every * (i + 1),
-                **{name: float(np.asarray(value)[k, i]) for name, value in measured.items()},
+                **{name: float(value[k, i]) for name, value in best.items()},
                 moved=moved,
                 relative=moved / by_free if by_free else 0.0,
                 **{f"rate_{p}": float(rates[p][k, last]) for p in rates},

@@ -30,8 +30,9 @@ def cycles(method: str, config: Config) -> int:
 
 
 def optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """Of the weights, for every method: Adam, whose rate falls to zero."""
-    return optax.adam(optax.cosine_decay_schedule(config.lr, steps))
+    """Of the weights, for every method, and of the response: SGD, whose rate falls to zero."""
+    descent = optax.sgd(optax.cosine_decay_schedule(config.lr, steps), momentum=0.9)
+    return optax.chain(optax.clip_by_global_norm(1.0), descent)
 
 
 def evaluated(config: Config, params: Any, sets: Any) -> dict[str, jax.Array]:
@@ -76,31 +77,26 @@ class Mode(NamedTuple):
 def tuned(method: str, config: Config, normalised: bool = True) -> Any:
     """``(params, starts, modes, keys, sets) -> records`` of a run from each start.
 
-    ``normalised``: the response and the rates are moved by Adam. Otherwise by SGD, whose steps
-    are as small as their gradients: Adam makes full steps of noise alone.
+    ``normalised``: the rates are moved by Adam. Otherwise by SGD, whose steps are as small as
+    their gradients: Adam makes full steps of noise alone.
     """
     count = cycles(method, config)
     network = problem.network(config.hidden, method == "delta_stn")
     outer, inner = problem.losses(config.hidden)
     rate = optax.cosine_decay_schedule(config.outer_lr, count, exponent=config.outer_power)
-    if normalised:
-        response_tx, outer_tx = optimizer(config, TRAINING * count), optax.adam(rate)
-    else:
-        response_tx = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.sgd(config.sgd_response_lr, 0.9)
-        )
-        outer_tx = optax.sgd(config.sgd_outer_lr)
+    weights_tx = optimizer(config, TRAINING * count)
+    outer_tx = optax.adam(rate) if normalised else optax.sgd(config.sgd_outer_lr)
     every = count // config.points
 
     def one(params: Any, start: jax.Array, mode: Mode, key: Any, sets: Any) -> Any:
         algorithm = bilevel.self_tuning(
             outer,
             inner,
-            optimizer(config, TRAINING * count),
+            weights_tx,
             outer_tx,
             TRAINING,
             network=network,
-            response_tx=optax.chain(response_tx, optax.scale(mode.learns)),
+            response_tx=optax.chain(weights_tx, optax.scale(mode.learns)),
             scale_tx=optax.chain(outer_tx, optax.scale(mode.moves)),
             entropy=config.entropy,
             constrain=problem.space(config),
