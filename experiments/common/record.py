@@ -130,6 +130,13 @@ class Records:
         with (self.out / FILE).open("a", encoding="utf-8") as file:
             file.write(line)
 
+    def finished(self, method: str, count: int) -> bool:
+        """Whether this seed has all `count` records of a method; if not, it forgets them."""
+        if len(read(self.out, seed=self.seed, method=method)) == count:
+            return True
+        self.rewind(method)
+        return False
+
     def rewind(self, method: str | None = None, step: int = -1) -> None:
         """Forgets this seed's records (of one method, if named) after `step`.
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import bilevel
-from experiments.common import budget, data
+from experiments.common import batches, budget, data
 from experiments.hypernet.config import Decays
 
 CLASSES = 10
@@ -79,11 +79,6 @@ def steps(config: Decays) -> int:
     return int(config.budget // cost)
 
 
-def _draw(key: jax.Array, part: Any, count: int) -> Any:
-    index = jax.random.randint(key, (count,), 0, len(part[1]))
-    return jax.tree.map(lambda a: a[index], part)
-
-
 @functools.cache
 def local(method: str, config: Decays) -> Any:
     """``(key, train, valid, test) -> (valid, test, decays)`` at ``points`` of local training."""
@@ -126,8 +121,10 @@ def local(method: str, config: Decays) -> Any:
 
         def batches(key: jax.Array) -> Any:
             one, two = jax.random.split(key)
-            batch = _draw(one, train, config.batch)
-            return jax.tree.map(lambda a: a[None], batch), _draw(two, valid, config.outer_batch)
+            batch = batches.draw(train, one, (config.batch,))
+            return jax.tree.map(lambda a: a[None], batch), batches.draw(
+                valid, two, (config.outer_batch,)
+            )
 
         def stretch(state: Any, key: jax.Array) -> Any:
             count = steps(config) // config.points
@@ -151,7 +148,7 @@ def plain(config: Decays) -> Any:
     def whole(lam: Any, key: jax.Array, train: Any, valid: Any, test: Any) -> Any:
         def step(carry: Any, key: jax.Array) -> Any:
             w, opt_state = carry
-            grads = jax.grad(inner)(w, lam, _draw(key, train, config.batch))
+            grads = jax.grad(inner)(w, lam, batches.draw(train, key, (config.batch,)))
             updates, opt_state = tx.update(grads, opt_state)
             return (optax.apply_updates(w, updates), opt_state), None
 

@@ -109,12 +109,12 @@ def ridge(
 
 def _shift(gram: np.ndarray, hparams: np.ndarray, condition: float) -> float:
     """What to add to all log decays; one up to their mean at zero, above which they dominate."""
-    from scipy.optimize import brentq
+    from scipy.optimize import root_scalar
 
     def excess(shift: float) -> float:
         return float(np.log(np.linalg.cond(gram + np.diag(np.exp(hparams + shift))) / condition))
 
-    return float(brentq(excess, -10.0, -hparams.mean()))
+    return float(root_scalar(excess, bracket=(-10.0, -hparams.mean()), method="brentq").root)
 
 
 def mlp(params: Any, hparams: Any, batch: Any) -> jax.Array:

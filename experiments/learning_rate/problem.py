@@ -63,9 +63,3 @@ def images(config: Config, seed: int) -> dict[str, Any]:
         name: (jnp.asarray(part.x[:count]), jnp.asarray(part.y[:count]))
         for name, (part, count) in parts.items()
     }
-
-
-def draw(train: Any, key: jax.Array, *shape: int) -> Any:
-    """Images and labels drawn with replacement, with these leading axes."""
-    index = jax.random.randint(key, shape, 0, len(train[1]))
-    return jax.tree.map(lambda x: x[index], train)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from experiments.common import budget
+from experiments.common import batches, budget
 from experiments.learning_rate import problem, schedules
 from experiments.learning_rate.config import Config
 
@@ -49,8 +49,8 @@ def hypergradient(config: Config, model: str, length: int) -> Callable[..., Any]
                 one,
                 params,
                 schedule,
-                inner_batch=problem.draw(train, inner_key, length, config.batch),
-                outer_batch=problem.draw(train, outer_key, config.outer_batch),
+                inner_batch=batches.draw(train, inner_key, (length, config.batch)),
+                outer_batch=batches.draw(train, outer_key, (config.outer_batch,)),
                 state=state,
             )
             return (solve.params, solve.state), (solve.value, solve.grads)
@@ -102,7 +102,7 @@ def replay(config: Config, model: str) -> Callable[..., Any]:
 
         def step(carry: Any, key: jax.Array) -> Any:
             params, opt_state = carry
-            batch = problem.draw(train, key, config.batch)
+            batch = batches.draw(train, key, (config.batch,))
             value, grads = jax.value_and_grad(problem.loss)(params, None, batch)
             moves, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, moves), opt_state), value

@@ -49,9 +49,3 @@ def sgd(schedule: jax.Array, steps: int) -> optax.GradientTransformation:
         return jnp.exp((1 - part) * schedule[0] + part * schedule[1])
 
     return optax.sgd(rate)
-
-
-def draw(train: Any, key: jax.Array, *shape: int) -> Any:
-    """Images and labels drawn with replacement, with these leading axes."""
-    index = jax.random.randint(key, shape, 0, len(train[1]))
-    return jax.tree.map(lambda x: x[index], train)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from experiments.common import budget
+from experiments.common import batches, budget
 from experiments.pes import problem
 from experiments.pes.config import Config
 
@@ -67,7 +67,7 @@ def tuner(method: str, config: Config) -> Callable[..., Any]:
             one,
             params,
             schedule,
-            inner_batch=problem.draw(train, inner_key, config.window, config.batch),
+            inner_batch=batches.draw(train, inner_key, (config.window, config.batch)),
             outer_batch=train,
             state=state,
             key=key,
@@ -109,7 +109,7 @@ def replay(config: Config) -> Callable[..., Any]:
 
         def step(carry: Any, key: jax.Array) -> Any:
             params, opt_state = carry
-            batch = problem.draw(train, key, config.batch)
+            batch = batches.draw(train, key, (config.batch,))
             grads = jax.grad(problem.loss)(params, None, batch)
             direction, opt_state = tx.update(grads, opt_state)
             return (optax.apply_updates(params, direction), opt_state), None

@@ -21,19 +21,12 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     records = record.Records(out, seed)
     parts = problem.parts(config, seed)
     params = problem.initial(config, seed)
-    if not _done(records, "delta_stn", config.points):
+    if not records.finished("delta_stn", config.points):
         _tune(config, params, parts, records)
     for method in ("fixed", "replay"):
-        if not _done(records, method, config.points):
+        if not records.finished(method, config.points):
             _train(method, config, params, parts, records)
     _search(config, params, parts, records)
-
-
-def _done(records: record.Records, method: str, count: int) -> bool:
-    if len(record.read(records.out, seed=records.seed, method=method)) == count:
-        return True
-    records.rewind(method)
-    return False
 
 
 def _key(seed: int, method: str) -> jax.Array:

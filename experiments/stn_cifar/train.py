@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
+from experiments.common import batches
 from experiments.stn_cifar import problem
 from experiments.stn_cifar.config import Config
 
@@ -52,11 +53,6 @@ def evaluated(config: Config, params: Any, parts: Any) -> dict[str, jax.Array]:
     return measured
 
 
-def _draw(part: Any, key: Any, shape: tuple[int, ...]) -> Any:
-    rows = jax.random.randint(key, shape, 0, len(part["y"]))
-    return jax.tree.map(lambda a: a[rows], part)
-
-
 @functools.cache
 def tuned(config: Config) -> Any:
     """``(params, key, train, held_out) -> (hparams, scales, norms, measured, schedule)``.
@@ -89,9 +85,9 @@ def tuned(config: Config) -> Any:
     def some(state: Any, key: Any, train: Any, held_out: Any) -> Any:
         def sample(key: Any) -> Any:
             inner_key, outer_key, drop_key = jax.random.split(key, 3)
-            inner_batches = _draw(train, inner_key, (config.inner_steps, config.batch))
+            inner_batches = batches.draw(train, inner_key, (config.inner_steps, config.batch))
             inner_batches["key"] = jax.random.split(drop_key, config.inner_steps)
-            return inner_batches, _draw(held_out["validation"], outer_key, (config.batch,))
+            return inner_batches, batches.draw(held_out["validation"], outer_key, (config.batch,))
 
         result = bilevel.scan_run(algorithm, state, sample, every, key=key)
         state = result.state
@@ -139,7 +135,7 @@ def trained(config: Config, steps: int, points: int) -> Any:
         def step(carry: Any, t: jax.Array) -> Any:
             params, opt_state = carry
             batch_key, drop_key = jax.random.split(jax.random.fold_in(key, t))
-            batch = {**_draw(train, batch_key, (config.batch,)), "key": drop_key}
+            batch = {**batches.draw(train, batch_key, (config.batch,)), "key": drop_key}
             count = len(jax.tree.leaves(schedule)[0])
             row = jnp.minimum(t * count // steps, count - 1)
             hparams = jax.tree.map(lambda x: x[row], schedule)

@@ -26,23 +26,16 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     sets = problem.batches(config, seed)
     params = problem.initial(config.hidden, seed)
     for method in TUNED:
-        if not _done(records, method, config.points):
+        if not records.finished(method, config.points):
             _tune(method, config, params, sets, records)
-        if not _done(records, f"{method}_replay", config.points):
+        if not records.finished(f"{method}_replay", config.points):
             _replay(method, config, params, sets, records)
-    if not _done(records, "grid", config.points):
+    if not records.finished("grid", config.points):
         _grid(config, params, sets, records)
     for method in BLACK_BOX:
         _search(method, config, params, sets, records)
-    if not all([_done(records, method, config.points) for method in FORCED]):
+    if not all([records.finished(method, config.points) for method in FORCED]):
         _forced(config, params, sets, records)
-
-
-def _done(records: record.Records, method: str, count: int) -> bool:
-    if len(record.read(records.out, seed=records.seed, method=method)) == count:
-        return True
-    records.rewind(method)
-    return False
 
 
 def _keys(seed: int, stream: str, count: int) -> jax.Array:

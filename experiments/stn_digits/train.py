@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
+from experiments.common import batches
 from experiments.stn_digits import problem
 from experiments.stn_digits.config import Config
 
@@ -46,17 +47,12 @@ def evaluated(config: Config, params: Any, sets: Any) -> dict[str, jax.Array]:
     return measured
 
 
-def _draw(sets: Any, part: str, key: Any, shape: tuple[int, ...]) -> Any:
-    index = jax.random.randint(key, shape, 0, len(sets[part]["y"]))
-    return jax.tree.map(lambda a: a[index], sets[part])
-
-
 def sample(config: Config, sets: Any, key: Any) -> Any:
     """Batches of a cycle: ``(5, batch, ...)`` to train, with keys of dropout, one to validate."""
     inner_key, outer_key, drop_key = jax.random.split(key, 3)
-    inner_batches = _draw(sets, "train", inner_key, (TRAINING, config.batch))
+    inner_batches = batches.draw(sets["train"], inner_key, (TRAINING, config.batch))
     inner_batches["key"] = jax.random.split(drop_key, TRAINING)
-    return inner_batches, _draw(sets, "valid", outer_key, (config.valid_batch,))
+    return inner_batches, batches.draw(sets["valid"], outer_key, (config.valid_batch,))
 
 
 class Mode(NamedTuple):
@@ -139,7 +135,7 @@ def trained(config: Config, steps: int, points: int) -> Any:
         def step(carry: Any, t: jax.Array) -> Any:
             params, opt_state = carry
             batch_key, drop_key = jax.random.split(jax.random.fold_in(key, t))
-            batch = _draw(sets, "train", batch_key, (config.batch,))
+            batch = batches.draw(sets["train"], batch_key, (config.batch,))
             grads = jax.grad(loss)(params, schedule(t), {**batch, "key": drop_key})
             updates, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), None
