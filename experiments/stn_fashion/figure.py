@@ -70,7 +70,7 @@ def _moves(records: list[record.Record], path: Path) -> Path:
     panels = {
         "holes": "number of holes",
         "length": "side of a hole (pixels)",
-        "area_growth": "pixels cut from an image, over those at the start",
+        "area_growth": "pixels cut, over those at the start",
         "moved_dropout": "move of a dropout rate (mean of all)",
     }
     with draw.figure(path, rows=2, columns=2, width=10.5, height=7.4) as (whole, axes):
