@@ -119,7 +119,7 @@ def local(method: str, config: Decays) -> Any:
         first = initial(pixels)
         state = made.init(first, start(method, pixels, config), key=key)
 
-        def batches(key: jax.Array) -> Any:
+        def sample(key: jax.Array) -> Any:
             one, two = jax.random.split(key)
             batch = batches.draw(train, one, (config.batch,))
             return jax.tree.map(lambda a: a[None], batch), batches.draw(
@@ -128,7 +128,7 @@ def local(method: str, config: Decays) -> Any:
 
         def stretch(state: Any, key: jax.Array) -> Any:
             count = steps(config) // config.points
-            state = bilevel.scan_run(made, state, batches, count, key=key).state
+            state = bilevel.scan_run(made, state, sample, count, key=key).state
             w = net.apply(state.response, first, state.hparams)
             flat = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(state.hparams)])
             measured = outer(w, None, valid), outer(w, None, test), flat.mean(), flat.std()
