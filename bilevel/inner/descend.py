@@ -185,7 +185,8 @@ def _loop(
     straight_line: bool,
 ) -> tuple[InnerState, StepInfo]:
     def run(step: Callable[..., Any], carry: Any, indices: jax.Array) -> tuple[Any, Any]:
-        return jax.lax.scan(step, carry, indices, unroll=straight_line)
+        # Not `unroll=True`: a scan of length one would stay a loop.
+        return jax.lax.scan(step, carry, indices, unroll=0 if straight_line else 1)
 
     # Inside a loop the recomputation cannot be merged with the first computation, so the
     # barriers that forbid merging are only needed in straight-line code.

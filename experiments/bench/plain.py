@@ -134,7 +134,8 @@ def unrolled(
                 return axpy(-rate, inner_gradient(w, lam, batches, i), w), None
 
             def several(w: Any, indices: Any) -> Any:
-                return jax.lax.scan(step, w, indices, unroll=unroll)
+                # Not `unroll=True`: a scan of length one would stay a loop.
+                return jax.lax.scan(step, w, indices, unroll=0 if unroll else 1)
 
             indices = jnp.arange(steps)
             if segment is None:

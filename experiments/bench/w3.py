@@ -99,7 +99,7 @@ def jaxopt_unroll(outer: Callable, inner: Callable, steps: int, unroll: bool = F
                 return tuple(solver.update(*carry, lam, plain.pick(train, i))), None
 
             start = (params, solver.init_state(params, lam, plain.pick(train, 0)))
-            end = jax.lax.scan(step, start, jnp.arange(steps), unroll=unroll)[0]
+            end = jax.lax.scan(step, start, jnp.arange(steps), unroll=0 if unroll else 1)[0]
             return outer(end[0], lam, held_out)
 
         return jax.grad(loss)(lam)
