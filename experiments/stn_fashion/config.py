@@ -46,7 +46,7 @@ class Config:
     warm_up: float = 0.05
     max_holes: int = 4
     max_length: int = 16
-    budget: int = 8_250
+    budget: int = 6_000
     trials: int = 6
     points: int = 20
 
