@@ -15,8 +15,10 @@ import bilevel
 from bilevel.hypergradient.best_response import (
     BestResponse,
     BestResponseState,
+    mean_over_groups,
     perturbed_loss,
 )
+from bilevel.inner.groups import loop_over_groups
 from bilevel.inner.network import StructuredParams, StructuredResponse
 from bilevel.regularizers import dropout
 
@@ -257,3 +259,56 @@ def test_the_arithmetic_of_each_training_step_is_bounded():
     )
     assert exact <= 1.05 * ordinary
     assert linear <= 1.4 * ordinary
+
+
+def test_gradients_of_groups_are_those_of_the_sum_and_can_be_differentiated():
+    w = jax.random.normal(jax.random.key(0), (3, 2))
+    d = jax.random.normal(jax.random.key(1), (4, 2))
+    batches = {
+        "x": jax.random.normal(jax.random.key(2), (4, 5, 3), w.dtype),
+        "row": jnp.arange(4),
+        "key": jax.random.split(jax.random.key(3), 4),
+    }
+
+    def loss(w, d, part):  # with an integer and a key, as batches have them
+        kept = jax.random.bernoulli(part["key"], 0.7, (5, 3))
+        return jnp.sum(jnp.tanh((kept * part["x"]) @ (w * d[None])) ** 2) * (1 + part["row"])
+
+    def looped(w, d):
+        return loop_over_groups(lambda d, part: loss(w, d, part), d, batches) ** 2
+
+    def summed(w, d):
+        parts = [jax.tree.map(lambda x, g=g: x[g], batches) for g in range(4)]
+        return sum(loss(w, d[g], part) for g, part in enumerate(parts)) ** 2
+
+    def directional(f):  # forward over reverse
+        gradient = jax.grad(f, argnums=(0, 1))
+        return jax.jvp(lambda w: gradient(w, d), (w,), (jnp.ones_like(w),))[1]
+
+    def reverse(f):  # reverse over reverse
+        return jax.grad(lambda w: jnp.sum(jax.grad(f, argnums=1)(w, d) ** 2))(w)
+
+    for take in (lambda f: f(w, d), lambda f: jax.grad(f, (0, 1))(w, d), directional, reverse):
+        ours, theirs = jax.jit(take, static_argnums=0)(looped), take(summed)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11), ours, theirs)
+
+
+def test_groups_do_not_wait_for_each_other_with_their_weights():
+    size, groups = 200, 8
+    network = bilevel.StructuredResponse(gain_scale=0.1)
+    params = {"kernel": jnp.ones((size, size))}
+    response = network.init(jax.random.key(0), params, jnp.zeros(2))
+    noise = jnp.ones((groups, 2))
+    x = jnp.ones((groups, 1, size))
+
+    def objective(response, params, noise, x):
+        def loss(d, part):
+            kernel = network.apply(response, params, d)["kernel"]  # its gradient needs it again
+            return jnp.sum(jnp.tanh(part @ kernel) @ kernel) ** 2
+
+        return mean_over_groups(loss, noise, x.reshape(groups, size), groups)
+
+    compiled = jax.jit(jax.grad(objective, (0, 1))).lower(response, params, noise, x).compile()
+    if jax.default_backend() == "cpu":
+        # One set of weights (1.02 measured); a loop that keeps all eight takes 9.1.
+        assert compiled.memory_analysis().temp_size_in_bytes < 5 * params["kernel"].nbytes

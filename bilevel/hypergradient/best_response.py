@@ -14,7 +14,7 @@ from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
 from bilevel.arguments import check_at_least, check_count
 from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
-from bilevel.inner.groups import draw_noise, fold_keys, split_batch
+from bilevel.inner.groups import draw_noise, fold_keys, loop_over_groups, split_batch
 from bilevel.inner.network import Network, StructuredResponse
 from bilevel.linear.base import loop
 from bilevel.operators import GaussNewton, wants_straight_line
@@ -324,11 +324,7 @@ def mean_over_groups(
         return jnp.mean(jnp.stack(values))
     if jax.default_backend() != "cpu":
         return jnp.mean(jax.vmap(loss)(*stack))
-    shape = jax.eval_shape(loss, *jax.tree.map(lambda x: x[0], stack))
-    total, _ = jax.lax.scan(
-        lambda sum_, one: (sum_ + loss(*one), None), jnp.zeros((), shape.dtype), stack
-    )
-    return total / groups
+    return loop_over_groups(loss, *stack) / groups
 
 
 def check_responds(

@@ -1,13 +1,14 @@
 r"""Perturbations in groups: a batch is cut in G parts, and each part sees its own draw."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Batch, Hparams, Key
-from bilevel.tree import accumulator_dtype, paths
+from bilevel.aliases import Batch, Hparams, Key, Scalar
+from bilevel.tree import accumulator_dtype, add, paths
 
 
 def is_key(leaf: Any) -> bool:
@@ -97,3 +98,51 @@ def draw_noise(key: Key, hparams: Hparams, count: int, shared: Any = None) -> Hp
         noise = part.reshape(count, *jnp.shape(leaf))
         drawn.append(noise.astype(accumulator_dtype(jnp.result_type(leaf))))
     return jax.tree.unflatten(treedef, drawn)
+
+
+def loop_over_groups(
+    loss: Callable[[Any, Batch], Scalar], perturbed: Any, batches: Batch
+) -> Scalar:
+    r"""The sum of ``loss(perturbed[g], batches[g])``, one group after the other.
+
+    Its gradient is taken group by group too, and added up: no group waits for the others with
+    all that its gradient needs. Reverse mode through a plain loop would keep G perturbed copies
+    of the weights (an LSTM with eight groups: 1.3 times the time, six times the memory).
+
+    Differentiable in whatever ``loss`` closes over and in ``perturbed``, not in ``batches``; by
+    reverse mode, over which forward mode may go.
+
+    Args:
+      loss: of the perturbation and the examples of one group.
+      perturbed, batches: trees of arrays with a leading axis of groups.
+    """
+    first = jax.tree.map(lambda x: x[0], (perturbed, batches))
+    call, closed = jax.closure_convert(loss, *first)
+
+    @jax.custom_vjp
+    def total(closed: Any, perturbed: Any, batches: Batch) -> Scalar:
+        def one(sum_: Scalar, group: tuple[Any, Batch]) -> tuple[Scalar, None]:
+            return sum_ + call(*group, *closed), None
+
+        shape = jax.eval_shape(call, *first, *closed)
+        return jax.lax.scan(one, jnp.zeros((), shape.dtype), (perturbed, batches))[0]
+
+    def forward(closed: Any, perturbed: Any, batches: Batch) -> tuple[Scalar, Any]:
+        def one(carry: tuple[Scalar, Any], group: tuple[Any, Batch]) -> tuple[Any, Any]:
+            d, batch = group
+            value, (grads, d_grads) = jax.value_and_grad(
+                lambda closed, d: call(d, batch, *closed), argnums=(0, 1)
+            )(closed, d)
+            return (carry[0] + value, add(carry[1], grads)), d_grads
+
+        shape = jax.eval_shape(call, *first, *closed)
+        zeros = (jnp.zeros((), shape.dtype), jax.tree.map(jnp.zeros_like, closed))
+        (value, grads), d_grads = jax.lax.scan(one, zeros, (perturbed, batches))
+        return value, (grads, d_grads)
+
+    def backward(gradients: tuple[Any, Any], cotangent: Scalar) -> tuple[Any, Any, None]:
+        scaled = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+        return *scaled, None
+
+    total.defvjp(forward, backward)
+    return total(closed, perturbed, batches)

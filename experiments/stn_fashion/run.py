@@ -26,20 +26,13 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     parts = problem.sets(config, seed)
     params = problem.initial(config, seed)
     for index, method in enumerate(TUNED):
-        if not _done(records, method, config.points):
+        if not records.finished(method, config.points):
             _tune(method, index, config, params, parts, records)
     _examples(config, parts, records)
-    if not _done(records, "fixed", config.points):
+    if not records.finished("fixed", config.points):
         _fixed(config, params, parts, records)
     for index, method in enumerate(SEARCHES):
         _search(method, index, config, params, parts, records)
-
-
-def _done(records: record.Records, method: str, count: int) -> bool:
-    if len(record.read(records.out, seed=records.seed, method=method)) == count:
-        return True
-    records.rewind(method)
-    return False
 
 
 def _key(seed: int, stream: int) -> jax.Array:

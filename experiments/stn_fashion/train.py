@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
+from experiments.common import batches
 from experiments.stn_fashion import problem
 from experiments.stn_fashion.config import Config
 
@@ -47,11 +48,6 @@ def evaluated(config: Config, params: Any, parts: Any) -> dict[str, jax.Array]:
         loss, error = jax.lax.map(one, blocked)
         measured[f"{name}_loss"], measured[f"{name}_error"] = loss.mean(), error.mean()
     return measured
-
-
-def _draw(part: Any, key: Any, shape: tuple[int, ...]) -> Any:
-    index = jax.random.randint(key, shape, 0, len(part["y"]))
-    return jax.tree.map(lambda a: a[index], part)
 
 
 class Mode(NamedTuple):
@@ -105,9 +101,9 @@ def tuned(config: Config) -> Any:
 
         def sample(key: Any) -> Any:
             inner_key, outer_key, drop_key = jax.random.split(key, 3)
-            inner_batches = _draw(train, inner_key, (TRAINING, config.batch))
+            inner_batches = batches.draw(train, inner_key, (TRAINING, config.batch))
             inner_batches["key"] = jax.random.split(drop_key, TRAINING)
-            return inner_batches, _draw(held_out["validation"], outer_key, (config.valid_batch,))
+            return inner_batches, batches.draw(held_out["validation"], outer_key, (config.valid_batch,))
 
         def some(state: Any, _: None) -> Any:
             result = bilevel.scan_run(algorithm, state, sample, every, key=key)
@@ -149,7 +145,7 @@ def trained(config: Config) -> Any:
         def step(t: Any, carry: Any) -> Any:
             params, opt_state = carry
             batch_key, drop_key = jax.random.split(jax.random.fold_in(key, t))
-            batch = {**_draw(train, batch_key, (config.batch,)), "key": drop_key}
+            batch = {**batches.draw(train, batch_key, (config.batch,)), "key": drop_key}
             grads = jax.grad(lambda p: inner(network.plain(empty, p), hparams, batch))(params)
             rate = config.lr * 0.5 * (1 + jnp.cos(jnp.pi * t / total))
             updates, opt_state = optax.adam(rate).update(grads, opt_state, params)

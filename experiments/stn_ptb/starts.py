@@ -49,13 +49,6 @@ class Part:
     def _keys(self, stream: str, count: int) -> jax.Array:
         return jax.random.split(jax.random.fold_in(self.key, STREAMS.index(stream)), count)
 
-    def _done(self, name: str) -> bool:
-        done = record.read(self.records.out, seed=self.records.seed, method=name)
-        if len(done) == self.config.points:
-            return True
-        self.records.rewind(name)
-        return False
-
     def _append(self, name: str, i: int, cost: float, losses: Any, test: Any, **more: Any) -> None:
         """The i-th point of runs side by side: what each has reached, and the mean."""
         best = np.minimum.accumulate(np.asarray(losses), axis=1)[:, i]
@@ -74,7 +67,7 @@ class Part:
     def tune(self, method: str) -> None:
         """A run from each start; the loss is the mean over them."""
         config, name = self.config, f"starts_{method}"
-        if self._done(name):
+        if self.records.finished(name, config.points):
             return
         starts = jnp.asarray(config.starts)
         found, losses, test = train.tuned(method, config, self.words)(
@@ -102,7 +95,7 @@ class Part:
         """Plain networks that follow the schedules which the runs from each start found."""
         config, stream = self.config, f"{method}_replay"
         name = f"starts_{stream}"
-        if self._done(name):
+        if self.records.finished(name, config.points):
             return
         found = record.load_arrays(self.records.out, f"starts_{method}_{self.records.seed}")
         every = config.inner_steps * found["rates"].shape[1] // config.points
@@ -114,7 +107,7 @@ class Part:
         """Fixed rates, each trained for a whole budget."""
         config = self.config
         names = [f"starts_grid_{round(100 * rate):02d}" for rate in config.grid]
-        if all([self._done(name) for name in names]):
+        if all([self.records.finished(name, config.points) for name in names]):
             return
         every = int(config.budget) // config.points
         keys = self._keys("grid", len(names))
