@@ -103,7 +103,9 @@ def tuned(config: Config) -> Any:
             inner_key, outer_key, drop_key = jax.random.split(key, 3)
             inner_batches = batches.draw(train, inner_key, (TRAINING, config.batch))
             inner_batches["key"] = jax.random.split(drop_key, TRAINING)
-            return inner_batches, batches.draw(held_out["validation"], outer_key, (config.valid_batch,))
+            return inner_batches, batches.draw(
+                held_out["validation"], outer_key, (config.valid_batch,)
+            )
 
         def some(state: Any, _: None) -> Any:
             result = bilevel.scan_run(algorithm, state, sample, every, key=key)
