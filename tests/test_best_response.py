@@ -274,22 +274,30 @@ def test_gradients_of_groups_are_those_of_the_sum_and_can_be_differentiated():
         kept = jax.random.bernoulli(part["key"], 0.7, (5, 3))
         return jnp.sum(jnp.tanh((kept * part["x"]) @ (w * d[None])) ** 2) * (1 + part["row"])
 
-    def looped(w, d):
-        return loop_over_groups(lambda d, part: loss(w, d, part), d, batches) ** 2
+    def looped(w, d, x):
+        parts = batches | {"x": x}
+        return loop_over_groups(lambda d, part: loss(w, d, part), d, parts) ** 2
 
-    def summed(w, d):
-        parts = [jax.tree.map(lambda x, g=g: x[g], batches) for g in range(4)]
+    def summed(w, d, x):
+        split = batches | {"x": x}
+        parts = [jax.tree.map(lambda leaf, g=g: leaf[g], split) for g in range(4)]
         return sum(loss(w, d[g], part) for g, part in enumerate(parts)) ** 2
+
+    x = batches["x"]
 
     def directional(f):  # forward over reverse
         gradient = jax.grad(f, argnums=(0, 1))
-        return jax.jvp(lambda w: gradient(w, d), (w,), (jnp.ones_like(w),))[1]
+        return jax.jvp(lambda w: gradient(w, d, x), (w,), (jnp.ones_like(w),))[1]
 
     def reverse(f):  # reverse over reverse
-        return jax.grad(lambda w: jnp.sum(jax.grad(f, argnums=1)(w, d) ** 2))(w)
+        return jax.grad(lambda w: jnp.sum(jax.grad(f, argnums=1)(w, d, x) ** 2))(w)
 
-    for take in (lambda f: f(w, d), lambda f: jax.grad(f, (0, 1))(w, d), directional, reverse):
+    def value_and_gradients(f):
+        return jax.value_and_grad(f, argnums=(0, 1, 2))(w, d, x)
+
+    for take in (value_and_gradients, directional, reverse):
         ours, theirs = jax.jit(take, static_argnums=0)(looped), take(summed)
+        # Rounding of sums in another order.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11), ours, theirs)
 
 
