@@ -7,6 +7,7 @@ from experiments.common import record
 from experiments.common.cli import discover, folder_of
 from experiments.common.outputs import RunnerError
 
+SHOWN = (1e-3, 1e1)  # range of the picture; what lies outside is drawn at its edge
 STATUS = {True: "met", False: "**not met**", None: "not judged"}
 
 
@@ -40,8 +41,9 @@ def markdown(summaries: list[dict[str, Any]], picture: str) -> str:
         "",
         "Written by `python -m experiments report` from saved summaries. Every value is computed",
         "from the last record of each seed; the bounds are those of each `expected.json`.",
+        "The picture leaves out claims whose value or bound is not positive; the table has all.",
         "",
-        f"![Every value divided by its bound]({picture})",
+        f"![Every claim: met or not, and by how much]({picture})",
         "",
         "| experiment | preset | claim | published | ours | bound | seeds | minutes | status |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -73,31 +75,44 @@ def markdown(summaries: list[dict[str, Any]], picture: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _part_of_allowed(verdict: dict[str, Any]) -> float | None:
+    """value / bound, or bound / value where more is better: met if at most one."""
+    value, bound = verdict["value"], verdict["bound"]
+    if value is None or value <= 0 or bound <= 0:
+        return None
+    ratio = value / bound if verdict["relation"][0] == "<" else bound / value
+    return min(max(ratio, SHOWN[0]), SHOWN[1])
+
+
 def picture(summaries: list[dict[str, Any]], path: Path) -> None:
-    """One mark a claim, at value / bound: left of the line is below the bound."""
+    """A row for each run, a dot for each claim that has a positive value and bound."""
     from experiments.common import figures
 
-    rows = [
-        (f"{summary['run']['experiment']}: {verdict['name']}", verdict)
-        for summary in summaries
-        for verdict in summary["verdicts"]
-        if verdict["value"] is not None and verdict["bound"] > 0 and verdict["value"] > 0
-    ]
-    with figures.figure(path, width=16.0, height=1.2 + 0.4 * max(len(rows), 1)) as (_, axes):
+    with figures.figure(path, width=10.0, height=1.6 + 0.42 * len(summaries)) as (_, axes):
         axes.axvline(1.0, color=figures.BLACK, linewidth=1)
-        for height, (_, verdict) in enumerate(rows):
-            axes.plot(
-                verdict["value"] / verdict["bound"],
-                height,
-                marker="<" if verdict["relation"][0] == "<" else ">",
-                markersize=9,
-                color=figures.BLUE if verdict["met"] else figures.ORANGE,
-            )
+        labels = []
+        for row, summary in enumerate(summaries):
+            verdicts = summary["verdicts"]
+            met = sum(verdict["met"] is True for verdict in verdicts)
+            run = summary["run"]
+            preset = "" if run["preset"] == "cpu" else f", {run['preset']}"
+            labels.append(f"{run['experiment']}{preset}: {met} of {len(verdicts)} met")
+            for i, verdict in enumerate(verdicts):
+                part = _part_of_allowed(verdict)
+                if part is None:
+                    continue
+                # Dots of a row lie at five heights: claims of like values do not hide another.
+                height = row + 0.14 * (i % 5 - 2)
+                shade = figures.BLUE if verdict["met"] else figures.ORANGE
+                axes.plot(part, height, marker="o", markersize=5, color=shade, alpha=0.85)
         axes.set(
-            xscale="log", xlabel="value / bound (arrow: the side it should be on; orange: unmet)"
+            xscale="log",
+            xlim=(SHOWN[0] / 1.3, SHOWN[1] * 1.3),
+            xlabel="part of what is allowed: value / bound, or bound / value where more is better",
+            title="Every claim of every experiment: blue is met, orange is not",
         )
-        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(summaries)), labels)
+        axes.set_ylim(len(summaries) - 0.5, -0.5)
 
 
 def write(results: Path, docs: Path, package: str = "experiments") -> Path:
