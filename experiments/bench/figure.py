@@ -31,4 +31,4 @@ def figures(out: Path) -> list[Path]:
         axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.legend(loc="center right")
-    return [path]
+    return [path, out / "table.md"]

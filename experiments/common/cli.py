@@ -179,10 +179,9 @@ def _run(options: argparse.Namespace, package: str) -> int:
     if options.commit_summary:
         committed = folder_of(package) / options.name / "results"
         record.write_json(committed / "summary.json", summary)
-        # Most experiments draw into `figures`; `bench` leaves its picture and table beside.
-        kept = [*(out / "figures").glob("*.png"), *out.glob("*.png"), *out.glob("*.md")]
-        for path in sorted(kept):
-            shutil.copyfile(path, committed / path.name)
+        for name in summary["figures"]:  # in their folder, or beside the records
+            drawn = out / "figures" / name
+            shutil.copyfile(drawn if drawn.exists() else out / name, committed / name)
         print(f"summary and figures kept in {options.name}/results")
     unmet = any(verdict["met"] is False for verdict in summary["verdicts"])
     return 1 if options.check and unmet else 0

@@ -9,30 +9,19 @@ import numpy as np
 import optax
 from flax import nnx
 
-import bilevel
 from bilevel.inner.layers import TunedConv, TunedLinear, split_layers
 from bilevel.regularizers import color_jitter, cutout, dropout, input_scaling
 from experiments.common import data
+from experiments.common.stn import CUTOUT as CUTOUT
+from experiments.common.stn import JITTER, dropouts, names, pool
+from experiments.common.stn import space as space
+from experiments.common.stn import start as start
 from experiments.stn_cifar.config import Config
 
 SIDE = 32
 # Of the pixels of CIFAR-10's training images, as in the paper's code.
 MEAN = np.array([0.4914, 0.4824, 0.4467], np.float32)
 STD = np.array([0.2471, 0.2435, 0.2616], np.float32)
-JITTER = ("brightness", "contrast", "saturation", "hue")
-CUTOUT = ("cutout_holes", "cutout_length")
-
-
-def dropouts(config: Config) -> tuple[str, ...]:
-    """The places of dropout: after convolutions, before dense layers but the last, at the input."""
-    conv = tuple(f"conv_dropout_{i}" for i in range(len(config.channels)))
-    dense = tuple(f"dense_dropout_{i}" for i in range(len(config.dense)))
-    return (*conv, *dense, "input_dropout")
-
-
-def names(config: Config) -> tuple[str, ...]:
-    """All hyperparameters."""
-    return (*dropouts(config), *JITTER, "input_scaling", *CUTOUT)
 
 
 def neighbourhoods(x: jax.Array, stride: int) -> jax.Array:
@@ -49,13 +38,6 @@ def neighbourhoods(x: jax.Array, stride: int) -> jax.Array:
         for j in range(3)
     ]
     return jnp.concatenate(windows, axis=-1)
-
-
-def largest(x: jax.Array) -> jax.Array:
-    """Of every 2 x 2 pixels; an odd last row and column are left out."""
-    batch, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
 class CNN(nnx.Module):
@@ -93,7 +75,7 @@ class CNN(nnx.Module):
             if self.config.as_products:
                 x = neighbourhoods(x, 2 if i == 0 else 1)
             x = jax.nn.relu(layer(x, d))
-            x = largest(x) if i in self.config.pooled else x
+            x = pool(x) if i in self.config.pooled else x
             x = drop(x, f"conv_dropout_{i}", (1, 2))
         x = x.reshape(x.shape[0], -1)
         for i, layer in enumerate(self.dense):
@@ -150,22 +132,6 @@ def losses(config: Config) -> tuple[Any, Any]:
         return cross_entropy(model(x, h, d, drop_key), batch)
 
     return outer, inner
-
-
-def space(config: Config) -> bilevel.Space:
-    """The ranges of the STN paper's CNN; whole numbers for the holes and their side."""
-    bounds: dict[str, Any] = {name: bilevel.Interval(0.0, 0.9) for name in dropouts(config)}
-    bounds |= {name: bilevel.Interval(0.0, 1.0) for name in JITTER[:3]}
-    bounds |= {"hue": bilevel.Interval(0.0, 0.5), "input_scaling": bilevel.Interval(0.0, 0.3)}
-    bounds["cutout_holes"] = bilevel.Integer(0, config.max_holes)
-    bounds["cutout_length"] = bilevel.Integer(0, config.max_length)
-    return bilevel.Space(bounds)
-
-
-def start(config: Config) -> dict[str, jax.Array]:
-    """Where tuning starts, and what is fixed without it: 0.05, and one hole of four pixels."""
-    values = dict.fromkeys(names(config), 0.05) | {"cutout_holes": 1.0, "cutout_length": 4.0}
-    return {name: jnp.float32(value) for name, value in values.items()}
 
 
 def parts(config: Config, seed: int) -> dict[str, Any]:

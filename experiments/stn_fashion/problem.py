@@ -10,31 +10,20 @@ import numpy as np
 import optax
 from flax import nnx
 
-import bilevel
 from bilevel.inner.layers import TunedLinear, split_layers
 from bilevel.regularizers import color_jitter, cutout, dropout, input_scaling
 from experiments.common import data
+from experiments.common.stn import CUTOUT as CUTOUT
+from experiments.common.stn import JITTER, dropouts, names, pool
+from experiments.common.stn import space as space
+from experiments.common.stn import start as start
 from experiments.stn_fashion.config import Config
 
 SIDE = 28
 MEAN, STD = 0.286, 0.353  # of the pixels of Fashion-MNIST's training images
-JITTER = ("brightness", "contrast", "saturation", "hue")
 # On gray images these two do nothing: nothing that is learnt may move them.
 IDLE = ("saturation", "hue")
-CUTOUT = ("cutout_holes", "cutout_length")
 POOLED = 2  # the first convolutions are followed by a pool
-
-
-def dropouts(config: Config) -> tuple[str, ...]:
-    """One after each convolution, one before each hidden dense layer, and one on the input."""
-    convolutions = tuple(f"conv_dropout_{i}" for i in range(len(config.channels)))
-    dense = tuple(f"dense_dropout_{i}" for i in range(len(config.dense)))
-    return (*convolutions, *dense, "input_dropout")
-
-
-def names(config: Config) -> tuple[str, ...]:
-    """All that is tuned: fifteen, with five convolutions and two hidden dense layers."""
-    return (*dropouts(config), *JITTER, "input_scaling", *CUTOUT)
 
 
 def patches(x: jax.Array, stride: int) -> jax.Array:
@@ -51,20 +40,6 @@ def patches(x: jax.Array, stride: int) -> jax.Array:
         for j in range(3)
     ]
     return jnp.concatenate(parts, axis=-1)
-
-
-def pool(x: jax.Array) -> jax.Array:
-    """Largest of every 2 x 2 pixels; an odd last row and column are left out.
-
-    Pairs are compared and not reduced: the gradient of a reduction divides by the number of
-    elements that equal the maximum, and XLA may round these anew, so that none does (0 / 0).
-    """
-    batch, height, width, channels = x.shape
-    height, width = height // 2, width // 2
-    rows = x[:, : 2 * height, : 2 * width].reshape(batch, height, 2, 2 * width, channels)
-    rows = jnp.where(rows[:, :, 0] > rows[:, :, 1], rows[:, :, 0], rows[:, :, 1])
-    pairs = rows.reshape(batch, height, width, 2, channels)
-    return jnp.where(pairs[:, :, :, 0] > pairs[:, :, :, 1], pairs[:, :, :, 0], pairs[:, :, :, 1])
 
 
 class CNN(nnx.Module):
@@ -163,23 +138,6 @@ def losses(config: Config) -> tuple[Any, Any]:
         return entropy(model(x, h, d, drop_key), batch)
 
     return outer, inner
-
-
-def space(config: Config) -> bilevel.Space:
-    """The ranges of the STN paper's CNN; whole numbers for holes and length."""
-    bounds: dict[str, Any] = {name: bilevel.Interval(0.0, 0.9) for name in dropouts(config)}
-    bounds |= {name: bilevel.Interval(0.0, 1.0) for name in JITTER[:3]}
-    bounds["hue"] = bilevel.Interval(0.0, 0.5)
-    bounds["input_scaling"] = bilevel.Interval(0.0, 0.3)
-    bounds["cutout_holes"] = bilevel.Integer(0, config.max_holes)
-    bounds["cutout_length"] = bilevel.Integer(0, config.max_length)
-    return bilevel.Space(bounds)
-
-
-def start(config: Config) -> dict[str, jax.Array]:
-    """Where tuning starts, and what is fixed without it: 0.05, and one hole of four pixels."""
-    values = dict.fromkeys(names(config), 0.05) | {"cutout_holes": 1.0, "cutout_length": 4.0}
-    return {name: jnp.float32(value) for name, value in values.items()}
 
 
 def sets(config: Config, seed: int) -> dict[str, Any]:
