@@ -41,6 +41,7 @@ FLOORS = {
         "inner.descend",
         "inner.groups",
         "inner.network",
+        "inner.recurrence",
         "inner.layers",
         "inner.hypernetwork",
         "inner",

@@ -23,6 +23,7 @@ from flax import nnx
 from bilevel import tree
 from bilevel.aliases import Hparams, Key, Params
 from bilevel.inner.network import fan_in_uniform, flatten_hparams
+from bilevel.inner.recurrence import lstm
 
 
 class ResponseParam(nnx.Variable):
@@ -187,8 +188,7 @@ class TunedEmbedding(nnx.Module):
 class TunedLSTMCell(nnx.Module):
     r"""LSTM with kernels ``(in, 4n)`` and ``(n, 4n)`` and one bias; gates in the order i, f, g, o.
 
-    .. math::
-        c' = \sigma(f) \odot c + \sigma(i) \odot \tanh(g), \qquad h' = \sigma(o) \odot \tanh(c')
+    Its recurrence is :func:`~bilevel.inner.recurrence.lstm`.
 
     Args:
       in_features, features: widths of the input and of the state, n.
@@ -243,19 +243,11 @@ class TunedLSTMCell(nnx.Module):
         if mask is not None:
             kernel, response = kernel * mask.astype(xs.dtype), response * mask.astype(xs.dtype)
         projected = jnp.swapaxes(self.inputs(xs, d), 0, 1)
-        scale = None if d is None else gate(d, self.kernel_gains, projected[0])
-
-        def step(carry: Any, x: jax.Array) -> Any:
-            c, h = carry
-            z = x + h @ kernel
-            if scale is not None:
-                z = z + scale * (h @ response)
-            i, f, g, o = jnp.split(z, 4, axis=-1)
-            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (c, h), h
-
-        carry, outputs = jax.lax.scan(step, carry, projected)
+        if d is None:
+            carry, outputs = lstm(carry, projected, kernel)
+        else:
+            scale = gate(d, self.kernel_gains, projected[0])
+            carry, outputs = lstm(carry, projected, kernel, response, scale)
         return carry, jnp.swapaxes(outputs, 0, 1)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bilevel.inner.layers import TunedConv, TunedEmbedding, TunedLinear, TunedLSTMCell
+from bilevel.inner.recurrence import lstm
 
 RATES = 3
 
@@ -121,7 +122,11 @@ class _LayeredCNN(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class LSTM:
-    """Embedding, two LSTM layers and a decoder that does not respond in layer mode."""
+    """Embedding, two LSTM layers and a decoder that does not respond in layer mode.
+
+    The recurrence is the library's in every column: its kernel's gradient is one product, not a
+    sum over the steps, which is faster for the ordinary step as well.
+    """
 
     words: int = 1000
     features: int = 256
@@ -149,17 +154,9 @@ class LSTM:
         return _affine(x, params["readout"])
 
     def _sequence(self, layer: Any, xs: jax.Array) -> jax.Array:
-        projected = _affine(xs, layer["inputs"])
-
-        def step(carry: Any, x: jax.Array) -> Any:
-            c, h = carry
-            i, f, g, o = jnp.split(x + h @ layer["kernel"], 4, axis=-1)
-            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (c, h), h
-
+        projected = jnp.swapaxes(_affine(xs, layer["inputs"]), 0, 1)
         zeros = jnp.zeros((len(xs), self.features), xs.dtype)
-        outputs = jax.lax.scan(step, (zeros, zeros), jnp.swapaxes(projected, 0, 1))[1]
+        outputs = lstm((zeros, zeros), projected, layer["kernel"])[1]
         return jnp.swapaxes(outputs, 0, 1)
 
     def layered(self, rngs: nnx.Rngs) -> nnx.Module:

@@ -1,0 +1,103 @@
+"""The LSTM's recurrence: every derivative equals the plain loop's, and kernels wait for its end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel.inner.recurrence import lstm
+
+T, B, N = 5, 3, 2
+
+
+def _plain(carry, projected, kernel, response, scale):
+    def step(carry, x):
+        c, h = carry
+        i, f, g, o = jnp.split(x + h @ kernel + scale * (h @ response), 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (c, h), h
+
+    return jax.lax.scan(step, carry, projected)
+
+
+def _arguments(dtype=jnp.float64):
+    shapes = [(B, N), (B, N), (T, B, 4 * N), (N, 4 * N), (N, 4 * N), (B, 4 * N)]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    c, h, *rest = (jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+    return (c, h), *rest
+
+
+def _loss(recurrence):
+    def loss(*args):
+        (c, _), outputs = recurrence(*args)
+        return jnp.sum(outputs**2) + jnp.sum(jnp.sin(c))
+
+    return loss
+
+
+ALL = tuple(range(5))
+
+
+@pytest.mark.parametrize("argnums", [ALL, (0,), (2,), (3, 4)], ids=str)
+def test_derivatives_are_those_of_the_plain_loop(argnums):
+    args = _arguments()
+    chosen = tuple(args[i] for i in argnums)
+    direction = jax.tree.map(jnp.cos, chosen)
+
+    def derivatives(recurrence):
+        def of(*chosen):
+            full = list(args)
+            for i, value in zip(argnums, chosen, strict=True):
+                full[i] = value
+            return _loss(recurrence)(*full)
+
+        where = tuple(range(len(chosen)))
+        gradient = jax.grad(of, where)
+        forward = jax.jvp(of, chosen, direction)
+        over = jax.jvp(gradient, chosen, direction)[1]
+        back = jax.grad(
+            lambda *c: sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient(*c))), where
+        )(*chosen)
+        return forward, gradient(*chosen), over, back
+
+    ours, plain = (jax.jit(lambda r=r: derivatives(r))() for r in (lstm, _plain))
+    # Float64 sums in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), ours, plain)
+
+
+def test_without_a_response_and_for_many_sequences_at_once():
+    carry, projected, kernel, response, scale = _arguments()
+    zero = jnp.zeros_like(scale)
+    stacked = jnp.stack([projected, 2 * projected])  # a batch of batches
+
+    def of(projected):
+        return jax.grad(lambda w: _loss(lstm)(carry, projected, w))(kernel)
+
+    plain = [jax.grad(_loss(_plain), 2)(carry, x, kernel, response, zero) for x in stacked]
+    np.testing.assert_allclose(jax.vmap(of)(stacked), jnp.stack(plain), rtol=1e-11)
+
+
+def test_no_loop_carries_the_gradient_of_a_kernel():
+    args = _arguments(jnp.bfloat16)
+
+    def carried(recurrence):
+        """Shapes of what the loops of a gradient carry from step to step."""
+        jaxpr = jax.make_jaxpr(jax.grad(_loss(recurrence), (2, 3)))(*args)
+        shapes = set()
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                first = equation.params["num_consts"]
+                for v in equation.invars[first : first + equation.params["num_carry"]]:
+                    shapes.add(v.aval.shape)
+        return shapes
+
+    assert (N, 4 * N) in carried(_plain)
+    assert carried(lstm) == {(B, N)}
+
+
+def test_dtypes_are_kept():
+    args = _arguments(jnp.bfloat16)
+    (c, h), outputs = lstm(*args)
+    gradients = jax.grad(_loss(lstm), ALL)(*args)
+    assert {x.dtype for x in (c, h, outputs, *jax.tree.leaves(gradients))} == {jnp.dtype("bfloat16")}
