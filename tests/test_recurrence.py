@@ -1,4 +1,4 @@
-"""The LSTM's recurrence: every derivative equals the plain loop's, and kernels wait for its end."""
+"""The LSTM's recurrence: every derivative equals the plain loop's, and its kernel waits for the end."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from bilevel.inner.recurrence import lstm
 T, B, N = 5, 3, 2
 
 
-def _plain(carry, projected, kernel, response, scale):
+def _plain(carry, projected, kernel):
     def step(carry, x):
         c, h = carry
-        i, f, g, o = jnp.split(x + h @ kernel + scale * (h @ response), 4, axis=-1)
+        i, f, g, o = jnp.split(x + h @ kernel, 4, axis=-1)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         return (c, h), h
@@ -22,7 +22,7 @@ def _plain(carry, projected, kernel, response, scale):
 
 
 def _arguments(dtype=jnp.float64):
-    shapes = [(B, N), (B, N), (T, B, 4 * N), (N, 4 * N), (N, 4 * N), (B, 4 * N)]
+    shapes = [(B, N), (B, N), (T, B, 4 * N), (N, 4 * N)]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     c, h, *rest = (jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
     return (c, h), *rest
@@ -36,10 +36,10 @@ def _loss(recurrence):
     return loss
 
 
-ALL = tuple(range(5))
+ALL = (0, 1, 2)
 
 
-@pytest.mark.parametrize("argnums", [ALL, (0,), (2,), (3, 4)], ids=str)
+@pytest.mark.parametrize("argnums", [ALL, (0,), (1,), (2,)], ids=str)
 def test_derivatives_are_those_of_the_plain_loop(argnums):
     args = _arguments()
     chosen = tuple(args[i] for i in argnums)
@@ -66,24 +66,24 @@ def test_derivatives_are_those_of_the_plain_loop(argnums):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), ours, plain)
 
 
-def test_without_a_response_and_for_many_sequences_at_once():
-    carry, projected, kernel, response, scale = _arguments()
-    zero = jnp.zeros_like(scale)
-    stacked = jnp.stack([projected, 2 * projected])  # a batch of batches
+def test_many_batches_at_once():
+    carry, projected, kernel = _arguments()
+    stacked = jnp.stack([projected, 2 * projected])
 
-    def of(projected):
-        return jax.grad(lambda w: _loss(lstm)(carry, projected, w))(kernel)
+    def of(recurrence, x):
+        return jax.grad(_loss(recurrence), 2)(carry, x, kernel)
 
-    plain = [jax.grad(_loss(_plain), 2)(carry, x, kernel, response, zero) for x in stacked]
-    np.testing.assert_allclose(jax.vmap(of)(stacked), jnp.stack(plain), rtol=1e-11)
+    plain = [of(_plain, x) for x in stacked]
+    mapped = jax.vmap(lambda x: of(lstm, x))(stacked)
+    np.testing.assert_allclose(mapped, jnp.stack(plain), rtol=1e-11)
 
 
-def test_no_loop_carries_the_gradient_of_a_kernel():
+def test_no_loop_carries_the_gradient_of_the_kernel():
     args = _arguments(jnp.bfloat16)
 
     def carried(recurrence):
         """Shapes of what the loops of a gradient carry from step to step."""
-        jaxpr = jax.make_jaxpr(jax.grad(_loss(recurrence), (2, 3)))(*args)
+        jaxpr = jax.make_jaxpr(jax.grad(_loss(recurrence), 2))(*args)
         shapes = set()
         for equation in jaxpr.eqns:
             if equation.primitive.name == "scan":
@@ -100,4 +100,6 @@ def test_dtypes_are_kept():
     args = _arguments(jnp.bfloat16)
     (c, h), outputs = lstm(*args)
     gradients = jax.grad(_loss(lstm), ALL)(*args)
-    assert {x.dtype for x in (c, h, outputs, *jax.tree.leaves(gradients))} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in (c, h, outputs, *jax.tree.leaves(gradients))} == {
+        jnp.dtype("bfloat16")
+    }
