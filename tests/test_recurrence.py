@@ -1,4 +1,4 @@
-"""The LSTM's recurrence: every derivative equals the plain loop's, and its kernel waits for the end."""
+"""The LSTM: every derivative equals the plain loop's, and the kernel waits for its end."""
 
 import jax
 import jax.numpy as jnp
