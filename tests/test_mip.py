@@ -27,6 +27,9 @@ def test_the_best_rate_is_that_of_the_median_seed_and_never_one_that_blew_up():
     assert np.isinf(run.final_losses(losses)[0, 2])
 
 
+SMALL_CONV = config.smoke().tasks[-1]
+
+
 @pytest.mark.parametrize("task", [config.DEEP, config.LINEAR], ids=lambda t: t.name)
 @pytest.mark.parametrize("variant", ["plain", "mip"])
 def test_sizes_before_training(task, variant):
@@ -41,24 +44,72 @@ def test_sizes_before_training(task, variant):
         assert predicted.max() < 2 * predicted.min()
 
 
-@pytest.mark.parametrize("task", [config.DEEP, config.LINEAR], ids=lambda t: t.name)
+@pytest.mark.parametrize("task", [config.DEEP, config.LINEAR, SMALL_CONV], ids=lambda t: t.name)
 def test_zero_weights_cost_what_is_counted_as_not_learnt(task):
-    x, y = tasks.images(config.cpu(), task, 0)
+    x, y = tasks.images(task, 0)
     zero = jax.tree.map(jnp.zeros_like, tasks.initial(task, 64, jax.random.key(0)))
-    loss, gradient = jax.value_and_grad(lambda w: tasks.training_loss(task, w, 1.0, (x, y)))(zero)
+    middle = sum(tasks.input_range(task)) / 2  # a weighted loss of zero weights falls with g
+    loss, gradient = jax.value_and_grad(tasks.training_loss, 1)(task, zero, middle, (x, y))
     assert float(loss) == pytest.approx(tasks.loss_of_zero(task), rel=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_products_with_windows_are_convolutions():
+    task, key = config.CONV, jax.random.key(0)
+    w = tasks.initial(task, 784, key)
+    w = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(key, a.shape), w)  # biases too
+    images = jax.random.uniform(jax.random.key(1), (3, 784))
+    x = images.reshape(3, 28, 28, 1)
+    for i, channels in enumerate(task.channels):
+        kernel = w[f"layer{i}"]["kernel"].reshape(5, 5, x.shape[-1], channels)
+        kernel = kernel.swapaxes(0, 1)  # in a window columns go before rows
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x + w[f"layer{i}"]["bias"][None, None, None])
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    x = x.transpose(0, 3, 1, 2).reshape(3, -1)  # channels first
+    x = jax.nn.relu(x @ w["layer2"]["kernel"] + w["layer2"]["bias"][None])
+    x = x @ w["layer3"]["kernel"] + w["layer3"]["bias"][None]
+    np.testing.assert_allclose(tasks.forward(task, w, images), x, rtol=1e-4, atol=1e-4)  # float32
+
+
+def test_a_weighted_loss_is_the_data_loss_at_zero_and_the_prior_at_one():
+    batch = tuple(a[:8] for a in tasks.images(SMALL_CONV, 0))
+    w = tasks.initial(SMALL_CONV, 64, jax.random.key(0))
+    squares = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(w))
+    loss = [float(tasks.training_loss(SMALL_CONV, w, jnp.float32(g), batch)) for g in (0, 1)]
+    assert loss[0] == pytest.approx(float(tasks.data_loss(SMALL_CONV, w, batch)), rel=1e-6)
+    assert loss[1] == pytest.approx(squares / (2 * SMALL_CONV.train), rel=1e-5)
+
+
+def test_what_is_measured_is_the_first_images_and_seeds_beyond_a_task_are_left_out(tmp_path):
+    data = tasks.images(SMALL_CONV, 0)
+    x, y = networks.seen(SMALL_CONV, data)
+    assert x.shape == (2, 64, 64)
+    np.testing.assert_array_equal(x.reshape(128, -1), data[0][:128])
+    np.testing.assert_array_equal(y.ravel(), data[1][:128])
+    few = dataclasses.replace(SMALL_CONV, seeds=3)
+    run.run(config.Config(tasks=(few,)), 3, tmp_path, resume=False)
+    assert record.read(tmp_path) == []
+
+
+def test_a_convolutional_network_is_trained_through_a_hypernetwork():
+    runner = networks.train("mip", "sgd", SMALL_CONV, config.smoke())
+    losses = runner(jnp.array([3e-2]), jax.random.key(0), tasks.images(SMALL_CONV, 0))
+    assert losses.shape == (1, SMALL_CONV.points)
+    assert float(losses[0, -1]) < 0.8 * tasks.loss_of_zero(SMALL_CONV)
 
 
 def test_a_short_run_is_recorded_once_and_mip_is_ahead_of_plain(tmp_path):
     task = dataclasses.replace(
         config.smoke().tasks[0], steps=200, sgd_rates=(3e-2,), adam_rates=(3e-3,)
     )
-    settings = dataclasses.replace(config.smoke(), tasks=(task,))
+    settings = config.Config(tasks=(task,))
     for _ in range(2):
         run.run(settings, 0, tmp_path, resume=True)
     records = record.read(tmp_path)
-    assert len(records) == 4 * settings.points
+    assert len(records) == 4 * task.points
     found = run.summary(records)
     assert (
         found["deep_mip_sgd"]["final_loss"]["mean"] < found["deep_plain_sgd"]["final_loss"]["mean"]

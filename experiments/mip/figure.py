@@ -1,6 +1,7 @@
 """The pictures of `mip`, from saved records."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ TASKS = {
     "deep": "three hidden layers",
     "shallow": "one hidden layer",
     "linear": "linear, ten images",
+    "conv": "convolutional",
 }
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}
 
@@ -34,22 +36,28 @@ def figures(out: Path) -> list[Path]:
 
 
 def _panels(records: list[record.Record]) -> list[tuple[str, str, list[str]]]:
-    """``(task, optimizer, variants)`` in the order of the panels."""
+    """``(task, optimizer, variants)`` in the order of the panels, no variants for an empty one."""
     there = {r.method for r in records}
     return [
         (task, optimizer, [v for v in COLOURS if f"{task}_{v}_{optimizer}" in there])
-        for optimizer in OPTIMIZERS
         for task in TASKS
-        if f"{task}_plain_{optimizer}" in there
+        for optimizer in OPTIMIZERS
+        if any(method.startswith(f"{task}_") for method in there)
     ]
+
+
+def _grid(path: Path, rows: int) -> Any:
+    """A row of two panels for every task, one for each optimizer."""
+    return draw.figure(path, rows=rows, columns=2, width=8.6, height=3.2 * rows)
 
 
 def _training(records: list[record.Record], path: Path) -> Path:
     panels = _panels(records)
-    columns = len(panels) // 2
-    size = {"width": 4.3 * columns, "height": 7.0}
-    with draw.figure(path, rows=2, columns=columns, **size) as (_, axes):
+    with _grid(path, len(panels) // 2) as (_, axes):
         for panel, (task, optimizer, variants) in zip(np.ravel(axes), panels, strict=True):
+            if not variants:
+                panel.set_axis_off()
+                continue
             for variant in variants:
                 method = f"{task}_{variant}_{optimizer}"
                 losses = curves(records, method)
@@ -72,17 +80,18 @@ def _training(records: list[record.Record], path: Path) -> Path:
                 yscale="log",
             )
             panel.legend()
-        for panel in np.reshape(axes, (2, columns))[:, 0]:
-            panel.set_ylabel("training loss, mean over decays")
+        for panel in np.reshape(axes, (-1, 2))[:, 0]:
+            panel.set_ylabel("training loss, mean over inputs")
     return path
 
 
 def _rates(records: list[record.Record], path: Path) -> Path:
     panels = _panels(records)
-    columns = len(panels) // 2
-    size = {"width": 4.3 * columns, "height": 7.0}
-    with draw.figure(path, rows=2, columns=columns, **size) as (_, axes):
+    with _grid(path, len(panels) // 2) as (_, axes):
         for panel, (task, optimizer, variants) in zip(np.ravel(axes), panels, strict=True):
+            if not variants:
+                panel.set_axis_off()
+                continue
             ends = [r for r in records if r.method == f"{task}_plain_{optimizer}"]
             zero = max(ends, key=lambda r: r.step).metrics["zero_loss"]
             top = 1.3 * zero
@@ -109,7 +118,7 @@ def _rates(records: list[record.Record], path: Path) -> Path:
                 xscale="log",
                 yscale="log",
             )
-        for panel in np.reshape(axes, (2, columns))[:, 0]:
+        for panel in np.reshape(axes, (-1, 2))[:, 0]:
             panel.set_ylabel("final training loss")
         np.ravel(axes)[0].legend()
     return path

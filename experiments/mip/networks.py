@@ -75,18 +75,31 @@ def train(variant: str, optimizer: str, task: Task, config: Config) -> Any:
             return jax.tree.map(lambda a: a[None], batch), batch
 
         def stretch(state: Any, key: jax.Array) -> Any:
-            count = task.steps // config.points
+            count = task.steps // task.points
             state = bilevel.scan_run(algorithm, state, sample, count, key=key).state
 
             def loss(lam: jax.Array) -> jax.Array:
-                return inner(network.apply(state.response, state.params, lam), lam, data)
+                w = network.apply(state.response, state.params, lam)
+                if not task.channels:
+                    return inner(w, lam, seen(task, data))
+                return jax.lax.map(lambda part: inner(w, lam, part), seen(task, data)).mean()
 
-            return state, jax.vmap(loss)(grid).mean()
+            losses = jax.lax.map(loss, grid) if task.channels else jax.vmap(loss)(grid)
+            return state, losses.mean()
 
-        return jax.lax.scan(stretch, state, jax.random.split(key, config.points))[1]
+        return jax.lax.scan(stretch, state, jax.random.split(key, task.points))[1]
 
     # One rate after another: side by side every product would have its own weights.
     return jax.jit(lambda rates, key, data: jax.lax.map(lambda r: one(r, key, data), rates))
+
+
+def seen(task: Task, data: Any) -> Any:
+    """What a loss is measured on; in batches for convolutions, whose windows are large."""
+    if task.measured:
+        data = jax.tree.map(lambda a: a[: task.measured], data)
+    if task.channels:
+        data = jax.tree.map(lambda a: a.reshape(-1, task.batch, *a.shape[1:]), data)
+    return data
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

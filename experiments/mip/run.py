@@ -25,14 +25,16 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     records = record.Records(out, seed)
     key = jax.random.key(seed)
     for task in config.tasks:
-        data = tasks.images(config, task, seed)
+        if seed >= task.seeds:
+            continue
+        data = tasks.images(task, seed)
         for optimizer in OPTIMIZERS:
-            for variant in config.variants:
+            rates = task.adam_rates if optimizer == "adam" else task.sgd_rates
+            for variant in config.variants if rates else ():
                 method = f"{task.name}_{variant}_{optimizer}"
-                if len(record.read(out, seed=seed, method=method)) == config.points:
+                if len(record.read(out, seed=seed, method=method)) == task.points:
                     continue
                 records.rewind(method)
-                rates = task.adam_rates if optimizer == "adam" else task.sgd_rates
                 runner = networks.train(variant, optimizer, task, config)
                 losses = np.asarray(runner(jnp.asarray(rates), key, data), np.float64)
                 _record(records, method, losses, rates, task, data[0].shape[1])
