@@ -25,7 +25,6 @@ class Task:
       train: images to train on.
       measured: of these, how many a measured loss is taken on; 0 for all of them.
       points: measurements along a run.
-      seeds: it runs on the seeds below this number, where the experiment has more.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Task:
     train: int = 1_000
     measured: int = 0
     points: int = 100
-    seeds: int = 1_000
 
 
 DEEP = Task(
@@ -97,7 +95,6 @@ CONV = Task(
     train=8_000,
     measured=256,
     points=50,
-    seeds=3,
 )
 
 
@@ -143,9 +140,7 @@ def paper() -> Config:
     deep = dataclasses.replace(DEEP, widths=(120, 84, 84), **large, **rates)
     shallow = dataclasses.replace(deep, name="shallow", widths=(120,))
     linear = dataclasses.replace(LINEAR, data="mnist", train=50_000)
-    conv = dataclasses.replace(
-        CONV, widths=(120, 84), measured=2_048, points=100, seeds=1_000, **large, **rates
-    )
+    conv = dataclasses.replace(CONV, widths=(120, 84), measured=2_048, points=100, **large, **rates)
     return Config(
         tasks=(deep, shallow, linear, conv),
         variants=("plain", "encoding", "residual", "mip"),

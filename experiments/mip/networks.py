@@ -64,8 +64,9 @@ def train(variant: str, optimizer: str, task: Task, config: Config) -> Any:
             optax.set_to_zero(),  # the hypernetwork is what is measured; nothing is searched
             draws=task.draws,
         )
-        first = tasks.initial(task, data[0].shape[1], key)
-        state = algorithm.init(first, jnp.float32((low + high) / 2), key=key)
+        base_key, response_key, key = jax.random.split(key, 3)
+        first = tasks.initial(task, data[0].shape[1], base_key)
+        state = algorithm.init(first, jnp.float32((low + high) / 2), key=response_key)
 
         def sample(key: jax.Array) -> Any:
             batch = data
@@ -106,8 +107,9 @@ def seen(task: Task, data: Any) -> Any:
 def sizes(variant: str, task: Task, pixels: int, key: jax.Array, lam: jax.Array) -> Any:
     """Norms over ``lam``, before training: of the encoded input, and of what is predicted."""
     network = hypernetwork(variant, task)
-    weights = tasks.initial(task, pixels, key)
-    response = network.init(key, weights, jnp.float32(0))
+    base_key, response_key = jax.random.split(key)
+    weights = tasks.initial(task, pixels, base_key)
+    response = network.init(response_key, weights, jnp.float32(0))
     zero = jax.tree.map(jnp.zeros_like, weights)  # the base weights are not of the prediction
 
     def one(lam: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -25,8 +25,6 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     records = record.Records(out, seed)
     key = jax.random.key(seed)
     for task in config.tasks:
-        if seed >= task.seeds:
-            continue
         data = tasks.images(task, seed)
         for optimizer in OPTIMIZERS:
             rates = task.adam_rates if optimizer == "adam" else task.sgd_rates
