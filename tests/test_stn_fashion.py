@@ -22,6 +22,7 @@ SETTINGS = dataclasses.replace(
     budget=64,
     points=2,
     trials=2,
+    starts=(),  # a program of its own for each method compared: traced below
 )
 
 
@@ -83,6 +84,23 @@ def test_every_method_is_recorded_once_and_holes_move_through_the_response_alone
         assert path.stat().st_size > 10_000
 
 
+def test_starts_are_summed_up_by_means_and_spreads(tmp_path):
+    settings = dataclasses.replace(SETTINGS, starts=(0.05, 0.2, 0.4), points=1)
+    records = record.Records(tmp_path, 0)
+    for i, loss in enumerate((0.5, 0.4, 0.9)):
+        rates = dict.fromkeys(problem.dropouts(settings), 0.1) | {"input_dropout": 0.1 * i}
+        measured = {"validation_loss": loss, "validation_error": 0.2, "test_loss": 2 * loss}
+        records.append(run.from_start("stn", i), 0, 7.0, test_error=0.3, **measured, **rates)
+    run._starts("stn", settings, records)
+    (mean,) = record.read(tmp_path, method="stn_starts")
+    assert mean.cost == 7
+    found = [mean.metrics[name] for name in ("validation_loss", "test_loss", "loss_spread")]
+    np.testing.assert_allclose(found, [0.6, 1.2, 0.5])
+    # One of three rates ends 0.2 apart, from starts 0.35 apart.
+    assert len(problem.dropouts(settings)) == 3
+    np.testing.assert_allclose(mean.metrics["rate_spread"], 0.2 / 0.35 / 3)
+
+
 def test_the_papers_run_can_be_traced_and_tunes_fifteen_hyperparameters():
     settings = config.paper()
     params = jax.eval_shape(lambda: problem.initial(settings, 0))
@@ -95,8 +113,17 @@ def test_the_papers_run_can_be_traced_and_tunes_fifteen_hyperparameters():
         }
 
     held_out = {"validation": part(settings.valid), "test": part(settings.test)}
-    hparams, _, _, measured = jax.eval_shape(
-        train.tuned(settings), params, train.Mode(1.0), key, part(settings.train), held_out
-    )
-    assert len(hparams) == 15
-    assert {leaf.shape for leaf in jax.tree.leaves((hparams, measured))} == {(settings.points,)}
+    for centred, normalised in ((True, False), (True, True), (False, True)):
+        spent = train.cycles(settings, centred) * train.cycle_cost(settings, centred)
+        assert 0.98 * settings.budget < spent <= settings.budget
+        hparams, _, _, measured = jax.eval_shape(
+            train.tuned(settings, centred, normalised),
+            params,
+            problem.start(settings, 0.4),
+            train.Mode(1.0),
+            key,
+            part(settings.train),
+            held_out,
+        )
+        assert len(hparams) == 15
+        assert {leaf.shape for leaf in jax.tree.leaves((hparams, measured))} == {(settings.points,)}

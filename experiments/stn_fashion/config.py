@@ -18,6 +18,8 @@ class Config:
       response_lr: of SGD with momentum on the response; falls to zero. The smaller, the less a
         response is moved by noise, and the later it is learnt.
       outer_lr: of SGD on the unconstrained hyperparameters and on the scales; falls to zero.
+      stn_outer_lr: the same for STN, found best for it.
+      starts: rates of all dropout from which STN and Delta-STN are compared; none: they are not.
       scale: first width of the perturbations, in logits.
       entropy: reward for wide perturbations.
       small_scale: the width at which nothing can be learnt.
@@ -40,6 +42,8 @@ class Config:
     lr: float = 2e-3
     response_lr: float = 2.5e-3
     outer_lr: float = 5.0
+    stn_outer_lr: float = 2.5
+    starts: tuple[float, ...] = (0.05, 0.2, 0.4)
     scale: float = 1.0
     entropy: float = 1e-4
     small_scale: float = 0.01
@@ -65,6 +69,7 @@ def smoke() -> Config:
         budget=340,
         trials=2,
         points=4,
+        starts=(0.05, 0.4),
     )
 
 
@@ -85,6 +90,7 @@ def paper() -> Config:
         valid_batch=512,
         lr=3e-4,
         outer_lr=0.5,
+        stn_outer_lr=0.25,
         budget=510_000,
         trials=12,
         points=100,

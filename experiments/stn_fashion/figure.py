@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.common import figures as draw
 from experiments.common import record
-from experiments.stn_fashion import problem
+from experiments.stn_fashion import problem, run
 
 COST = "cost (inner-gradient evaluations)"
 TUNED = {
@@ -20,6 +20,8 @@ NETWORKS = {
     "random_search": ("best of random search", draw.BLACK, "-"),
     "fixed": ("starting values, fixed", draw.GREY, "-"),
 }
+COMPARED = {"delta": ("Delta-STN", draw.PURPLE), "stn": ("STN", draw.ORANGE)}
+FROM = ("-", "--", ":", "-.")  # a line for each start
 EXAMPLES = {
     "validation": "to validate on",
     "start": "to train on,\nat the start",
@@ -32,7 +34,9 @@ def figures(out: Path) -> list[Path]:
     """Images, cutout and dropout against cost, losses, and all hyperparameters."""
     records = record.read(out)
     folder = out / "figures"
+    compared = any(r.method == "stn_starts" for r in records)
     return [
+        *([_starts(records, folder / "starts.png")] if compared else []),
         _images(out, min(r.seed for r in records), folder / "images.png"),
         _moves(records, folder / "moves.png"),
         _losses(records, folder / "losses.png"),
@@ -98,6 +102,34 @@ def _losses(records: list[record.Record], path: Path) -> Path:
             cell.set(xlabel=COST, ylabel=f"{part} loss, occluded images (nats)")
             cell.set_ylim(0.9 * min(ends), 1.1 * max(ends))
         axes[0].legend()
+    return path
+
+
+def _starts(records: list[record.Record], path: Path) -> Path:
+    """STN and Delta-STN from every start, mean over seeds: the loss, and the dropout rates."""
+    panels = {
+        "validation_loss": "validation loss, occluded images (nats)",
+        "mean_dropout": "dropout rate (mean of all)",
+    }
+    methods = {r.method for r in records}
+    ends = []
+    with draw.figure(path, columns=2, width=11.5, height=4.6) as (whole, axes):
+        for cell, (metric, words) in zip(axes, panels.items(), strict=True):
+            for method, (text, shade) in COMPARED.items():
+                for index, line in enumerate(FROM):
+                    name = run.from_start(method, index)
+                    if name not in methods:
+                        continue
+                    cost, values = draw.curves(records, name, metric)
+                    label = text if index == 0 else None
+                    cell.plot(cost, values.mean(0), color=shade, linestyle=line, label=label)
+                    if metric == "validation_loss":
+                        ends.append(values.mean(0)[-1])
+            cell.set(xlabel=COST, ylabel=words)
+        axes[0].set_ylim(0.95 * min(ends), 1.5 * max(ends))
+        axes[1].set_ylim(bottom=0)
+        handles, names = axes[0].get_legend_handles_labels()
+        whole.legend(handles, names, loc="outside upper center", ncols=2)
     return path
 
 

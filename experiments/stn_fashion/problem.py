@@ -16,7 +16,7 @@ from experiments.common import data
 from experiments.common.stn import CUTOUT as CUTOUT
 from experiments.common.stn import JITTER, dropouts, names, pool
 from experiments.common.stn import space as space
-from experiments.common.stn import start as start
+from experiments.common.stn import start as common_start
 from experiments.stn_fashion.config import Config
 
 SIDE = 28
@@ -83,11 +83,19 @@ class CNN(nnx.Module):
         return last(x, d)
 
 
+def start(config: Config, rate: float | None = None) -> dict[str, jax.Array]:
+    """Where tuning starts; with ``rate`` all dropout starts there."""
+    first = common_start(config)
+    if rate is not None:
+        first |= dict.fromkeys(dropouts(config), jnp.float32(rate))
+    return first
+
+
 @functools.cache
-def network(config: Config) -> Any:
-    """How the weights follow: Delta-STN's response, a displacement an example."""
+def network(config: Config, centred: bool = True) -> Any:
+    """How the weights follow, a displacement an example: Delta-STN's response, or STN's."""
     made = nnx.eval_shape(lambda: CNN(config, rngs=nnx.Rngs(0)))
-    return split_layers(made)[0]
+    return split_layers(made, centred=centred, gain_scale=0.0 if centred else 0.01)[0]
 
 
 def initial(config: Config, seed: int) -> Any:

@@ -1,4 +1,7 @@
-"""Runs `stn_fashion`: fifteen hyperparameters tuned while a CNN trains, against random search."""
+"""Runs `stn_fashion`: fifteen hyperparameters tuned while a CNN trains, against random search.
+
+Delta-STN and STN are compared on occluded images, from several first rates of dropout.
+"""
 
 import functools
 from pathlib import Path
@@ -15,9 +18,10 @@ from experiments.stn_fashion import problem, train
 from experiments.stn_fashion.config import Config
 
 TUNED = ("delta_stn", "delta_stn_clean", "small_scale", "no_response")
+COMPARED = ("delta", "stn")  # from several starts
 SEARCHES = ("random_search", "random_search_low")
 LOW = 1 / 3  # part of every range but those of cutout that the second search draws from
-TABLE = ("validation_loss", "test_loss", "test_error", "area", "holes", "length")
+TABLE = ("validation_loss", "test_loss", "test_error", "area", "holes", "length", "loss_spread")
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
@@ -28,11 +32,23 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     for index, method in enumerate(TUNED):
         if not records.finished(method, config.points):
             _tune(method, index, config, params, parts, records)
+    for first, method in enumerate(COMPARED):
+        for index, rate in enumerate(config.starts):
+            name, stream = from_start(method, index), 30 + 10 * first + index
+            if not records.finished(name, config.points):
+                _tune(name, stream, config, params, parts, records, rate)
+        if config.starts and not records.finished(f"{method}_starts", config.points):
+            _starts(method, config, records)
     _examples(config, parts, records)
     if not records.finished("fixed", config.points):
         _fixed(config, params, parts, records)
     for index, method in enumerate(SEARCHES):
         _search(method, index, config, params, parts, records)
+
+
+def from_start(method: str, index: int) -> str:
+    """The name of a method's run from the start of that index."""
+    return f"{method}_from_{index}"
 
 
 def _key(seed: int, stream: int) -> jax.Array:
@@ -66,20 +82,28 @@ def _area(config: Config, hparams: dict[str, float], scales: dict[str, float]) -
 
 
 def _tune(
-    method: str, index: int, config: Config, params: Any, parts: Any, records: record.Records
+    method: str,
+    index: int,
+    config: Config,
+    params: Any,
+    parts: Any,
+    records: record.Records,
+    rate: float | None = None,
 ) -> None:
-    """One run of Delta-STN: the network trains once, and its hyperparameters move while it does."""
+    """One run: the network trains once, and its hyperparameters move while it does."""
+    centred, compared = not method.startswith("stn"), rate is not None
     mode = train.Mode(
         scale=config.small_scale if method == "small_scale" else config.scale,
         moves=float(method != "small_scale"),
         learns=float(method != "no_response"),
     )
     key = _key(records.seed, index)
-    hparams, scales, norms, measured = train.tuned(config)(
-        params, mode, key, parts["train"], _held_out(parts, method)
+    start = problem.start(config, rate)
+    hparams, scales, norms, measured = train.tuned(config, centred, compared)(
+        params, start, mode, key, parts["train"], _held_out(parts, method)
     )
-    every = train.cycles(config) // config.points
-    first = {name: float(value) for name, value in problem.start(config).items()}
+    every = train.cycles(config, centred) // config.points
+    first = {name: float(value) for name, value in start.items()}
     before = _area(config, first, dict.fromkeys(problem.names(config), mode.scale))
     for i in range(config.points):
         now, widths = _row(hparams, i), _row(scales, i)
@@ -87,7 +111,7 @@ def _tune(
         records.append(
             method,
             i,
-            train.cycle_cost(config) * every * (i + 1),
+            train.cycle_cost(config, centred) * every * (i + 1),
             **_row(measured, i),
             **_row(norms, i),
             **now,
@@ -99,6 +123,32 @@ def _tune(
             length=now["cutout_length"],
             area=_area(config, now, widths),
             area_growth=_area(config, now, widths) / before,
+        )
+
+
+def _starts(method: str, config: Config, records: record.Records) -> None:
+    """What a method reaches on average over its starts, and how much that depends on them."""
+    runs = [
+        record.read(records.out, seed=records.seed, method=from_start(method, index))
+        for index in range(len(config.starts))
+    ]
+    first = np.ptp(config.starts)
+    for i, points in enumerate(zip(*runs, strict=True)):
+        metrics = [point.metrics for point in points]
+        losses = [m["validation_loss"] for m in metrics]
+        rates = {name: [m[name] for m in metrics] for name in problem.dropouts(config)}
+        means = {
+            name: float(np.mean([m[name] for m in metrics]))
+            for name in ("validation_loss", "validation_error", "test_loss", "test_error")
+        }
+        records.append(
+            f"{method}_starts",
+            i,
+            points[0].cost,
+            **means,
+            losses=losses,
+            loss_spread=float(np.ptp(losses)),
+            rate_spread=float(np.mean([np.ptp(values) / first for values in rates.values()])),
         )
 
 

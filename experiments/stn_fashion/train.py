@@ -14,18 +14,20 @@ from experiments.stn_fashion.config import Config
 
 TRAINING = 5  # training steps a cycle
 # A gradient makes three products a layer. Perturbed, a layer makes two products forward, two back
-# to its input, and one more where the response learns.
-RESPONSE, NEITHER = 5 / 3, 4 / 3
+# to its input, and one for each of its kernels that learns: both (STN's training), the response
+# (Delta-STN's) or neither (validation).
+BOTH, RESPONSE, NEITHER = 6 / 3, 5 / 3, 4 / 3
 
 
-def cycle_cost(config: Config) -> float:
+def cycle_cost(config: Config, centred: bool = True) -> float:
     """G of five training steps and a validation step; a gradient counts by its examples."""
-    return TRAINING * (1 + RESPONSE) + NEITHER * config.valid_batch / config.batch
+    step = 1 + RESPONSE if centred else BOTH
+    return TRAINING * step + NEITHER * config.valid_batch / config.batch
 
 
-def cycles(config: Config) -> int:
+def cycles(config: Config, centred: bool = True) -> int:
     """As many as the budget pays for, a multiple of the recorded points."""
-    return int(config.budget // cycle_cost(config) // config.points) * config.points
+    return int(config.budget // cycle_cost(config, centred) // config.points) * config.points
 
 
 def evaluated(config: Config, params: Any, parts: Any) -> dict[str, jax.Array]:
@@ -65,26 +67,32 @@ class Mode(NamedTuple):
 
 
 @functools.cache
-def tuned(config: Config) -> Any:
-    """``(params, mode, key, train, held_out) -> records`` of one run of Delta-STN.
+def tuned(config: Config, centred: bool = True, normalised: bool = False) -> Any:
+    """``(params, start, mode, key, train, held_out) -> records`` of one run.
 
-    ``held_out`` has the parts "validation" and "test". The response and the hyperparameters are
-    moved by SGD, whose steps are as small as their gradients: Adam would make full steps of
-    noise alone, and no perturbation would be too narrow for it.
+    Of Delta-STN (``centred``), or of STN. ``held_out`` has the parts "validation" and "test".
+    Hyperparameters are moved by SGD. So is the response, whose steps are then as small as its
+    gradients: Adam would make full steps of noise alone, and no perturbation would be too narrow
+    for it. ``normalised``: by Adam all the same, as the weights are.
     """
-    count = cycles(config)
-    network = problem.network(config)
+    count = cycles(config, centred)
+    network = problem.network(config, centred)
     outer, inner = problem.losses(config)
+    outer_lr = config.outer_lr if centred else config.stn_outer_lr
     decay = functools.partial(optax.cosine_decay_schedule, decay_steps=TRAINING * count)
-    outer_tx = optax.sgd(optax.cosine_decay_schedule(config.outer_lr, count))
+    outer_tx = optax.sgd(optax.cosine_decay_schedule(outer_lr, count))
     # No momentum can follow one exceptional batch far.
-    response_tx = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.sgd(decay(config.response_lr), momentum=0.9)
+    response_tx = (
+        optax.adam(decay(config.lr))
+        if normalised
+        else optax.chain(
+            optax.clip_by_global_norm(1.0), optax.sgd(decay(config.response_lr), momentum=0.9)
+        )
     )
     every = count // config.points
     bounds = problem.space(config)
 
-    def whole(params: Any, mode: Mode, key: Any, train: Any, held_out: Any) -> Any:
+    def whole(params: Any, start: Any, mode: Mode, key: Any, train: Any, held_out: Any) -> Any:
         algorithm = bilevel.self_tuning(
             outer,
             inner,
@@ -110,7 +118,9 @@ def tuned(config: Config) -> Any:
         def some(state: Any, _: None) -> Any:
             result = bilevel.scan_run(algorithm, state, sample, every, key=key)
             state = result.state
-            weights = network.plain(state.response, state.params)
+            weights = bilevel.tuned_params(network, state)
+            if centred:
+                weights = network.plain(state.response, weights)
             scales = jax.tree.map(jax.nn.softplus, state.raw_scales)
             norms = {
                 "hypergrad_norm": jnp.mean(result.infos.hypergrad_norm),
@@ -119,7 +129,7 @@ def tuned(config: Config) -> Any:
             kept = (bounds.constrain(state.raw), scales, norms)
             return state, (*kept, evaluated(config, weights, held_out))
 
-        state = algorithm.init(params, problem.start(config), key=key)
+        state = algorithm.init(params, start, key=key)
         raw_scale = jnp.log(jnp.expm1(mode.scale))
         widths = jax.tree.map(lambda s: jnp.full_like(s, raw_scale), state.raw_scales)
         state = state._replace(raw_scales=widths)
