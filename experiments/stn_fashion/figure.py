@@ -35,8 +35,9 @@ def figures(out: Path) -> list[Path]:
     records = record.read(out)
     folder = out / "figures"
     compared = any(r.method == "stn_starts" for r in records)
+    starts = record.read_json(out / "run.json")["config"]["starts"] if compared else []
     return [
-        *([_starts(records, folder / "starts.png")] if compared else []),
+        *([_starts(records, starts, folder / "starts.png")] if starts else []),
         _images(out, min(r.seed for r in records), folder / "images.png"),
         _moves(records, folder / "moves.png"),
         _losses(records, folder / "losses.png"),
@@ -105,23 +106,19 @@ def _losses(records: list[record.Record], path: Path) -> Path:
     return path
 
 
-def _starts(records: list[record.Record], path: Path) -> Path:
+def _starts(records: list[record.Record], starts: list[float], path: Path) -> Path:
     """STN and Delta-STN from every start, mean over seeds: the loss, and the dropout rates."""
     panels = {
         "validation_loss": "validation loss, occluded images (nats)",
         "mean_dropout": "dropout rate (mean of all)",
     }
-    methods = {r.method for r in records}
     ends = []
     with draw.figure(path, columns=2, width=11.5, height=4.6) as (whole, axes):
         for cell, (metric, words) in zip(axes, panels.items(), strict=True):
             for method, (text, shade) in COMPARED.items():
-                for index, line in enumerate(FROM):
-                    name = run.from_start(method, index)
-                    if name not in methods:
-                        continue
-                    cost, values = draw.curves(records, name, metric)
-                    label = text if index == 0 else None
+                for index, line in zip(range(len(starts)), FROM, strict=False):
+                    cost, values = draw.curves(records, run.from_start(method, index), metric)
+                    label = f"{text} from {starts[index]:g}"
                     cell.plot(cost, values.mean(0), color=shade, linestyle=line, label=label)
                     if metric == "validation_loss":
                         ends.append(values.mean(0)[-1])
