@@ -62,7 +62,6 @@ def test_delta_stn_trains_the_plain_network_of_its_schedule():
     network, (_, inner) = problem.network(16), problem.losses(16)
     tx = train.optimizer(SETTINGS, train.TRAINING * count)
     schedule = bilevel.HyperSchedule(train.TRAINING * jnp.arange(count), rates)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.template)
 
     @jax.jit
     def replay(params):
@@ -74,14 +73,14 @@ def test_delta_stn_trains_the_plain_network_of_its_schedule():
                 params, opt_state = carry
                 batch = jax.tree.map(lambda a: a[k], batches)
                 h = schedule(train.TRAINING * c + k)
-                grads = jax.grad(lambda p: inner(network.plain(empty, p), h, batch))(params)
+                grads = jax.grad(lambda p: inner(network.plain(None, p), h, batch))(params)
                 updates, opt_state = tx.update(grads, opt_state, params)
                 return (jax.tree.map(jnp.add, params, updates), opt_state), None
 
             return jax.lax.scan(step, carry, jnp.arange(train.TRAINING))[0], None
 
         (params, _), _ = jax.lax.scan(cycle, (params, tx.init(params)), jnp.arange(count))
-        return train.evaluated(SETTINGS, network.plain(empty, params), sets)
+        return train.evaluated(SETTINGS, network.plain(None, params), sets)
 
     expected = measured["validation_loss"][0, -1]
     # The order of sums in float32 differs between a mapped run and this one.

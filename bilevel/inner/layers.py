@@ -328,7 +328,9 @@ class LayerResponse:
         return Perturbed(params, response, flatten_hparams(displacement)[None])
 
     def plain(self, response: Any, params: Params) -> Perturbed:
-        """Parameters of the plain model."""
+        """Parameters of the plain model; it reads no ``response``, so ``None`` stands for any."""
+        if response is None:
+            response = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.template)
         return Perturbed(params, response, None)
 
     def merge(self, params: Perturbed) -> tuple[Any, jax.Array | None]:

@@ -130,7 +130,6 @@ def trained(config: Config, steps: int, points: int) -> Any:
 
     @jax.jit
     def some(carry: Any, first: jax.Array, schedule: Any, key: Any, train: Any, held_out: Any):
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.template)
 
         def step(carry: Any, t: jax.Array) -> Any:
             params, opt_state = carry
@@ -139,12 +138,12 @@ def trained(config: Config, steps: int, points: int) -> Any:
             count = len(jax.tree.leaves(schedule)[0])
             row = jnp.minimum(t * count // steps, count - 1)
             hparams = jax.tree.map(lambda x: x[row], schedule)
-            grads = jax.grad(lambda p: inner(network.plain(empty, p), hparams, batch))(params)
+            grads = jax.grad(lambda p: inner(network.plain(None, p), hparams, batch))(params)
             updates, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), None
 
         carry, _ = jax.lax.scan(step, carry, first + jnp.arange(every))
-        return carry, evaluated(config, network.plain(empty, carry[0]), held_out)
+        return carry, evaluated(config, network.plain(None, carry[0]), held_out)
 
     def whole(params: Any, schedule: Any, key: Any, train: Any, held_out: Any) -> Any:
         carry, rows = (params, tx.init(params)), []

@@ -127,10 +127,9 @@ def trained(config: Config, steps: int, points: int) -> Any:
     every = steps // points
 
     def one(params: Any, schedule: bilevel.HyperSchedule, key: Any, sets: Any) -> Any:
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.template)
 
         def loss(params: Any, rates: Any, batch: Any) -> jax.Array:
-            return inner(network.plain(empty, params), rates, batch)
+            return inner(network.plain(None, params), rates, batch)
 
         def step(carry: Any, t: jax.Array) -> Any:
             params, opt_state = carry
@@ -142,7 +141,7 @@ def trained(config: Config, steps: int, points: int) -> Any:
 
         def some(carry: Any, i: jax.Array) -> Any:
             carry, _ = jax.lax.scan(step, carry, i * every + jnp.arange(every))
-            return carry, evaluated(config, network.plain(empty, carry[0]), sets)
+            return carry, evaluated(config, network.plain(None, carry[0]), sets)
 
         return jax.lax.scan(some, (params, tx.init(params)), jnp.arange(points))[1]
 

@@ -152,13 +152,12 @@ def trained(config: Config) -> Any:
         params: Any, opt_state: Any, hparams: Any, key: Any, train: Any, first: Any, count: Any,
         total: Any,
     ) -> Any:  # fmt: skip
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.template)
 
         def step(t: Any, carry: Any) -> Any:
             params, opt_state = carry
             batch_key, drop_key = jax.random.split(jax.random.fold_in(key, t))
             batch = {**batches.draw(train, batch_key, (config.batch,)), "key": drop_key}
-            grads = jax.grad(lambda p: inner(network.plain(empty, p), hparams, batch))(params)
+            grads = jax.grad(lambda p: inner(network.plain(None, p), hparams, batch))(params)
             rate = config.lr * 0.5 * (1 + jnp.cos(jnp.pi * t / total))
             updates, opt_state = optax.adam(rate).update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
@@ -174,7 +173,6 @@ def evaluator(config: Config) -> Any:
     network = problem.network(config)
 
     def evaluate(params: Any, held_out: Any) -> dict[str, jax.Array]:
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.template)
-        return evaluated(config, network.plain(empty, params), held_out)
+        return evaluated(config, network.plain(None, params), held_out)
 
     return jax.jit(evaluate)

@@ -47,8 +47,7 @@ def build(config: Starts, words: int, centred: bool, key: jax.Array) -> tuple[La
 
 def plain(network: LayerResponse, params: Any) -> Any:
     """Weights without a response, as the losses read them."""
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.template)
-    return network.plain(empty, params)
+    return network.plain(None, params)
 
 
 def hparams(rate: Any) -> dict[str, Any]:
