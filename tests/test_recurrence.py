@@ -103,3 +103,12 @@ def test_dtypes_are_kept():
     assert {x.dtype for x in (c, h, outputs, *jax.tree.leaves(gradients))} == {
         jnp.dtype("bfloat16")
     }
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_shapes_that_do_not_fit_are_named(wrong):
+    (c, h), projected, kernel = _arguments()
+    broken = [((c, h[:2]), projected, kernel), ((c, h), projected[0], kernel)]
+    broken.append(((c, h), projected, kernel.T))
+    with pytest.raises(ValueError, match=r"`kernel` \(n, 4n\)"):
+        lstm(*broken[wrong])

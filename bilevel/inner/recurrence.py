@@ -26,7 +26,6 @@ def lstm_step(carry: Carry, z: jax.Array) -> tuple[Carry, jax.Array]:
     return (c, h), h
 
 
-@jax.custom_jvp
 def lstm(carry: Carry, projected: jax.Array, kernel: jax.Array) -> tuple[Carry, jax.Array]:
     r"""All steps of an LSTM whose input-side products are made: :math:`z_t = x_t + h_{t-1} W`.
 
@@ -46,8 +45,19 @@ def lstm(carry: Carry, projected: jax.Array, kernel: jax.Array) -> tuple[Carry, 
       The last ``(c, h)``, and all h, ``(T, B, n)``.
 
     Cost: T products of B rows. A derivative keeps all :math:`z_t`, as a plain loop does.
+
+    Raises:
+      ValueError: shapes that do not fit each other.
     """
-    return _loop(carry, projected, kernel)
+    n = kernel.shape[0]
+    rows = projected.shape[1:2]
+    fits = projected.ndim == 3 and kernel.shape[1:] == projected.shape[2:] == (4 * n,)
+    if not fits or any(x.shape != (*rows, n) for x in carry):
+        raise ValueError(
+            "expected `projected` (T, B, 4n), `kernel` (n, 4n) and `carry` of two (B, n), got "
+            f"{projected.shape}, {kernel.shape} and {[x.shape for x in carry]}."
+        )
+    return _lstm(carry, projected, kernel)
 
 
 def _loop(carry: Carry, projected: jax.Array, kernel: jax.Array) -> tuple[Carry, jax.Array]:
@@ -55,6 +65,9 @@ def _loop(carry: Carry, projected: jax.Array, kernel: jax.Array) -> tuple[Carry,
         return lstm_step(carry, x + carry[1] @ kernel)
 
     return jax.lax.scan(step, carry, projected)
+
+
+_lstm = jax.custom_jvp(_loop)
 
 
 def _jvp(primals: Any, tangents: Any) -> Any:
@@ -80,4 +93,4 @@ def _filled(x: jax.Array, tangent: Any) -> jax.Array:
     return jnp.zeros_like(x) if tangent is None else tangent
 
 
-lstm.defjvp(_jvp, symbolic_zeros=True)
+_lstm.defjvp(_jvp, symbolic_zeros=True)
