@@ -85,10 +85,8 @@ class CNN(nnx.Module):
 
 def start(config: Config, rate: float | None = None) -> dict[str, jax.Array]:
     """Where tuning starts; with ``rate`` all dropout starts there."""
-    first = common_start(config)
-    if rate is not None:
-        first |= dict.fromkeys(dropouts(config), jnp.float32(rate))
-    return first
+    moved = {} if rate is None else {name: jnp.float32(rate) for name in dropouts(config)}
+    return {**common_start(config), **moved}
 
 
 @functools.cache
