@@ -107,7 +107,7 @@ def loop_over_groups(
 
     Its gradient is taken group by group too, and added up: no group waits for the others with
     all that its gradient needs. Reverse mode through a plain loop would keep G perturbed copies
-    of the weights (an LSTM with eight groups: 1.3 times the time, six times the memory).
+    of the weights (an LSTM with eight groups on CPU: 1.3 times the time, 87 MiB instead of 5).
 
     Differentiable in ``perturbed``, ``batches`` and whatever ``loss`` closes over, by reverse
     mode, over which forward mode may go.

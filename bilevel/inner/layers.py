@@ -238,14 +238,17 @@ class TunedLSTMCell(nnx.Module):
         ``mask`` (such as ``dropout_mask(key, (n, 4n), rate)``, for weight drop) multiplies the
         recurrent kernel and its response alike, once.
         """
-        kernel = self.kernel[...].astype(xs.dtype)
-        response = self.kernel_response[...].astype(xs.dtype)
-        if mask is not None:
-            kernel, response = kernel * mask.astype(xs.dtype), response * mask.astype(xs.dtype)
+
+        def masked(parameter: Any) -> jax.Array:
+            weights = parameter[...].astype(xs.dtype)
+            return weights if mask is None else weights * mask.astype(xs.dtype)
+
+        kernel = masked(self.kernel)
         projected = jnp.swapaxes(self.inputs(xs, d), 0, 1)
         if d is None:
             carry, outputs = lstm(carry, projected, kernel)
             return carry, jnp.swapaxes(outputs, 0, 1)
+        response = masked(self.kernel_response)
         scale = gate(d, self.kernel_gains, projected[0])
 
         # Two gradients of kernels run beside the chain of the loop on a second core, and after

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
+from bilevel.inner.recurrence import lstm_step
 from bilevel.regularizers import (
     activation_penalty,
     l2_penalty,
@@ -103,12 +104,8 @@ def _layer(
     kernel = weights["recurrent"]
 
     def step(carry: Any, x: jax.Array) -> Any:
-        c, h = carry
-        z = x + (h if held is None else h * held) @ kernel
-        i, f, g, o = jnp.split(z, 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return (c, h), h
+        h = carry[1]
+        return lstm_step(carry, x + (h if held is None else h * held) @ kernel)
 
     carry, outputs = jax.lax.scan(step, carry, projected)
     return carry, jnp.swapaxes(outputs, 0, 1)

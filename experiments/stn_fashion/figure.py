@@ -116,9 +116,9 @@ def _starts(records: list[record.Record], starts: list[float], path: Path) -> Pa
     with draw.figure(path, columns=2, width=11.5, height=4.6) as (whole, axes):
         for cell, (metric, words) in zip(axes, panels.items(), strict=True):
             for method, (text, shade) in COMPARED.items():
-                for index, line in zip(range(len(starts)), FROM, strict=False):
+                for index, (start, line) in enumerate(zip(starts, FROM, strict=False)):
                     cost, values = draw.curves(records, run.from_start(method, index), metric)
-                    label = f"{text} from {starts[index]:g}"
+                    label = f"{text} from {start:g}"
                     cell.plot(cost, values.mean(0), color=shade, linestyle=line, label=label)
                     if metric == "validation_loss":
                         ends.append(values.mean(0)[-1])
