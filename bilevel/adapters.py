@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bilevel.aliases import ModelState, Params
-from bilevel.arguments import require_extra
+from bilevel.settings import require_extra
 
 
 class Split(NamedTuple):

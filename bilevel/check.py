@@ -11,12 +11,12 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Vector
-from bilevel.arguments import check_at_least, check_count
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.linear.cg import CG
 from bilevel.operators import Hessian
 from bilevel.problem import Problem
+from bilevel.settings import check_count, check_real
 
 NEWTON_STEPS = 50
 LINE_SEARCH = 25
@@ -112,7 +112,7 @@ def check_hypergrad(
     single = eps > 1e-10
     scale = max(1.0, float(tree.norm(hparams)))
     half = float(eps ** (1 / 3) * scale if step is None else step)
-    check_at_least("step", half, 0, strict=True)
+    check_real("step", half, 0, strict=True)
     if half < np.sqrt(eps) * scale:
         raise ValueError(
             f"`step`={half:.1e} is below {np.sqrt(eps) * scale:.1e}, where differences in {dtype} "
@@ -120,7 +120,7 @@ def check_hypergrad(
             "(`jax.config.update('jax_enable_x64', True)` and float64 inputs)."
         )
     tolerance = (5e-2 if single else 1e-4) if tolerance is None else tolerance
-    check_at_least("tolerance", tolerance, 0, strict=True)
+    check_real("tolerance", tolerance, 0, strict=True)
     key = jax.random.key(0) if key is None else key
     problem = Problem(outer, inner)
 

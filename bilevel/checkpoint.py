@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.arguments import check_count
+from bilevel.settings import check_count
 from bilevel.tree import paths
 
 _MANIFEST = "manifest.json"

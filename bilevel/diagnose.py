@@ -10,7 +10,6 @@ import jax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
-from bilevel.arguments import check_count
 from bilevel.checks import check_batch, check_inexact, check_inner
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.cg import CG
@@ -19,6 +18,7 @@ from bilevel.linear.lanczos import Extremes, Tridiagonal, extremes, lanczos
 from bilevel.linear.neumann import Neumann
 from bilevel.operators import GaussNewton, Hessian, Operator
 from bilevel.problem import Problem
+from bilevel.settings import check_count
 
 STATIONARY = 1e-3
 CONDITION = 1e4  # beyond it a float32 solve loses four of its seven digits

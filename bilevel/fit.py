@@ -13,10 +13,10 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, ModelState, Params
-from bilevel.arguments import check_at_least, check_count
 from bilevel.checkpoint import Checkpoints
 from bilevel.outer.base import Algorithm, own
 from bilevel.progress import Bar, JsonLog, Record, TensorBoard, numbers_of, record_of, wants_bar
+from bilevel.settings import check_count, check_real
 
 
 class Point(NamedTuple):
@@ -153,7 +153,7 @@ def fit(
       True
     """
     _check_settings(alg, state, steps, checkpoint_every, patience, evaluate, evaluate_every)
-    check_at_least("min_delta", min_delta, 0)
+    check_real("min_delta", min_delta, 0)
     checkpoints = None
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(checkpoint_dir, keep, {"run_id": run_id, "key": _key_id(key)})

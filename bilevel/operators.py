@@ -15,9 +15,9 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Vector
-from bilevel.arguments import check_at_least
 from bilevel.linear_map import Factors, LinearMap, SampledDiagonal
 from bilevel.problem import Problem
+from bilevel.settings import check_settings, real
 from bilevel.traced import contains_primitive
 
 
@@ -66,10 +66,10 @@ class Hessian:
     pass of memory; with fresh batches about 2.5 gradients a product.
     """
 
-    damping: float | jax.Array = 0.0
+    damping: float | jax.Array = real(0.0, low=0)
 
     def __post_init__(self) -> None:
-        check_at_least("damping", self.damping, 0)
+        check_settings(self)
 
     def bind(
         self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
@@ -180,14 +180,14 @@ class GaussNewton:
 
     model: Callable[..., Any] = dataclasses.field(metadata={"static": True})
     output_loss: Callable[..., Scalar] = dataclasses.field(metadata={"static": True})
-    damping: float | jax.Array = 0.0
+    damping: float | jax.Array = real(0.0, low=0)
     penalty: Callable[[Params, Hparams], Scalar] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
     independent_examples: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        check_at_least("damping", self.damping, 0)
+        check_settings(self)
         for name in ("model", "output_loss"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"`{name}` must be callable, got {getattr(self, name)!r}.")

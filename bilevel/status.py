@@ -13,21 +13,45 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from bilevel.settings import check_real
+
+RESIDUAL = 0.1
+"""A solve whose residual is above this part of its right side has not converged."""
+
+STATIONARITY = 0.05
+"""Parameters that are further than this part of their length from a minimum are not at one."""
+
 
 class Status(enum.IntEnum):
-    """Outcome of a solve or of a whole hypergradient, ordered by gravity."""
+    """Outcome of a solve or of a whole hypergradient, ordered by gravity.
+
+    Only ``ok`` means that the number can be used as it is.
+    """
 
     ok = 0
-    max_steps = 1
-    stagnated = 2
-    negative_curvature = 3
-    diverged = 4
-    nonfinite_input = 5
-    nonfinite_output = 6
+    truncated = 1
+    max_steps = 2
+    stagnated = 3
+    singular = 4
+    rounding = 5
+    not_stationary = 6
+    worse_than_zero = 7
+    negative_curvature = 8
+    diverged = 9
+    invalid_setting = 10
+    nonfinite_input = 11
+    nonfinite_output = 12
 
 
 MESSAGES: dict[Status, str] = {
     Status.ok: "The hypergradient was computed as asked.",
+    Status.truncated: (
+        "The linear solve spent its budget and left more than a tenth of its right side as "
+        "residual (`residual_norm` over `rhs_norm`). The direction may still be useful, as with a "
+        "strongly damped solve. Allow more products (`CG(max_steps=...)`, `Neumann("
+        "num_matvecs=...)`), add `damping`, or accept it: `raise_for_status(solution, "
+        "residual=0.5)`."
+    ),
     Status.max_steps: (
         "The linear solve spent its budget before it met its tolerance. Raise `max_steps`, "
         "loosen `rtol`/`atol`, add `damping`, use `CG(preconditioner=Diagonal())`, or drop the "
@@ -37,9 +61,33 @@ MESSAGES: dict[Status, str] = {
         "The solver's own recurrence claims convergence but the recomputed residual does not: "
         "rounding has taken over. Use float64, loosen the tolerance, or add `damping`."
     ),
+    Status.singular: (
+        "The curvature vanishes in some direction in which the outer loss has a gradient: the "
+        "inner problem has no single minimum there (rows of an embedding that the batch does not "
+        "use, dead units, more parameters than data). The least-squares solution was used, in "
+        "which such directions do not respond. If they should, add a penalty to the inner loss "
+        "or `damping` to the operator; if not, take them out of `params`."
+    ),
+    Status.rounding: (
+        "The result is at the level of rounding: steps or perturbations are too small for the "
+        "dtype of the parameters, which lose them. Keep parameters in float32 and cast inside the "
+        "loss, use fewer or longer steps, or raise `radius`."
+    ),
+    Status.not_stationary: (
+        "The parameters are not at a minimum of the inner loss, as an implicit hypergradient "
+        "assumes: see `relative_stationarity` and `predicted_change`. Train further; use "
+        "`Unroll(...)`, which assumes no minimum; or, where parameters are held by a constraint or "
+        "a kink of the loss (L1, hinge, bounds), use a response that knows of it. On a minibatch "
+        "the noise of its gradient counts too. To accept more: `raise_for_status(solution, "
+        "stationarity=...)`."
+    ),
+    Status.worse_than_zero: (
+        "The residual of the linear solve is larger than its right side: no solve at all would be "
+        "closer. Use a smaller `scale` or step size, `damping`, `GaussNewton(...)`, or `CG()`."
+    ),
     Status.negative_curvature: (
-        "The operator is not positive definite: a direction of non-positive curvature was met "
-        "and the last good iterate returned. Train the inner problem further, use "
+        "The operator is not positive semi-definite: a direction of negative curvature was met, "
+        "and the solution from before it is used. Train the inner problem further, use "
         "`GaussNewton(...)` instead of `Hessian()`, or set `damping` above minus "
         "`min_curvature`."
     ),
@@ -48,16 +96,18 @@ MESSAGES: dict[Status, str] = {
         "above 2/step_size. Use a smaller `step_size` (or `None` to estimate it), `damping`, or "
         "`GaussNewton(...)`."
     ),
+    Status.invalid_setting: (
+        "A traced setting of the response (a damping, step size, scale, radius or tolerance that "
+        "was computed inside `jit`) is NaN, infinite or outside its range: look at where it comes "
+        "from, and at the range in the docstring."
+    ),
     Status.nonfinite_input: (
         "The outer gradient or the inner gradient is NaN or infinite before any solve: look at "
         "the batches, the parameters and the hyperparameters."
     ),
     Status.nonfinite_output: (
         "Losses and gradients were finite but the hypergradient is not: a product overflowed, "
-        "or a second derivative is undefined at this point (a square root or a norm at zero). "
-        "Unrolling Adam or another optimizer that divides by the root of a second moment, where "
-        "a gradient is exactly zero (a dead unit, a constant input), is the usual case: give it "
-        "`eps_root`, for example `optax.adam(lr, eps_root=1e-16)`."
+        "or a second derivative is undefined at this point (a square root or a norm at zero)."
     ),
 }
 
@@ -84,17 +134,26 @@ def worst(*results: jax.Array) -> jax.Array:
     return combined
 
 
-def raise_for_status(solution: Any) -> None:
+def raise_for_status(
+    solution: Any, *, residual: float | None = None, stationarity: float | None = None
+) -> None:
     """Raise :class:`HypergradientError` on the host unless ``solution.result`` is ``ok``.
 
     Args:
       solution: anything with ``result`` (int32, any shape: a vmapped solve has one per lane)
         and ``stats``, such as the record of ``hypergrad_solve`` or of a linear solver.
+      residual: largest ``residual_norm / rhs_norm`` to accept. ``None`` leaves the judgement to
+        the status (a tenth); a number replaces it: a larger one accepts a ``truncated`` solve,
+        a smaller one refuses an ``ok`` one.
+      stationarity: largest ``relative_stationarity`` to accept, likewise (``None``: 0.05, and
+        the same for ``predicted_change`` relative to the outer loss); a number accepts
+        ``not_stationary`` up to it.
 
     Raises:
       HypergradientError: names the gravest status, how many lanes have it, its causes and
         remedies, and the numbers in ``stats`` at that lane.
       TypeError: if called inside ``jit`` (``result`` is not concrete there).
+      ValueError: a threshold for a number that ``stats`` does not have.
     """
     if isinstance(solution.result, Tracer):
         raise TypeError(
@@ -102,6 +161,16 @@ def raise_for_status(solution: Any) -> None:
             "not inside one. Inside, read `solution.result` and `solution.stats`."
         )
     results = np.atleast_1d(np.asarray(solution.result))
+    if residual is not None:
+        check_real("residual", residual, 0)
+        left = _stat(solution, "residual_norm", "residual") / _stat(
+            solution, "rhs_norm", "residual"
+        )
+        results = _judged(results, left > residual, Status.truncated)
+    if stationarity is not None:
+        check_real("stationarity", stationarity, 0)
+        distance = _stat(solution, "relative_stationarity", "stationarity")
+        results = _judged(results, ~(distance <= stationarity), Status.not_stationary)
     status = Status(int(results.max()))
     if status == Status.ok:
         return
@@ -110,6 +179,21 @@ def raise_for_status(solution: Any) -> None:
     numbers = ", ".join(f"{k}={v:.4g}" for k, v in sorted(stats.items()))
     where = "" if results.size == 1 else f" in {int((results == status).sum())} of {results.size}"
     raise HypergradientError(f"{status.name}{where}: {MESSAGES[status]} ({numbers})", status, stats)
+
+
+def _stat(solution: Any, name: str, threshold: str) -> np.ndarray:
+    if name not in solution.stats:
+        raise ValueError(
+            f"`{threshold}` judges `stats[{name!r}]`, which this result does not have: leave it "
+            "out."
+        )
+    return np.atleast_1d(np.asarray(solution.stats[name], np.float64))
+
+
+def _judged(results: np.ndarray, beyond: np.ndarray, *statuses: Status) -> np.ndarray:
+    """``results`` with the caller's own judgement in place of ``statuses``."""
+    results = np.where(np.isin(results, statuses), Status.ok, results)
+    return np.where((results < statuses[0]) & beyond, statuses[0], results)
 
 
 def _lane(value: Any, lane: int, shape: tuple[int, ...]) -> Any:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "ground": [
         "aliases",
-        "arguments",
+        "settings",
         "tree",
         "leaves",
         "status",

@@ -11,7 +11,6 @@ from jax.extend import core
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
-from bilevel.arguments import check_at_least, check_count
 from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
 from bilevel.inner.groups import draw_noise, fold_keys, loop_over_groups, split_batch
@@ -19,6 +18,7 @@ from bilevel.inner.network import Network, StructuredResponse
 from bilevel.linear.base import loop
 from bilevel.operators import GaussNewton, wants_straight_line
 from bilevel.problem import Problem
+from bilevel.settings import check_real, check_settings, count
 from bilevel.status import Status, code
 from bilevel.traced import depends
 
@@ -157,16 +157,16 @@ class BestResponse:
     tx: optax.GradientTransformation | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
-    steps: int = dataclasses.field(default=0, metadata={"static": True})
-    groups: int = dataclasses.field(default=1, metadata={"static": True})
+    steps: int = count(0, low=0)
+    groups: int = count(1)
     scale: Any = 0.5
     linearize: GaussNewton | None = None
     seed: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps, 0)
-        check_count("groups", self.groups)
-        check_at_least("scale", self.scale, 0, strict=True)
+        check_settings(self)
+        for leaf in jax.tree.leaves(self.scale):
+            check_real("scale", leaf, 0, strict=True)
         if self.steps and self.tx is None:
             raise ValueError("`steps` > 0 needs `tx`, e.g. `tx=optax.sgd(0.1, momentum=0.9)`.")
         if self.steps and not self.network.centred:

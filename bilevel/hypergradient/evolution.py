@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
-from bilevel.arguments import check_at_least, check_count
 from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.reach import (
@@ -29,6 +28,7 @@ from bilevel.inner.descend import (
 )
 from bilevel.linear.base import require_key
 from bilevel.problem import Point, Problem
+from bilevel.settings import check_settings, count, real
 from bilevel.status import Status, code
 
 
@@ -138,20 +138,17 @@ class Evolution:
     """
 
     inner_tx: InnerTx = dataclasses.field(metadata={"static": True})
-    steps: int = dataclasses.field(metadata={"static": True})
-    particles: int = dataclasses.field(metadata={"static": True})
-    sigma: float | jax.Array
+    steps: int = count()
+    particles: int = count()
+    sigma: float | jax.Array = real(low=0, strict=True)
     persistent: bool = dataclasses.field(default=True, metadata={"static": True})
-    horizon: int | None = dataclasses.field(default=None, metadata={"static": True})
+    horizon: int | None = count(None, optional=True)
     staggered: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_inner_tx(self.inner_tx)
-        check_count("steps", self.steps)
-        check_count("particles", self.particles)
-        check_at_least("sigma", self.sigma, 0, strict=True)
+        check_settings(self)
         if self.horizon is not None:
-            check_count("horizon", self.horizon)
             if not self.persistent:
                 raise ValueError("`horizon` resets persistent pairs: it needs `persistent=True`.")
             if self.horizon % self.steps:

@@ -9,7 +9,6 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Params, Stats, Vector
-from bilevel.arguments import check_at_least
 from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.reach import (
@@ -22,6 +21,7 @@ from bilevel.hypergradient.reach import (
 from bilevel.hypergradient.unroll import Advanced, UnrollState, concrete
 from bilevel.inner.descend import InnerState, descend, keep_types, start
 from bilevel.problem import Problem
+from bilevel.settings import check_settings, real
 from bilevel.status import Status, code
 
 
@@ -62,12 +62,12 @@ class FiniteDifference:
     """
 
     inner_tx: InnerTx = dataclasses.field(metadata={"static": True})
-    radius: float | jax.Array = 0.01
+    radius: float | jax.Array = real(0.01, low=0, strict=True)
     lookahead: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_inner_tx(self.inner_tx)
-        check_at_least("radius", self.radius, 0, strict=True)
+        check_settings(self)
 
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:
         """A fresh optimizer's state, and the model state."""

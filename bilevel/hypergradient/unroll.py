@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
-from bilevel.arguments import check_count
 from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.forward import no_tangents, push_forward
@@ -29,6 +28,7 @@ from bilevel.inner.descend import (
     start,
 )
 from bilevel.problem import Point, Problem
+from bilevel.settings import check_settings, count
 from bilevel.status import Status, code
 
 Mode = Literal["mixed", "reverse", "forward"]
@@ -128,11 +128,11 @@ class Unroll:
     """
 
     inner_tx: InnerTx = dataclasses.field(metadata={"static": True})
-    steps: int = dataclasses.field(metadata={"static": True})
-    truncate: int | None = dataclasses.field(default=None, metadata={"static": True})
+    steps: int = count()
+    truncate: int | None = count(None, optional=True)
     mode: Mode = dataclasses.field(default="mixed", metadata={"static": True})
     remat: Remat = dataclasses.field(default="none", metadata={"static": True})
-    max_hparams: int = dataclasses.field(default=256, metadata={"static": True})
+    max_hparams: int = count(256)
     real_time: bool = dataclasses.field(default=False, metadata={"static": True})
     initial: Callable[[Params, Hparams], Params] | None = dataclasses.field(
         default=None, metadata={"static": True}
@@ -140,10 +140,8 @@ class Unroll:
 
     def __post_init__(self) -> None:
         check_inner_tx(self.inner_tx)
-        check_count("steps", self.steps)
-        check_count("max_hparams", self.max_hparams)
+        check_settings(self)
         if self.truncate is not None:
-            check_count("truncate", self.truncate)
             if self.truncate > self.steps:
                 raise ValueError(
                     f"`truncate` must be at most `steps`={self.steps}, got {self.truncate}: it is "

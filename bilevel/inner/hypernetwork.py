@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.aliases import Hparams, Key, Params
-from bilevel.arguments import check_count
 from bilevel.inner.network import flatten_hparams
+from bilevel.settings import check_count
 from bilevel.tree import accumulator_dtype, paths, size
 
 Encoding = Literal["raw", "cos_sin", "complement"]

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.aliases import Hparams, Key, Params
-from bilevel.arguments import check_at_least
 from bilevel.leaves import select
+from bilevel.settings import check_real
 from bilevel.tree import accumulator_dtype, paths, size
 
 Axes = int | tuple[int, ...]
@@ -108,7 +108,7 @@ class StructuredResponse:
     weights_init: Callable[..., jax.Array] = fan_in_uniform
 
     def __post_init__(self) -> None:
-        check_at_least("gain_scale", self.gain_scale, 0)
+        check_real("gain_scale", self.gain_scale, 0)
         if isinstance(self.leaves, list):
             raise TypeError("`leaves` must be a string or a tuple of strings, got a list.")
 

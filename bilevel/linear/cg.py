@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Scalar, Vector
-from bilevel.arguments import check_at_least, check_count
 from bilevel.linear.base import (
     LinearSolution,
     as_map,
@@ -18,6 +17,7 @@ from bilevel.linear.base import (
 )
 from bilevel.linear.precondition import Diagonal
 from bilevel.linear_map import LinearMap
+from bilevel.settings import check_settings, count, real
 from bilevel.status import Status
 
 
@@ -66,19 +66,16 @@ class CG:
     1952; for hypergradients Pedregosa, ICML 2016, and Rajeswaran et al., NeurIPS 2019.
     """
 
-    max_steps: int = dataclasses.field(default=100, metadata={"static": True})
-    rtol: float | jax.Array | None = None
-    atol: float | jax.Array | None = None
+    max_steps: int = count(100)
+    rtol: float | jax.Array | None = real(None, low=0, optional=True)
+    atol: float | jax.Array | None = real(None, low=0, optional=True)
     preconditioner: Diagonal | None = None
     unroll: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     uses_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count("max_steps", self.max_steps)
-        for name in ("rtol", "atol"):
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), 0)
+        check_settings(self)
 
     def solve(
         self,

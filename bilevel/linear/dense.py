@@ -8,8 +8,8 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Vector
-from bilevel.arguments import check_count
 from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, status_of
+from bilevel.settings import check_settings, count
 from bilevel.status import Status
 
 
@@ -29,10 +29,10 @@ class Dense:
     ``ValueError`` above ``max_size``.
     """
 
-    max_size: int = dataclasses.field(default=4096, metadata={"static": True})
+    max_size: int = count(4096)
 
     def __post_init__(self) -> None:
-        check_count("max_size", self.max_size)
+        check_settings(self)
 
     def solve(
         self,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Vector
-from bilevel.arguments import check_at_least
 from bilevel.linear.base import LinearSolution, as_map, finish
+from bilevel.settings import check_settings, real
 from bilevel.status import Status, code
 
 
@@ -32,10 +32,10 @@ class Identity:
     regularization hyperparameters", ICML 2016.
     """
 
-    scale: float | jax.Array = 1.0
+    scale: float | jax.Array = real(1.0, low=0, strict=True)
 
     def __post_init__(self) -> None:
-        check_at_least("scale", self.scale, 0, strict=True)
+        check_settings(self)
 
     def solve(
         self,

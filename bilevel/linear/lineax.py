@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Vector
-from bilevel.arguments import require_extra
 from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, status_of
+from bilevel.settings import require_extra
 from bilevel.status import Status
 
 

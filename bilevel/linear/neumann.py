@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Scalar, Vector
-from bilevel.arguments import check_at_least, check_count
 from bilevel.linear.base import (
     LinearSolution,
     as_map,
@@ -16,6 +15,7 @@ from bilevel.linear.base import (
     status_of,
     widen,
 )
+from bilevel.settings import check_settings, count, real
 from bilevel.status import Status
 
 
@@ -53,16 +53,13 @@ class Neumann:
     the direct term needs.
     """
 
-    num_matvecs: int = dataclasses.field(default=20, metadata={"static": True})
-    step_size: float | jax.Array | None = None
-    power_steps: int = dataclasses.field(default=10, metadata={"static": True})
+    num_matvecs: int = count(20, low=0)
+    step_size: float | jax.Array | None = real(None, low=0, strict=True, optional=True)
+    power_steps: int = count(10)
     unroll: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        check_count("num_matvecs", self.num_matvecs, 0)
-        check_count("power_steps", self.power_steps)
-        if self.step_size is not None:
-            check_at_least("step_size", self.step_size, 0, strict=True)
+        check_settings(self)
 
     def num_products(self) -> int:
         """Products a solve makes (static)."""

@@ -10,7 +10,6 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Vector
-from bilevel.arguments import check_count
 from bilevel.linear.base import (
     LinearSolution,
     as_map,
@@ -20,6 +19,7 @@ from bilevel.linear.base import (
     require_key,
     status_of,
 )
+from bilevel.settings import check_settings, count
 from bilevel.status import Status
 
 
@@ -55,11 +55,11 @@ class Nystrom:
     theirs is a plain solve that dead coordinates make singular.
     """
 
-    rank: int = dataclasses.field(default=20, metadata={"static": True})
+    rank: int = count(20)
     gaussian: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        check_count("rank", self.rank)
+        check_settings(self)
 
     def solve(
         self,

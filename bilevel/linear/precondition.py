@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Key, Vector
-from bilevel.arguments import check_at_least, check_count
 from bilevel.linear.base import loop, require_key
 from bilevel.linear_map import LinearMap
+from bilevel.settings import check_settings, count, real
 
 
 @jax.tree_util.register_dataclass
@@ -43,12 +43,11 @@ class Diagonal:
     Applied Numerical Mathematics 2007.
     """
 
-    num_probes: int = dataclasses.field(default=10, metadata={"static": True})
-    floor: float | jax.Array = 1e-3
+    num_probes: int = count(10)
+    floor: float | jax.Array = real(1e-3, low=0, strict=True)
 
     def __post_init__(self) -> None:
-        check_count("num_probes", self.num_probes)
-        check_at_least("floor", self.floor, 0, strict=True)
+        check_settings(self)
 
     def num_products(self, mv: LinearMap) -> int:
         """Products spent on the estimate (none where the diagonal is known)."""

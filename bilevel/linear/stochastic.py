@@ -9,8 +9,8 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Vector
-from bilevel.arguments import check_count
 from bilevel.linear.base import LinearSolution, as_map, finish, loop, status_of, widen
+from bilevel.settings import check_settings, count
 from bilevel.status import Status
 
 
@@ -42,7 +42,7 @@ class Stochastic:
     """
 
     tx: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
-    steps: int = dataclasses.field(default=20, metadata={"static": True})
+    steps: int = count(20)
     unroll: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     uses_start: ClassVar[bool] = True
@@ -50,7 +50,7 @@ class Stochastic:
     def __post_init__(self) -> None:
         if not (hasattr(self.tx, "init") and hasattr(self.tx, "update")):
             raise TypeError(f"`tx` must be an optax gradient transformation, got {self.tx!r}.")
-        check_count("steps", self.steps)
+        check_settings(self)
 
     def num_products(self) -> int:
         """Products a solve makes (static)."""

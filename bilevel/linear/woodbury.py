@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Vector
-from bilevel.arguments import check_count
 from bilevel.linear.base import LinearSolution, as_map, contract, finish, require_fixed, status_of
+from bilevel.settings import check_settings, count
 from bilevel.status import Status
 
 
@@ -39,10 +39,10 @@ class Woodbury:
     deep neural networks", 2024; here for a general right side and a diagonal D.
     """
 
-    max_outputs: int = dataclasses.field(default=8192, metadata={"static": True})
+    max_outputs: int = count(8192)
 
     def __post_init__(self) -> None:
-        check_count("max_outputs", self.max_outputs)
+        check_settings(self)
 
     def solve(
         self,

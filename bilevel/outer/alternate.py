@@ -9,7 +9,6 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar, Stats
-from bilevel.arguments import check_count
 from bilevel.checks import check_inner, check_problem
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_init, hypergrad_solve
@@ -18,6 +17,7 @@ from bilevel.operators import slice_batch, wants_straight_line
 from bilevel.outer.base import Algorithm, own, same_type
 from bilevel.outer.constrain import Space
 from bilevel.problem import Problem
+from bilevel.settings import check_count
 
 InnerTx = optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]
 

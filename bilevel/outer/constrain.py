@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bilevel.aliases import Hparams
-from bilevel.arguments import check_count, concrete
+from bilevel.settings import check_count, concrete
 from bilevel.tree import accumulator_dtype
 
 

@@ -9,7 +9,6 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar
-from bilevel.arguments import check_count
 from bilevel.checks import check_problem
 from bilevel.hypergradient.best_response import check_responds
 from bilevel.inner.network import Network
@@ -17,6 +16,7 @@ from bilevel.linear.base import loop, status_of
 from bilevel.operators import slice_batch, wants_straight_line
 from bilevel.outer.base import Algorithm, own, same_type
 from bilevel.problem import Problem
+from bilevel.settings import check_count
 from bilevel.status import Status, code
 
 

@@ -3,16 +3,17 @@ r"""Self-tuning networks: weights, their response and the hyperparameters learn 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import optax
 
 from bilevel.aliases import Loss, Params
-from bilevel.arguments import check_at_least, check_count
 from bilevel.inner.network import Network, StructuredResponse
 from bilevel.operators import GaussNewton
 from bilevel.outer.base import Algorithm
 from bilevel.outer.constrain import Space
 from bilevel.outer.cycle import Cycle
 from bilevel.outer.tuning_state import SelfTuningState, weights_at
+from bilevel.settings import check_count, check_real
 
 
 def self_tuning(
@@ -138,8 +139,9 @@ def self_tuning(
         ("warm_up", warm_up, 0),
     ):
         check_count(name, count, low)
-    check_at_least("scale", scale, 0, strict=True)
-    check_at_least("entropy", entropy, 0)
+    for leaf in jax.tree.leaves(scale):
+        check_real("scale", leaf, 0, strict=True)
+    check_real("entropy", entropy, 0)
     for name, loss in (("outer", outer), ("inner", inner)):
         if not callable(loss):
             raise TypeError(

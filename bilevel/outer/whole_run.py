@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Key, Scalar
-from bilevel.arguments import check_count
 from bilevel.outer.base import Algorithm
+from bilevel.settings import check_count
 
 
 class WholeRun(NamedTuple):

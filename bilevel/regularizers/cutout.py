@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.aliases import Key
-from bilevel.arguments import check_count
 from bilevel.regularizers.strength import along_examples, check_strength
+from bilevel.settings import check_count
 
 
 def cutout_mask(
