@@ -108,7 +108,8 @@ def test_a_step_is_the_loop_written_by_hand():
     close(state.raw, moved, 1e-10)
     close(state.hparams, SPACE.constrain(moved), 1e-10)
     close(state.inner_opt_state[0].trace, velocity, 1e-12)
-    assert int(state.step) == 1 and int(info.result) == bilevel.Status.ok
+    # Three steps from a random start: the numbers are exact, the point is no minimum.
+    assert int(state.step) == 1 and int(info.result) == bilevel.Status.not_stationary
 
 
 @pytest.mark.parametrize("name", ["bounds", "free"])

@@ -62,6 +62,7 @@ FLOORS = {
     ],
     "hypergradient: responses, and the transforms that use them": [
         "hypergradient.base",
+        "hypergradient.judge",
         "hypergradient.implicit",
         "hypergradient.reach",
         "hypergradient.forward",

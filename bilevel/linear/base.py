@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Scalar, Stats, Vector
 from bilevel.linear_map import LinearMap
-from bilevel.status import Status, code
+from bilevel.status import RESIDUAL, Status, code, worst
 
 
 def as_map(mv: MatVec, rhs: Vector) -> LinearMap:
@@ -37,7 +37,8 @@ class LinearSolution(NamedTuple):
 
     Attributes:
       value: :math:`q`, shaped like ``rhs``, in the accumulator dtype.
-      result: int32 :class:`~bilevel.status.Status`.
+      result: int32 :class:`~bilevel.status.Status`; with ``certify`` also ``truncated`` for a
+        residual above a tenth of the right side, ``worse_than_zero`` for one above it.
       stats: ``rhs_norm`` :math:`\|g\|`; ``residual_norm`` :math:`\|g - A q\|`, recomputed from
         ``value``, never a recurrence; ``num_matvecs``, products the method used (the one that
         recomputes the residual not counted); ``min_curvature``, ``max_curvature``, extremes
@@ -72,10 +73,18 @@ class LinearSolver(Protocol):
 def finish(
     mv: MatVec, rhs: Vector, value: Vector, stats: Stats, result: jax.Array, certify: bool
 ) -> LinearSolution:
-    """The record of a solve: residual recomputed, non-finite input or output said."""
+    """The record of a solve: residual recomputed and judged, non-finite input or output said."""
     stats = {"rhs_norm": tree.norm(rhs), **stats}
     if certify:
-        stats["residual_norm"] = tree.norm(tree.sub(rhs, mv(value)))
+        left, right = tree.norm(tree.sub(rhs, mv(value))), stats["rhs_norm"]
+        stats["residual_norm"] = left
+        judged = status_of(
+            Status.ok,
+            # A thousandth of slack: a value of zero is not worse than zero.
+            (left > 1.001 * right, Status.worse_than_zero),
+            (left > RESIDUAL * right, Status.truncated),
+        )
+        result = worst(jnp.asarray(result, jnp.int32), judged)
     result = status_of(
         result,
         (~jnp.isfinite(stats["rhs_norm"]), Status.nonfinite_input),

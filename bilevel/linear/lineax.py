@@ -24,7 +24,7 @@ class Lineax:
 
     Tolerances and failure mean what they mean in lineax (element-wise, in the maximum norm
     unless it was given another); its outcome is mapped to a status: ``max_steps``,
-    ``stagnated``, ``nonfinite_input``; a breakdown or a singular matrix becomes
+    ``stagnated``, ``nonfinite_input``, ``singular``; a breakdown becomes
     ``negative_curvature``, and NaN stays NaN (``nonfinite_output``). The residual is recomputed.
     ``lineax.CG`` is told that A is positive definite; the others that it is symmetric.
 
@@ -115,11 +115,10 @@ class Lineax:
             Status.ok,
             (solution.result == codes.nonfinite_input, Status.nonfinite_input),
             (
-                (solution.result == codes.breakdown)
-                | (solution.result == codes.singular)
-                | ((gag < 0) & definite),
+                (solution.result == codes.breakdown) | ((gag < 0) & definite),
                 Status.negative_curvature,
             ),
+            (solution.result == codes.singular, Status.singular),
             (
                 (solution.result == codes.stagnation) | (solution.result == codes.conlim),
                 Status.stagnated,
