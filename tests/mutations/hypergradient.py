@@ -129,7 +129,7 @@ MUTANTS = [
         "chosen = tuple(hparams[i - 1] for i in numbers)",
         "chosen = tuple(hparams[i - 2] for i in numbers)",
         "the derivative is taken in another position",
-        ("test_properties.py",),
+        ("test_hypergrad.py::test_argnums_chooses_the_positions_it_names_in_their_order",),
     ),
     Mutant(
         "nonfinite_value_is_ok",

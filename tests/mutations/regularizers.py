@@ -65,7 +65,7 @@ MUTANTS = [
         "angle = 2 * jnp.pi * along_examples",
         "angle = jnp.pi * along_examples",
         "hue turns by half of what is asked",
-        ("test_regularizers.py::test_each_color_operation_equals_its_formula",),
+        ("test_regularizers.py::test_hue_is_in_turns",),
     ),
     Mutant(
         "tar_on_levels",
