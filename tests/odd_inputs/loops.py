@@ -12,7 +12,7 @@ import optax
 import bilevel as b
 from odd_inputs import problem as p
 from odd_inputs.calls import leaves
-from odd_inputs.case import ANY, REFUSE, Case, Number
+from odd_inputs.case import ANY, REFUSE, Case, Number, evaluate
 from odd_inputs.odd import Thing, counts, flags, objects, reals
 
 K = 2
@@ -52,8 +52,12 @@ def run(
     count = int(steps) if isinstance(steps, (int, np.integer)) and 0 <= steps < 100 else K
     given = dict(inner_batches=p.stacked(max(count, 1)), outer_batch=OUTER[door], key=p.KEY)
     given |= step or {}
-    new, info = jax.jit(lambda s: algorithm.step(s, **given))(first)
-    return Number(new.hparams, info.result)
+
+    def step_(state: Any) -> Any:
+        new, info = algorithm.step(state, **given)
+        return new.hparams, info.result
+
+    return Number(*evaluate(step_, first))
 
 
 @functools.cache

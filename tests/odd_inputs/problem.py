@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import bilevel
-from odd_inputs.case import Number
+from odd_inputs.case import Number, evaluate
 
 _RNG = np.random.default_rng(0)
 N, M = 3, 8
@@ -111,7 +111,7 @@ def solve(response: Any, *, state: Any = None, shared: bool = True, **changes: A
 
     if shared and not changes and state is None and _is_argument(response):
         return Number(*_shared(response))
-    return Number(*jax.jit(lambda: run(response))())
+    return Number(*evaluate(lambda: run(response)))
 
 
 @jax.jit

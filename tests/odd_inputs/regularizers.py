@@ -96,8 +96,13 @@ def _strengths(call: Any, where: str, good: dict[str, Any], high: float) -> Iter
     function = call.args[1]
     usual = lambda: function(**good)  # noqa: E731
     base = good[where]
+    draws = call.args[0] in ("mixup", "input_scaling", "color_jitter")
     for kind, make, legal in reals(base):
-        yield call(kind, where, make, expect=usual if legal else REFUSE, rtol=1e-2)
+        expect = usual if legal else REFUSE
+        # JAX draws other numbers for other types; a list of one is an array of one, True is 1.
+        if (legal and draws) or kind in ("list", "tuple", "bool", "numpy bool"):
+            expect = ANY
+        yield call(kind, where, make, expect=expect, rtol=1e-2)
     per_example = where != "rate" or "kernel" not in good
     yield call("one per example", where, lambda: np.full(B, base),
                expect=ANY if per_example else REFUSE)  # fmt: skip
