@@ -83,8 +83,6 @@ REMEDY = re.compile(
 SIGNATURE = re.compile(
     r"(missing \d+ required|unexpected keyword|takes .* positional|multiple values for) "
 )
-    r"(missing \d+ required|unexpected keyword|takes .* positional|multiple values for) "
-)
 
 
 class Late(BaseException):
