@@ -51,8 +51,8 @@ def test_a_sample():
 def test_all(area: str):
     rows = run(all_cases([area]))
     check(rows)
-    failing = {row.known for row in rows} - {None}
-    stale = [p for p, (where, _) in KNOWN.items() if where == area and p not in failing]
+    failing = {row.case.label for row in rows if row.known}
+    stale = [label for label, (a, _) in KNOWN.items() if a == area and label not in failing]
     assert not stale, f"these no longer fail, take them off the list: {stale}"
 
 

@@ -1,7 +1,8 @@
 """``python tests/odd_inputs``: every case, the table, and what is not as it should be.
 
 Options: ``--area NAME`` (several), ``--only WORD`` (in the label), ``--sample N``, ``--all`` (show
-the good ones too). Exit status 1 if anything is bad and not in the list of known failures.
+the good ones too), ``--write-known`` (see ``known.py``; only without ``--only`` and ``--sample``).
+Exit status 1 if anything is bad and not in the list of known failures.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import jax  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 
 from odd_inputs.case import GOOD  # noqa: E402
+from odd_inputs.known import write  # noqa: E402
 from odd_inputs.run import AREAS, Row, all_cases, run, sample, table  # noqa: E402
 
 
@@ -31,6 +33,7 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--sample", type=int)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--write-known", action="store_true")
     options = parser.parse_args()
     cases = [c for c in all_cases(options.area or AREAS) if options.only in c.label]
     repeated = [n for n, k in collections.Counter(c.label for c in cases).items() if k > 1]
@@ -49,6 +52,12 @@ def main() -> int:
 
     rows = run(cases, tell)
     sys.stdout.write(table(rows) + "\n")
+    if options.write_known:
+        bad = [row for row in rows if row.verdict.what not in GOOD]
+        write(
+            {row.case.area for row in rows},
+            [(r.case.area, r.case.label, r.verdict.what) for r in bad],
+        )
     return int(any(row.verdict.what not in GOOD and not row.known for row in rows))
 
 
