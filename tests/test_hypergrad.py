@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from table import RESPONSES, Row, expected, legal_pairs, solve_all
@@ -231,3 +232,35 @@ def test_neumann_approaches_the_hypergradient():
         grads = flatten(case.solve(Implicit(Neumann(k, step))).grads)
         error = np.linalg.norm(grads - truth.hypergrad())
         assert 0 < error <= scale * rho ** (k + 1)
+
+
+def test_argnums_chooses_the_positions_it_names_in_their_order():
+    """Three hyperparameter arguments, each with its own derivative; as `jax.grad` orders them."""
+    w, x = np.array([0.5, -1.0]), np.array([1.0, 2.0])
+
+    def inner(w, a, b, c, x):
+        return jnp.sum((w - a * x) ** 2) + jnp.sum(w * b**2) + 0 * c
+
+    def outer(w, a, b, c, x):
+        return jnp.sum(w * x) + 3.0 * a + 5.0 * b + 7.0 * c, w
+
+    # w* = a x - b^2 / 2, so that dF/da = x'x + 3, dF/db = -b 1'x + 5, dF/dc = 7.
+    point, b = (0.25, np.array(0.5), 0.125), 0.5
+    w = point[0] * x - b**2 / 2
+    want = np.array([x @ x + 3.0, -b * x.sum() + 5.0, 7.0])
+    choices = (1, 2, 3, (1,), (3, 1), (1, 2, 3), (3, 2, 1))
+
+    @jax.jit
+    def all_of_them():
+        return [
+            hypergrad(outer, inner, Implicit(Neumann(1, 0.5)), argnums=numbers, has_aux=True)(
+                w, *point, inner_batch=x, outer_batch=x
+            )
+            for numbers in choices
+        ]
+
+    for numbers, (got, aux) in zip(choices, all_of_them(), strict=True):
+        assert isinstance(got, tuple) == isinstance(numbers, tuple)
+        # The curvature is 2 and the step 1/2: the series is exact, up to rounding.
+        np.testing.assert_allclose(np.array(got), want[np.array(numbers) - 1], rtol=1e-13)
+        np.testing.assert_allclose(aux, w)

@@ -565,3 +565,53 @@ def test_solvers_refuse_what_they_cannot_do():
         CG().solve(lambda v: (v,), G)
     with pytest.raises(ValueError, match="damping"):
         Hessian(damping=-0.1)
+
+
+# ---- what mutants showed to be untested ------------------------------------------------------
+
+
+def test_neumann_that_finds_its_step_reads_every_fresh_batch_once():
+    """The power iteration reads the first batches, the series those after it, in order."""
+    rng = np.random.default_rng(5)
+    k, power = 3, 2
+    matrices = np.stack([spectrum(np.sort(rng.uniform(0.5, 2, 4)), i) for i in range(k + power)])
+    stack, g = jnp.asarray(matrices), rng.standard_normal(4)
+    amap = LinearMap(lambda v: stack[0] @ v, fresh=lambda v, i: stack[i] @ v)
+    solution = jax.jit(lambda g: Neumann(k, power_steps=power).solve(amap, g))(g)
+    v = g
+    for i in range(power):
+        v = v / np.linalg.norm(v)
+        v = matrices[i] @ v
+    step = 1 / np.linalg.norm(v)
+    term = total = g
+    for i in range(power, power + k):
+        term = term - step * matrices[i] @ term
+        total = total + term
+    assert float(solution.stats["step_size"]) == pytest.approx(step, rel=1e-12)
+    # The same sums in another order.
+    assert relative_error(solution.value, step * total) < 1e-12
+    assert int(solution.stats["num_matvecs"]) == k + power
+
+
+def test_damping_is_part_of_every_product_with_a_fresh_batch():
+    x, lam, v = jnp.asarray(vector(24).reshape(3, 4, 2)), jnp.asarray(0.2), jnp.asarray(vector(2))
+
+    def loss(z, hparams, batch):
+        return 0.5 * jnp.sum(z**2)
+
+    operator = GaussNewton(LinearModel(lambda h, b: b), loss, 0.7, lambda w, h: h * jnp.sum(w**2))
+    problem = Problem(operator.loss, operator.loss)
+    for damped in (operator, Hessian(0.7)):
+        bound = damped.bind(problem, jnp.ones(2), lam, x, fresh=True)
+        for i in range(3):
+            matrix = x[i].T @ x[i] + (2 * lam + 0.7) * jnp.eye(2)
+            assert relative_error(bound.mv.fresh(v, i), matrix @ v) < 1e-13  # rounding
+
+
+def test_entries_of_a_preconditioner_are_raised_to_its_floor():
+    """Zero, negative and tiny entries would make P indefinite, or magnify their direction."""
+    known = jnp.array([4.0, 0.0, -1.0, 1e-9])
+    amap = LinearMap(lambda v: known * v, diagonal=lambda: known)
+    inverse = Diagonal(floor=0.01).inverse(amap, jnp.ones(4), None)
+    low = 0.01 * (4 + 1 + 1e-9) / 4  # the floor is relative to the mean size of an entry
+    assert relative_error(inverse, 1 / np.array([4, low, low, low])) < 1e-14

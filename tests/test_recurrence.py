@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from bilevel.inner.recurrence import lstm
 
@@ -87,9 +88,12 @@ def test_no_loop_carries_the_gradient_of_the_kernel():
         shapes = set()
         for equation in jaxpr.eqns:
             if equation.primitive.name == "scan":
-                first = equation.params["num_consts"]
-                for v in equation.invars[first : first + equation.params["num_carry"]]:
-                    shapes.add(v.aval.shape)
+                (body,) = core.jaxprs_in_params(equation.params)
+                # What is carried leaves the loop as it leaves its body; what is stacked gets an
+                # axis more. The names of a scan's parameters are JAX's own and change.
+                for inside, outside in zip(body.outvars, equation.outvars, strict=True):
+                    if inside.aval.shape == outside.aval.shape:
+                        shapes.add(inside.aval.shape)
         return shapes
 
     assert (N, 4 * N) in carried(_plain)

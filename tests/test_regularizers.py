@@ -222,3 +222,17 @@ def test_penalties_name_what_is_missing():
         reg.l2_penalty(params, {"['v']": 0.0})
     with pytest.raises(ValueError, match="level"):
         reg.penalty_init(params, 1.0, "row")
+
+
+def test_hue_is_in_turns():
+    """Chroma turns by an angle drawn from the whole of (-j, j) turns: half of it is too little."""
+    images = jnp.broadcast_to(jnp.array([0.8, 0.3, 0.2]), (512, 1, 1, 3))
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    for strength in (0.1, 0.25):
+        out = reg.color_jitter(jax.random.key(4), images, hue=strength, clip=False)
+        before, after = (np.asarray(x)[:, 0, 0] @ to_yiq[1:].T for x in (images, out))
+        cross = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
+        turns = np.arctan2(cross, np.sum(before * after, axis=1)) / (2 * np.pi)
+        assert np.abs(turns).max() <= strength + 1e-6
+        # The largest of 512 uniform draws is above 0.98 of its range but once in 30,000 times.
+        assert turns.max() > 0.96 * strength and turns.min() < -0.96 * strength
