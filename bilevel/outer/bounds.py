@@ -2,7 +2,7 @@ r"""Bounds: maps from all real numbers to the values that a hyperparameter may t
 
 A bound keeps strictly inside its range for every finite raw value and in every dtype. Where the
 formula rounds to an end (the logistic function of 40 is 1 in float32), the value is the nearest
-number inside; the derivative stays that of the formula, so that a saturated value can come back.
+number inside; the derivative stays that of the formula, and fades to zero as it does.
 A raw value that is not finite gives NaN.
 """
 
@@ -295,21 +295,23 @@ def _finish(
 
 def _squash(raw: jax.Array, lo: float, hi: float, limits: tuple[float, float]) -> jax.Array:
     wide = raw.astype(accumulator_dtype(raw.dtype))
-    # The length of an interval can overflow where its ends do not; that of its half cannot.
-    unit = _unit(lo, hi, wide.dtype)
-    half = lo / unit + (hi / unit - lo / unit) * jax.nn.sigmoid(wide)
-    return _finish(half * unit, wide, raw.dtype, limits)
+    if _overflows(lo, hi, wide.dtype):
+        value = lo * jax.nn.sigmoid(-wide) + hi * jax.nn.sigmoid(wide)
+    else:
+        value = lo + (hi - lo) * jax.nn.sigmoid(wide)
+    return _finish(value, wide, raw.dtype, limits)
 
 
 def _stretch(value: jax.Array, lo: float, hi: float) -> jax.Array:
     wide = value.astype(accumulator_dtype(value.dtype))
-    unit = _unit(lo, hi, wide.dtype)
-    wide = wide / unit
-    return (jnp.log(wide - lo / unit) - jnp.log(hi / unit - wide)).astype(value.dtype)
+    if _overflows(lo, hi, wide.dtype):
+        wide, lo, hi = wide / 2, lo / 2, hi / 2
+    return (jnp.log(wide - lo) - jnp.log(hi - wide)).astype(value.dtype)
 
 
-def _unit(lo: float, hi: float, dtype: np.dtype) -> float:
-    return 1.0 if hi - lo <= float(jnp.finfo(dtype).max) else 2.0
+def _overflows(lo: float, hi: float, dtype: np.dtype) -> bool:
+    """Whether the length of an interval is beyond ``dtype``, though its ends are not."""
+    return hi - lo > float(jnp.finfo(dtype).max)
 
 
 def _smallest(dtype: Any) -> float:
