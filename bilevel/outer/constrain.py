@@ -7,6 +7,9 @@ read :math:`\lambda = c(\rho)`, which cannot leave its bounds. By the chain rule
     \frac{dF}{d\rho} = \Bigl(\frac{\partial c}{\partial\rho}\Bigr)^\top \frac{dF}{d\lambda}
 
 so a hypergradient through bounds costs nothing but one transposed product with :math:`c`.
+
+These bounds are for hyperparameters. For bounds on the trained parameters, differentiate steps that
+keep them: ``Unroll(optax.chain(optax.sgd(step_size), optax.keep_params_nonnegative()), steps)``.
 """
 
 import dataclasses

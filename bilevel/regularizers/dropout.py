@@ -9,6 +9,7 @@ rescaling alone would be a biased part of the truth. It is therefore cut, and a 
 by a best response (which samples it) or by ``Evolution``, not by ``Implicit``, which says so.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -140,7 +141,9 @@ def word_mask(key: Key, num_words: int, tokens: jax.Array, rate: jax.Array | flo
         factors = dropout_mask(key, (num_words,), rate)[tokens]
     else:
         mask = dropout_mask(key, (tokens.shape[0], num_words), rate)
-        flat = jnp.take_along_axis(mask, tokens.reshape(tokens.shape[0], -1), axis=1)
+        flat = jnp.take_along_axis(
+            mask, tokens.reshape(len(tokens), math.prod(tokens.shape[1:])), axis=1
+        )
         factors = flat.reshape(tokens.shape)
     return jnp.where(legal, factors, jnp.nan)[..., None]
 

@@ -30,7 +30,10 @@ def check_strength(
     if not concrete(value) or np.size(value) == 0:
         return
     # As the program will compute with it: 0.999999999 is 1 in float32.
-    array = np.asarray(value).astype(dtype).astype(np.float64)
+    try:
+        array = np.asarray(value).astype(dtype).astype(np.float64)
+    except OverflowError:  # a Python int beyond every float
+        array = np.asarray(np.inf)
     if not np.all(_inside(array, low, high, open_high)):
         raise ValueError(f"`{name}` must lie in {_range(low, high, open_high)}, got {value}.")
 
@@ -142,10 +145,7 @@ def real_dtype(name: str, value: Any) -> np.dtype:
     """The dtype to compute with a strength in, at least float32; refuses what is not real."""
     number = hasattr(value, "dtype") or isinstance(value, numbers.Real)
     if number and not isinstance(value, bool):
-        try:
-            dtype = jnp.result_type(value)
-        except OverflowError:
-            raise ValueError(f"`{name}` is too large for any array, got {value}.") from None
+        dtype = jnp.result_type(value)
         if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer):
             return accumulator_dtype(dtype)
     raise TypeError(
