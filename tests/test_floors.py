@@ -76,6 +76,7 @@ FLOORS = {
         "hypergradient",
     ],
     "outer: how the hyperparameters move": [
+        "outer.bounds",
         "outer.constrain",
         "outer.base",
         "outer.schedule",
