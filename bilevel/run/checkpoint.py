@@ -39,10 +39,11 @@ class Restored(NamedTuple):
 def _orbax() -> Any:
     try:
         import orbax.checkpoint
-    except ImportError:
+    except ImportError as error:
         raise ImportError(
-            'checkpoints need orbax: pip install "bilevel[fit]", or leave out `checkpoint_dir`.'
-        ) from None
+            f"`checkpoint_dir` needs orbax, which cannot be imported ({error}): pip install "
+            '"bilevel[fit]", or leave out `checkpoint_dir`.'
+        ) from error
     return orbax.checkpoint
 
 

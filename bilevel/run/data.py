@@ -1,6 +1,7 @@
 """The batches of a run, as functions of its step."""
 
 import inspect
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -101,10 +102,7 @@ class _Source:
 
     def _check_form(self, batch: Batch, step: int) -> None:
         leaves, structure = jax.tree.flatten(batch)
-        try:
-            form = structure, [(jnp.result_type(x), np.ndim(x)) for x in leaves]
-        except (TypeError, ValueError):
-            form = None
+        form = structure, [(_dtype(x), np.ndim(x)) for x in leaves]
         if self._form is not None and form == self._form:
             return
         _check_arrays(self.name, f"`{self.name}` at step {step}", batch)
@@ -118,14 +116,20 @@ class _Source:
         )
 
 
+def _dtype(leaf: Any) -> Any:
+    """The dtype JAX gives a number or an array of them, or None for what is neither."""
+    if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
+        return None
+    try:
+        return jnp.result_type(leaf)
+    except (TypeError, ValueError):
+        return None
+
+
 def _check_arrays(name: str, where: str, batch: Any) -> None:
     """Refuse leaves that are not arrays of numbers or keys."""
     for path, leaf in paths(batch, ""):
-        try:
-            known = jnp.result_type(leaf)
-        except (TypeError, ValueError):
-            known = None
-        if known is None or isinstance(leaf, (str, bytes)):
+        if _dtype(leaf) is None:
             place = f"{where}{' holds at ' + path if path else ' is'}"
             kind = type(leaf).__name__
             if not path and isinstance(leaf, Iterable) and not isinstance(leaf, (str, bytes)):

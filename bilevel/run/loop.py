@@ -126,7 +126,7 @@ class Run:
                 # `best` itself is donated to the next step.
                 numbers["mark_step"] = jnp.copy(self.carry.best.mark_step)
             report.push(i, numbers, evaluated)
-            save_now = done % options.checkpoint_every == 0
+            save_now = self.checkpoints is not None and done % options.checkpoint_every == 0
             report.settle(0 if last or save_now or report.must_wait(i) else 1)
             if save_now and report.stopped != "nonfinite":
                 self._save()

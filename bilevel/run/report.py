@@ -8,6 +8,7 @@ import jax
 
 from bilevel.run.arguments import wants_to_stop
 from bilevel.run.record import Record, record_of
+from bilevel.run.step import PARTS
 
 
 class Report:
@@ -61,7 +62,8 @@ class Report:
             i, numbers, evaluated = self._pending[0]
             numbers = jax.device_get(numbers)
             self._mark = int(numbers.pop("mark_step"))
-            bad = [name for name, fine in numbers.pop("finite").items() if not fine]
+            finite = numbers.pop("finite")
+            bad = [name for name in PARTS if not finite.get(name, True)]
             record = record_of(i, numbers, evaluated, time.perf_counter() - self._began)
             if bad:
                 record["nonfinite"] = bad

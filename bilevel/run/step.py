@@ -14,6 +14,9 @@ from bilevel.outer.base import Algorithm, same_type
 from bilevel.run.best import Best, keep_best, point_of
 from bilevel.run.record import numbers_of
 
+PARTS = ("outer_loss", "inner_loss", "hypergradient", "params", "hparams", "model_state", "state")
+"""What is judged in a step, causes before their effects; ``state`` is the rest of it."""
+
 
 class Carry(NamedTuple):
     """What goes from step to step on the device.
@@ -122,13 +125,8 @@ def check_step(
     alg: Algorithm, state: Any, batches: dict[str, Batch], key: Key | None, i: int
 ) -> jnp.dtype:
     """Trace one step, to refuse what ``fit`` cannot drive; the dtype of the outer loss."""
-    try:
-        info = jax.eval_shape(lambda *args: one_step(alg, *args)[1], state, batches, key, i)
-    except Exception as error:
-        other = _of_another_algorithm(alg, state)
-        if other is None:
-            raise
-        raise TypeError(other) from error
+    _check_own(alg, state)
+    info = jax.eval_shape(lambda *args: one_step(alg, *args)[1], state, batches, key, i)
     if not hasattr(info, "value") or info.value.shape != ():
         raise TypeError(
             "`alg.step` must return an info with a scalar `value`, got "
@@ -138,25 +136,24 @@ def check_step(
     return info.value.dtype
 
 
-def _of_another_algorithm(alg: Algorithm, state: Any) -> str | None:
-    """Why ``state`` is not one that ``alg.init`` would make, or None."""
+def _check_own(alg: Algorithm, state: Any) -> None:
+    """Refuse a state that ``alg.init`` would not make: optimizers pass on what is not theirs."""
     model_state = getattr(state, "model_state", None)
     try:
         own = jax.eval_shape(alg.init, state.params, state.hparams, model_state)
     except Exception:
-        return None  # it cannot say; what the step raised is told instead
+        return  # an `init` of another form cannot say; what the step raises is told instead
     remedy = "Pass `alg.init(params, hparams)`, or the state of a run of this very algorithm."
     if type(own) is not type(state):
-        return (
-            f"`state` is a {type(state).__name__}, but this `alg` carries a {type(own).__name__}. "
-            f"{remedy}"
+        raise TypeError(
+            f"`state` is of type {type(state).__name__}, but this `alg` carries "
+            f"{type(own).__name__}. {remedy}"
         )
-    for field in getattr(own, "_fields", ()):
-        mine, theirs = getattr(own, field), getattr(state, field)
-        if jax.tree.structure(mine) != jax.tree.structure(theirs):
-            return (
-                f"`state` is of an algorithm with other settings: its `{field}` is "
-                f"{jax.tree.structure(theirs)}, this `alg` carries {jax.tree.structure(mine)}. "
-                f"{remedy}"
+    for field in _fields(own):
+        mine = jax.tree.structure(getattr(own, field))
+        theirs = jax.tree.structure(getattr(state, field))
+        if mine != theirs:
+            raise TypeError(
+                f"`state` is of an algorithm with other settings: its `{field}` is {theirs}, this "
+                f"`alg` carries {mine}. {remedy}"
             )
-    return None
