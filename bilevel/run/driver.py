@@ -144,14 +144,14 @@ def fit(
         first = begin(options, own(state), data, checkpoints)
         sinks, history, bar = [], [], None
         if log is not None:
-            sinks.append(json_log := JsonLog(log, first.done))
-            history.extend(json_log.kept)
+            sinks.append(stack.enter_context(contextlib.closing(JsonLog(log, first.done))))
+            history.extend(sinks[0].kept)
         if tensorboard is not None:
-            sinks.append(TensorBoard(tensorboard, first.done))
+            board = TensorBoard(tensorboard, first.done)
+            sinks.append(stack.enter_context(contextlib.closing(board)))
         if wants_bar(progress):
-            sinks.append(bar := Bar(first.done, steps))
-        for sink in sinks:
-            stack.callback(sink.close)
+            bar = stack.enter_context(contextlib.closing(Bar(first.done, steps)))
+            sinks.append(bar)
         mark = int(first.carry.best.mark_step)
         hold = on_nonfinite != "skip"
         report = Report(sinks, history, callbacks, patience, mark, hold)
