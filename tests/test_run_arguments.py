@@ -321,6 +321,10 @@ def test_a_step_that_was_dropped_is_not_evaluated_and_nothing_after_it():
         )
         assert len(seen) == {"skip": 2, "stop": 0}[mode]
         assert result.best_step == {"skip": 5, "stop": -1}[mode]
+    seen.clear()  # the step after it is finite, and under way before the host knows
+    data = at(1, inner_data(1) * np.nan)
+    result = short(6, inner_data=data, evaluate=evaluate, evaluate_every=3, on_nonfinite="stop")
+    assert result.stopped == "nonfinite" and not seen
 
 
 def test_keys_in_the_state_are_kept_like_the_rest():
