@@ -34,7 +34,7 @@ def _floating_dtype(leaf: Any, name: str) -> np.dtype:
             f"{name} is {leaf!r} of type {type(leaf).__name__}, expected an array of real "
             "floating-point numbers, or one number."
         )
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(type(leaf))
+    dtype = getattr(leaf, "dtype", None) or np.result_type(type(leaf))
     if not jnp.issubdtype(dtype, jnp.floating):
         whole = jnp.issubdtype(dtype, jnp.integer)
         hint = "write 3.0 for 3 (`Integer` rounds only at the end)" if whole else "convert it"
@@ -150,7 +150,8 @@ class Space:
             bound, place = self._find(path, name)
             used.add(place)
             dtype = _floating_dtype(leaf, name)
-            limits = bound.limits(dtype, name) if hasattr(bound, "limits") else None
+            limits = getattr(bound, "limits", None)
+            limits = None if limits is None else limits(dtype, name)
             wide = jnp.asarray(leaf, accumulator_dtype(dtype))
             value = function(bound, wide, name)
             if inside and limits is not None and wide.dtype != dtype:

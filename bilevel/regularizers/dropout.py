@@ -132,7 +132,7 @@ def word_mask(key: Key, num_words: int, tokens: jax.Array, rate: jax.Array | flo
     check_count("num_words", num_words)
     legal = _legal(tokens, num_words)
     tokens = jnp.where(legal, tokens, 0)
-    if np.ndim(rate) > 1 or (np.ndim(rate) and np.shape(rate)[0] != (tokens.shape or (1,))[0]):
+    if np.ndim(rate) and np.shape(rate) != tokens.shape[:1]:
         raise ValueError(
             f"`rate` has shape {np.shape(rate)}, expected a scalar or one rate a sequence of "
             f"`tokens`, whose shape is {tokens.shape}."
