@@ -70,6 +70,7 @@ FLOORS = {
         "hypergradient.finite_difference",
         "hypergradient.best_response",
         "hypergradient.transform",
+        "hypergradient.attach",
         "hypergradient.with_response",
         "hypergradient.memory",
         "hypergradient",
