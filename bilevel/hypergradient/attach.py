@@ -19,7 +19,7 @@ from bilevel.aliases import Batch, Hparams, Key, Params, Vector
 from bilevel.checks import unread_message
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.implicit import Implicit
-from bilevel.problem import Problem
+from bilevel.problem import Point, Problem
 from bilevel.traced import depends
 
 
@@ -128,8 +128,8 @@ def _implicit_tangent(
         return tree.cast_like(image, like)
 
     def matvec(x: tuple[Vector, Hparams]) -> tuple[Vector, Hparams]:
-        q, mu = x
-        return tree.add(product(q), mixed(mu, q)), mu
+        q, mu = _coupled(x)
+        return _coupled((tree.add(product(q), mixed(mu, q)), mu))
 
     # Right sides may be partly zero, and must stay runtime values: see `linear.cg._start`.
     def solve(_: Any, b: tuple[Vector, Hparams]) -> tuple[Vector, Hparams]:
@@ -141,12 +141,20 @@ def _implicit_tangent(
         q = inverse(g)
         return q, tree.sub(mu, problem.cross_vjp(w, hparams, batch, q))
 
-    # JAX transposes a solve only if all of its right side is linear in what is differentiated:
-    # a zero that is linear in every leaf of v makes it so.
-    nothing = sum(jnp.sum(jnp.where(False, x, 0)) for x in jax.tree.leaves(v))
-    b = jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), (tree.zeros_accumulated(w), v))
-    w_dot, _ = jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve)
+    b = _coupled((tree.zeros_accumulated(w), v))
+    w_dot, _ = _coupled(jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve))
     return tree.cast_like(w_dot, w)
+
+
+def _coupled(vectors: Any) -> Any:
+    """The identity, in which each leaf depends on every other as far as JAX can tell.
+
+    JAX transposes a linear solve only if *every* leaf of its right side depends on what is
+    differentiated, and fails where one is a symbolic zero. The transpose couples likewise.
+    """
+    # Not `0 * x`, which an infinity would turn into NaN.
+    nothing = sum(jnp.sum(jnp.where(False, x, 0)) for x in jax.tree.leaves(vectors))
+    return jax.tree.map(lambda x: x + jnp.asarray(nothing).astype(x.dtype), vectors)
 
 
 def attach_response(
@@ -161,7 +169,14 @@ def attach_response(
 
     def pull(g: Vector, response: Any, w: Params, lam: Hparams, batch: Batch, key: Any) -> Hparams:
         state = response.init(problem, w, lam)
-        return response.vjp(problem, w, lam, batch, state, key=key)[1](g)[0]
+        point, pullback = response.vjp(problem, w, lam, batch, state, key=key)
+        if isinstance(point, Point):
+            raise TypeError(
+                f"{type(response).__name__} evaluates the outer loss itself, at a "
+                f"{type(point).__name__} in place of parameters, and `with_response` has no outer "
+                "loss. Use `hypergrad(outer, inner, response)`."
+            )
+        return pullback(g)[0]
 
     run, rest = _closed(pull, w, response, w, hparams, inner_batch, key)
 

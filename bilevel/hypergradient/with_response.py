@@ -19,6 +19,7 @@ from bilevel.checks import (
 )
 from bilevel.hypergradient.attach import attach_implicit, attach_response, differentiates_fully
 from bilevel.hypergradient.base import Response
+from bilevel.hypergradient.best_response import BestResponse
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.base import status_of
 from bilevel.problem import Problem
@@ -125,6 +126,7 @@ def with_response(
             raise TypeError(f"`{name}` must be callable, as `{form}`, got {function!r}.")
     check_response(response)
     check_settings_used(response, "response")
+    _refuse_untrained(response)
     problem = Problem(outer=_no_outer, inner=inner)
     attach = attach_implicit if differentiates_fully(response) else attach_response
 
@@ -154,6 +156,15 @@ def with_response(
 
 def _no_outer(*_: Any) -> Any:
     raise TypeError("`with_response` has no outer loss: a response may read `inner` only.")
+
+
+def _refuse_untrained(response: Response) -> None:
+    if isinstance(response, BestResponse) and response.steps == 0:
+        raise ValueError(
+            "`response` is a BestResponse with `steps=0`, which takes its `state` as trained, but "
+            "`with_response` starts cold in every call: its network would be untrained, and the "
+            "derivative wrong. Set `steps`, or pass the trained state to `hypergrad_solve`."
+        )
 
 
 def _check_arguments(params: Params, hparams: Hparams, inner_batch: Batch) -> None:
