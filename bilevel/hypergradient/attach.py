@@ -153,7 +153,10 @@ def _coupled(vectors: Any) -> Any:
     differentiated, and fails where one is a symbolic zero. The transpose couples likewise.
     """
     # Not `0 * x`, which an infinity would turn into NaN.
-    nothing = sum(jnp.sum(jnp.where(False, x, 0)) for x in jax.tree.leaves(vectors))
+    nothing = sum(
+        jnp.sum(jax.lax.select(jnp.zeros(x.shape, bool), x, jnp.zeros_like(x)))
+        for x in jax.tree.leaves(vectors)
+    )
     return jax.tree.map(lambda x: x + jnp.asarray(nothing).astype(x.dtype), vectors)
 
 
@@ -264,7 +267,7 @@ def _is_zero(x: Any) -> bool:
 def _moves(tangents: Any) -> list[bool]:
     """For each leaf, whether it has a derivative at all."""
     leaves = jax.tree.leaves(tangents, is_leaf=_is_zero)
-    return [not _is_zero(x) and x.dtype != jax.dtypes.float0 for x in leaves]
+    return [not _is_zero(x) and getattr(x, "dtype", None) != jax.dtypes.float0 for x in leaves]
 
 
 def _filled(tangents: Any, like: Any) -> Any:
