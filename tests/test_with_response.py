@@ -521,9 +521,10 @@ def test_an_eager_call_far_from_a_minimum_warns():
         lambda w, lam, b: far(w, lam, TRAIN), ridge, Unroll(optax.sgd(0.1), 2)
     )
     quiet(unrolled, START, LAM, stacked(2))  # assumes no minimum
-    poisoned = bilevel.with_response(lambda w, lam, b: w * jnp.nan, ridge, Implicit())
-    with pytest.warns(RuntimeWarning, match="^nonfinite_input.*NaN"):
-        assert np.all(np.isnan(poisoned(START, LAM, TRAIN)))
+    for response, batch in ((Implicit(), TRAIN), (Unroll(optax.sgd(0.1), 2), stacked(2))):
+        poisoned = bilevel.with_response(lambda w, lam, b: w * jnp.nan, ridge, response)
+        with pytest.warns(RuntimeWarning, match="^nonfinite_input.*NaN"):
+            assert np.all(np.isnan(poisoned(START, LAM, batch)))
 
 
 def test_status_is_an_array_without_derivative_under_every_transformation():
@@ -613,6 +614,13 @@ def test_auxiliary_output_passes_without_derivative():
     np.testing.assert_allclose(aux["norm"], jnp.sum(w**2))
     grad = jax.grad(lambda lam: solved(START, lam, TRAIN)[1]["norm"])
     assert grad(LAM) == 0
+
+    def closing(lam):  # around the arguments, through what `solve` closes over
+        return bilevel.with_response(
+            lambda w, _, b: (exact(w, LAM, b), {"lam": lam}), ridge, Implicit(), has_aux=True
+        )(START, LAM, TRAIN)[1]["lam"]
+
+    assert jax.grad(closing)(LAM) == 0
     both = bilevel.with_response(solve, ridge, Implicit(), has_aux=True, has_status=True)
     w, aux, info = both(START, LAM, TRAIN)
     assert (aux["steps"], int(info.result)) == (3, Status.ok)

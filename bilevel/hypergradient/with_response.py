@@ -84,8 +84,8 @@ def with_response(
     derivatives of the approximate first one (a Hessian need not be symmetric). Other responses,
     and ``fresh_batches=True``, have a first derivative in reverse mode; more raises ``TypeError``.
 
-    **Trust.** Outside ``jit`` an implicit response at a point that is no minimum warns
-    (``RuntimeWarning``); inside, ask for ``has_status=True``. The linear solve of a derivative
+    **Trust.** Outside ``jit`` a solution that is not finite warns (``RuntimeWarning``), as does
+    an implicit response at a point that is no minimum; inside, ask for ``has_status=True``. The linear solve of a derivative
     happens inside automatic differentiation, where there is no place for a status: whether it
     converged is not reported. :func:`~bilevel.hypergrad_solve` tells, at ``params=w``.
 
@@ -145,7 +145,7 @@ def with_response(
         info = None
         if has_status:
             info = jax.lax.stop_gradient(_judge(problem, response, w, fixed, batch))
-        elif isinstance(response, Implicit) and _known((w, fixed, batch, response)):
+        elif _known((w, fixed, batch, response)):
             _warn(_judge(problem, response, w, fixed, batch))
         out = (attach(problem, response, w, hparams, inner_batch, key),)
         out += (aux,) * has_aux + (info,) * has_status
