@@ -85,9 +85,10 @@ def with_response(
     and ``fresh_batches=True``, have a first derivative in reverse mode; more raises ``TypeError``.
 
     **Trust.** Outside ``jit`` a solution that is not finite warns (``RuntimeWarning``), as does
-    an implicit response at a point that is no minimum; inside, ask for ``has_status=True``. The linear solve of a derivative
-    happens inside automatic differentiation, where there is no place for a status: whether it
-    converged is not reported. :func:`~bilevel.hypergrad_solve` tells, at ``params=w``.
+    an implicit response at a point that is no minimum; inside, ask for ``has_status=True``. The
+    linear solve of a derivative happens inside automatic differentiation, where there is no place
+    for a status: whether it converged is not reported. :func:`~bilevel.hypergrad_solve` tells, at
+    ``params=w``.
 
     Raises:
       TypeError, ValueError: for trees, dtypes and shapes that do not fit; when a derivative is
@@ -128,7 +129,9 @@ def with_response(
     check_settings_used(response, "response")
     _refuse_untrained(response)
     problem = Problem(outer=_no_outer, inner=inner)
-    attach = attach_implicit if differentiates_fully(response) else attach_response
+    attach: Callable[..., Params] = attach_response
+    if differentiates_fully(response):
+        attach = attach_implicit
 
     def solved(
         params: Params, hparams: Hparams, inner_batch: Batch, *, key: Key | None = None
