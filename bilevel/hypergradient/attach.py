@@ -28,7 +28,7 @@ class _Rest(NamedTuple):
 
     inner_batch: Batch
     key: Any
-    response: list[Any]
+    response: Any
     closed_over: Any
 
 
