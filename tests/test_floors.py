@@ -71,6 +71,7 @@ FLOORS = {
         "hypergradient.finite_difference",
         "hypergradient.best_response",
         "hypergradient.transform",
+        "hypergradient.attach",
         "hypergradient.with_response",
         "hypergradient.memory",
         "hypergradient",

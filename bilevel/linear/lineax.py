@@ -57,10 +57,14 @@ class Lineax:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Tolerances and other floats are traced; counts and functions are static."""
-        leaves, treedef = jax.tree.flatten(self.solver)
-        traced = tuple(isinstance(x, (float, jax.Array)) for x in leaves)
-        fixed = tuple(None if t else x for x, t in zip(leaves, traced, strict=True))
-        return tuple(x for x, t in zip(leaves, traced, strict=True) if t), (treedef, traced, fixed)
+        form = getattr(self, "_form", None)
+        if form is None:
+            leaves, treedef = jax.tree.flatten(self.solver)
+            traced = tuple(isinstance(x, (float, jax.Array)) for x in leaves)
+            fixed = tuple(None if t else x for x, t in zip(leaves, traced, strict=True))
+            form = treedef, traced, fixed
+        leaves = form[0].flatten_up_to(self.solver)
+        return tuple(x for x, t in zip(leaves, form[1], strict=True) if t), form
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> "Lineax":
@@ -68,7 +72,10 @@ class Lineax:
         treedef, traced, fixed = aux
         floats = iter(children)
         leaves = [next(floats) if t else x for t, x in zip(traced, fixed, strict=True)]
-        return cls(jax.tree.unflatten(treedef, leaves))
+        rebuilt = cls(jax.tree.unflatten(treedef, leaves))
+        # JAX rebuilds pytrees around placeholders, which do not tell what they stand for.
+        object.__setattr__(rebuilt, "_form", aux)
+        return rebuilt
 
     def solve(
         self,
