@@ -77,8 +77,11 @@ FLOORS = {
     "outer: how the hyperparameters move": [
         "outer.constrain",
         "outer.base",
+        "outer.training",
+        "outer.frozen",
         "outer.schedule",
         "outer.whole_run",
+        "outer.alternation",
         "outer.alternate",
         "outer.tuning_state",
         "outer.cycle",
