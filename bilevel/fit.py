@@ -14,7 +14,7 @@ import numpy as np
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, ModelState, Params
 from bilevel.checkpoint import Checkpoints
-from bilevel.outer.base import Algorithm, own
+from bilevel.outer.base import Algorithm, own, own_params
 from bilevel.progress import Bar, JsonLog, Record, TensorBoard, numbers_of, record_of, wants_bar
 from bilevel.settings import check_count, check_real
 
@@ -227,7 +227,7 @@ def fit(
             done = i + 1
             evaluated = None
             if evaluate is not None and (done % evaluate_every == 0 or done == steps):
-                point = Point(state.params, before, getattr(state, "model_state", None))
+                point = _point(alg, state, before)
                 evaluated = float(evaluate(point))
                 best = _keep_best_jitted(best, point, evaluated, i, min_delta)
             if evaluate is not None:
@@ -293,12 +293,18 @@ def _advance(alg: Algorithm, min_delta: float, by_loss: bool) -> Callable[..., A
         before = state.hparams
         state, info = _step(alg, state, batches, key, i)
         if by_loss:
-            point = Point(state.params, before, getattr(state, "model_state", None))
+            point = _point(alg, state, before)
             best = _keep_best(best, point, info.value, i, min_delta)
         numbers = {**numbers_of(info, before), "mark_step": best.mark_step}
         return state, best, numbers, (None if by_loss else before)
 
     return jax.jit(advance, donate_argnums=(0, 1))
+
+
+def _point(alg: Algorithm, state: Any, hparams: Hparams) -> Point:
+    """What the outer loss of the step that returned ``state`` was measured with."""
+    deploy = getattr(alg, "deploy", own_params)
+    return Point(deploy(state, hparams), hparams, getattr(state, "model_state", None))
 
 
 def _keep_best(best: Best, point: Point, value: Any, i: Any, min_delta: Any) -> Best:
@@ -343,7 +349,7 @@ def _first_best(
             "`jax.vmap(alg.step)` in a loop of your own."
         )
     dtype = info.value.dtype if evaluate is None else jnp.result_type(float)
-    point = Point(state.params, state.hparams, getattr(state, "model_state", None))
+    point = _point(alg, state, state.hparams)
     worst = jnp.asarray(jnp.inf, dtype)
     none = jnp.asarray(-1, jnp.int32)
     first = jnp.asarray(start - 1, jnp.int32)

@@ -84,6 +84,7 @@ FLOORS = {
         "outer.alternation",
         "outer.alternate",
         "outer.tuning_state",
+        "outer.tuning",
         "outer.cycle",
         "outer.self_tuning",
         "outer.global_response",

@@ -244,9 +244,7 @@ class Alternation:
         solution = solution._replace(params=trained.whole(solution.params), state=response_state)
         return solution, opt_state
 
-    def _move(
-        self, state: AlternateState, solution: Hypergradient
-    ) -> tuple[Hparams, Any, Scalar]:
+    def _move(self, state: AlternateState, solution: Hypergradient) -> tuple[Hparams, Any, Scalar]:
         """What ``outer_tx`` moves, its state, and the norm of the gradient it received."""
         moved, grads = state.hparams, solution.grads
         if self.constrain is not None:

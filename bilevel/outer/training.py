@@ -108,5 +108,3 @@ def no_line_search(name: str) -> Callable[[Hparams], Scalar]:
         )
 
     return value_fn
-
-
