@@ -86,18 +86,26 @@ class Tuning:
 
     def raw_of(self, state: SelfTuningState, hparams: Hparams) -> Hparams:
         """The unconstrained hyperparameters that the losses read as ``hparams``."""
-        if self.constrain is None:
+        space = self.constrain
+        if space is None:
             return hparams
-        raw = self.constrain.unconstrain(hparams)
-        for known in (state.raw, state.measured):
-            same = [
-                jnp.all(a == b)
-                for a, b in zip(
-                    jax.tree.leaves(self.real(known)), jax.tree.leaves(hparams), strict=True
-                )
-            ]
-            raw = tree.where(jnp.all(jnp.stack(same)), known, raw)
-        return raw
+
+        def gives_them(raw: Hparams) -> Scalar:
+            same = jax.tree.map(lambda a, b: jnp.all(a == b), self.real(raw), hparams)
+            return jnp.all(jnp.stack(jax.tree.leaves(same)))
+
+        which = jnp.where(gives_them(state.raw), 1, 2)
+        which = jnp.where(gives_them(state.measured), 0, which)
+        # Traced, so that a value that rounding put on an open bound is no error.
+        return jax.lax.switch(
+            which,
+            [
+                lambda h: state.measured,
+                lambda h: state.raw,
+                lambda h: tree.cast_like(space.unconstrain(h), state.raw),
+            ],
+            hparams,
+        )
 
     def for_params(self, params: Params) -> "Tuning":
         """These settings with a network that leaves alone what ``inner_tx`` freezes."""
