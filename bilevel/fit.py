@@ -92,7 +92,7 @@ def fit(
     r"""Runs an outer loop to its end, however often it is interrupted.
 
     Args:
-      alg: a pair ``(init, step)`` such as :func:`~bilevel.alternate` returns.
+      alg: an :class:`~bilevel.Algorithm` such as :func:`~bilevel.alternate` returns.
       state: ``alg.init(...)``, or ``result.state`` of an earlier call. Not consumed.
       inner_data: a function ``step -> inner_batches`` of the integer step, from 0, or one
         constant tree of arrays. For a resumed run to equal an uninterrupted one it must be

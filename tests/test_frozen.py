@@ -167,6 +167,7 @@ def delayed():
         (optax.adamw(0.1), None),
         (optax.lbfgs(), None),
         (delayed(), None),
+        (optax.chain(delayed(), OPTIMIZERS["masked"]), (False, True)),
         (optax.set_to_zero(), None),  # trains nothing: it is not the optimizer that trains
         (optax.masked(optax.adam(0.1), {"frozen": False, "head": True}), None),  # others: + g
         (optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS["masked"]), (False, True)),
