@@ -198,7 +198,11 @@ def self_tuning(
         has_state=has_state,
         seed=seed,
     )
-    return Algorithm(*(functools.partial(part, tuning) for part in (init, step, deploy)))
+    return Algorithm(
+        functools.partial(init, tuning),
+        functools.partial(step, tuning),
+        functools.partial(deploy, tuning),
+    )
 
 
 def tuned_params(network: Network, state: SelfTuningState | GlobalResponseState) -> Params:
