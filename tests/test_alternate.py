@@ -383,7 +383,7 @@ def test_batches_and_states_that_do_not_fit_are_refused():
         trace(alg, state, batches(4), (DATA[:0], TARGET[:0]))
     with pytest.raises(ValueError, match="outside its bounds"):
         alg.init(PARAMS, {"decay": 0.0, "mix": 0.5})
-    with pytest.raises(TypeError, match="`inner_tx` must return an optax"):
+    with pytest.raises(TypeError, match=r"`inner_tx\(hparams\)` must return an optax"):
         make(inner_tx=lambda hparams: 0.1).init(PARAMS, HPARAMS)
     rate = make(inner_tx=lambda h: optax.sgd(h["rate"]), constrain=None)
     with pytest.raises(ValueError, match=r"No derivative reaches hparams\['rate'\]"):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Scalar, Stats, Vector
@@ -144,7 +145,24 @@ def loop(steps: int, body: Callable[[Any, Any], Any], carry: Any, unroll: bool) 
 def contract(a: Vector, b: Vector) -> jax.Array:
     """(m, k) inner products between two stacks of vectors, summed over leaves."""
     parts = [
-        x.reshape(x.shape[0], -1) @ y.reshape(y.shape[0], -1).T.astype(x.dtype)
+        contract_leaf(x, y.astype(x.dtype), 1)
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     ]
     return functools.reduce(jnp.add, parts)
+
+
+def contract_leaf(x: jax.Array, y: jax.Array, stacked: int) -> jax.Array:
+    """A stack ``(m, ...)`` against ``(...)``, or against ``(k, ...)`` if ``stacked`` is 1.
+
+    All axes are contracted as they are: laying them out as one would gather a sharded leaf.
+    """
+    contracted = (tuple(range(1, x.ndim)), tuple(range(stacked, y.ndim)))
+    return jax.lax.dot_general(
+        x, y, (contracted, ((), ())), out_sharding=replicated_if_explicit(x, 1 + stacked)
+    )
+
+
+def replicated_if_explicit(x: jax.Array, ndim: int) -> PartitionSpec | None:
+    """The sharding to ask for where an explicit mesh shards ``x`` along summed or read axes."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ()
+    return PartitionSpec(*[None] * ndim) if any(name is not None for name in spec) else None

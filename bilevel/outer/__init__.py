@@ -1,8 +1,8 @@
-"""How the hyperparameters move: bounds, and loops as pairs of pure functions."""
+"""How the hyperparameters move: bounds, and loops as triples of pure functions."""
 
-from bilevel.outer.alternate import AlternateInfo as AlternateInfo
-from bilevel.outer.alternate import AlternateState as AlternateState
 from bilevel.outer.alternate import alternate as alternate
+from bilevel.outer.alternation import AlternateInfo as AlternateInfo
+from bilevel.outer.alternation import AlternateState as AlternateState
 from bilevel.outer.base import Algorithm as Algorithm
 from bilevel.outer.bounds import Bound as Bound
 from bilevel.outer.bounds import Free as Free
