@@ -152,7 +152,9 @@ def test_the_log_has_one_line_a_step_and_the_numbers_to_judge_it(whole):
     records = lines(whole[0])
     assert [r["step"] for r in records] == list(range(60))
     wanted = {"outer_loss", "inner_loss", "hypergrad_norm", "residual_norm", "stationarity"}
-    assert all(wanted <= set(r) and r["status"] in ("ok", "negative_curvature") for r in records)
+    # A network in training, and CG on its Hessian: no minimum, curvature of both signs, a budget.
+    statuses = {"ok", "truncated", "not_stationary", "negative_curvature"}
+    assert all(wanted <= set(r) and r["status"] in statuses for r in records)
     names = sorted(p.name for p in (whole[0] / "checkpoints").iterdir())
     assert names == ["00000052", "00000056", "00000060"]
     files = [p.name for p in (whole[0] / "checkpoints").rglob("*")]
