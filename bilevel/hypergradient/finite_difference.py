@@ -11,15 +11,16 @@ from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Params, Stats, Vector
 from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
-from bilevel.hypergradient.reach import (
+from bilevel.hypergradient.reach import check_reaches
+from bilevel.hypergradient.unroll import Advanced, UnrollState, concrete
+from bilevel.inner.descend import InnerState, descend, keep_types, start
+from bilevel.inner.optimizer import (
     InnerTx,
     build_tx,
     check_inner_tx,
-    check_reaches,
+    compute_updates,
     refresh_injected,
 )
-from bilevel.hypergradient.unroll import Advanced, UnrollState, concrete
-from bilevel.inner.descend import InnerState, descend, keep_types, start
 from bilevel.problem import Problem
 from bilevel.settings import check_settings, real
 from bilevel.status import Status, code
@@ -99,13 +100,16 @@ class FiniteDifference:
             expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
             check_same_tree(state, expected, "state")
 
-        def advance(lam: Hparams) -> Any:
+        def advance(lam: Hparams, in_loss: Hparams) -> Any:
             carry = self._carry(problem, params, lam, state)
             stack = jax.tree.map(lambda x: x[None], inner_batch)
             tx = build_tx(self.inner_tx, lam)
-            return descend(problem, tx, carry, lam, stack, steps=1)[0]
+            end, _ = descend(problem, tx, carry, in_loss, stack, steps=1, straight_line=False)
+            return end.params
 
-        check_reaches(problem, advance, params, hparams, outer_batch)
+        check_reaches(
+            problem, advance, params, hparams, inner_batch, outer_batch, inner_tx=self.inner_tx
+        )
 
     def vjp(
         self,
@@ -124,10 +128,15 @@ class FiniteDifference:
         carry = self._carry(problem, params, hparams, state)
         model_state = keep_types(model_state, carry.model_state)
 
+        def value_fn(params: Params) -> Any:
+            return problem.inner_loss(params, hparams, inner_batch)
+
         def update(lam: Hparams, grads: Vector) -> tuple[Params, Any]:
             carry = self._carry(problem, params, lam, state)
-            tx = optax.with_extra_args_support(build_tx(self.inner_tx, lam))
-            updates, opt_state = tx.update(grads, carry.opt_state, params)
+            tx = build_tx(self.inner_tx, lam)
+            updates, opt_state = compute_updates(
+                tx, grads, carry.opt_state, params, value=loss, value_fn=value_fn
+            )
             moved = optax.apply_updates(params, updates)
             return moved, keep_types(opt_state, carry.opt_state)
 
