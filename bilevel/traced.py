@@ -56,7 +56,11 @@ def _through(
 
     Operations whose programs are not understood pass everything on.
     """
-    name, bodies, everything = eqn.primitive.name, list(programs_within(eqn)), [True] * len(eqn.outvars)
+    name, bodies, everything = (
+        eqn.primitive.name,
+        list(programs_within(eqn)),
+        [True] * len(eqn.outvars),
+    )
     if name == "scan" and len(bodies) == 1:
         return _scan_masks(eqn, bodies[0], incoming, blocked)
     if name == "while":

@@ -190,7 +190,9 @@ def test_a_derivative_of_the_hypergradient_through_a_closed_over_value():
 
     def gradient(shift, mode):
         moved = lambda w, lam, b: inner(w, lam, b) + jnp.sum(jnp.sin(shift * w))  # noqa: E731
-        return solve(Unroll(momentum, 2, mode=mode), inner=moved, inner_batch=part(0, 2)).grads["lr"]
+        return solve(Unroll(momentum, 2, mode=mode), inner=moved, inner_batch=part(0, 2)).grads[
+            "lr"
+        ]
 
     a, b = (jax.grad(gradient)(0.7, mode) for mode in ("mixed", "reverse"))
     np.testing.assert_allclose(a, b, rtol=1e-9)

@@ -196,9 +196,7 @@ class Evolution:
         def advance(lam: Hparams, in_loss: Hparams) -> Any:
             tx = build_tx(self.inner_tx, lam)
             carry = start(tx, params, problem.model_state)
-            end, _ = descend(
-                problem, tx, carry, in_loss, inner_batch, steps=1, straight_line=False
-            )
+            end, _ = descend(problem, tx, carry, in_loss, inner_batch, steps=1, straight_line=False)
             return end.params, end.model_state
 
         one = one_batch(inner_batch)

@@ -21,9 +21,13 @@ from bilevel.inner.optimizer import (
     compute_updates,
     refresh_injected,
 )
+from bilevel.linear.base import status_of
 from bilevel.problem import Problem
 from bilevel.settings import check_settings, real
 from bilevel.status import Status, code
+
+LOST = 0.05
+"""Largest part of the perturbation that the parameters' dtype may lose: it errs by as much."""
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +51,9 @@ class FiniteDifference:
     Args:
       inner_tx: the optax transformation of the step, or ``hparams -> transformation``.
         ``optax.sgd(a)`` makes this the estimator of DARTS, Adam and others that of SAMA.
-      radius: length of the perturbation :math:`\epsilon v`, in units of the parameters.
+      radius: length of the perturbation :math:`\epsilon v`, in units of the parameters. The
+        status is ``rounding`` where the dtype of the parameters loses more than a twentieth
+        of it: it is too small, or they are in half precision.
       lookahead: take the step, and the outer gradient after it (DARTS). ``False`` leaves the
         parameters where they are, for a point that the caller's own training has reached (SAMA
         around a solution; with SGD, T1-T2).
@@ -154,15 +160,21 @@ class FiniteDifference:
             length = tree.norm(v)
             epsilon = self.radius / jnp.where(length > 0, length, 1)
 
-            def hparams_grad(sign: int) -> Hparams:
-                shifted = tree.axpy(sign * epsilon, v, tree.accumulate(params))
-                shifted = tree.cast_like(shifted, params)
-                return jax.grad(problem.inner_loss, argnums=1)(shifted, hparams, inner_batch)
+            def shifted(sign: int) -> Params:
+                return tree.cast_like(tree.axpy(sign * epsilon, v, tree.accumulate(params)), params)
 
-            difference = tree.sub(hparams_grad(-1), hparams_grad(1))
+            def hparams_grad(at: Params) -> Hparams:
+                return jax.grad(problem.inner_loss, argnums=1)(at, hparams, inner_batch)
+
+            low, high = shifted(-1), shifted(1)
+            difference = tree.sub(hparams_grad(low), hparams_grad(high))
             indirect = tree.axpy(1 / (2 * epsilon), difference, of_settings)
+            # The distance that the two points really have, in the dtype of the parameters.
+            apart = tree.sub(tree.accumulate(high), tree.accumulate(low))
+            lost = tree.norm(tree.sub(tree.scale(1 / (2 * epsilon), apart), v))
             stats = {"stationarity": tree.norm(grads), "inner_loss": loss, "epsilon": epsilon}
-            return indirect, new_state, code(Status.ok), stats
+            result = status_of(code(Status.ok), (~(lost <= LOST * length), Status.rounding))
+            return indirect, new_state, result, stats
 
         if problem.has_state:
             return Advanced(end.params, end.model_state), pullback

@@ -116,8 +116,8 @@ def _update(
         extra = {p.name: extra[p.name] for p in accepted if p.name in extra}
     try:
         return tx.update(grads, opt_state, params, **extra)
-    except TypeError as error:
-        if "keyword-only argument" not in str(error):
+    except (TypeError, ValueError) as error:
+        if not any(words in str(error) for words in ("keyword-only argument", "must be provided")):
             raise
         raise TypeError(
             "`inner_tx` needs an argument that training steps do not have: they pass `value`, "
