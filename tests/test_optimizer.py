@@ -51,7 +51,7 @@ def by_hand(factory, lam, params=W, steps=STEPS, outer=outer, inner=inner, evalu
     return outer(evaluate(opt_state, params) if evaluate else params, lam, VALID)
 
 
-def check(factory, response, lam=LAM, params=W, rtol=1e-5, **kwargs):
+def check(factory, response, lam=LAM, params=W, rtol=1e-5, atol=1e-9, **kwargs):
     """Value and gradient against the run by hand and its central differences."""
     kwargs = {"outer": outer, "inner": inner, **kwargs}
     one = isinstance(response, FiniteDifference)
@@ -69,7 +69,7 @@ def check(factory, response, lam=LAM, params=W, rtol=1e-5, **kwargs):
     assert sol.result == Status.ok
     for k in lam:  # h^2 and rounding / h are both below 1e-9 at h = 1e-5
         high, low = (run({**lam, k: lam[k] + h}) for h in (1e-5, -1e-5))
-        np.testing.assert_allclose(sol.grads[k], (high - low) / 2e-5, rtol=rtol, atol=1e-9)
+        np.testing.assert_allclose(sol.grads[k], (high - low) / 2e-5, rtol=rtol, atol=atol)
     assert sol.grads["rate"] != 0
     return sol
 
@@ -95,7 +95,9 @@ def test_a_gradient_of_exactly_zero_has_the_derivative_of_the_limit(name):
     def factory(lam):
         return SECOND_MOMENTS[name](lam["rate"])
 
-    sol = check(factory, Unroll(factory, STEPS))
+    # MultiSteps averages with float32 weights: the differences are noise below 1e-11 / 1e-5.
+    atol = 1e-6 if name == "adam every second step" else 1e-9
+    sol = check(factory, Unroll(factory, STEPS), atol=atol)
     assert sol.params["w"][1] == 0 and not sol.params["unused"].any()
 
 
