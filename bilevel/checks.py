@@ -8,11 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.aliases import Batch, Hparams, Params
 from bilevel.problem import Problem
 from bilevel.traced import depends
 from bilevel.tree import paths
+
+
+def _dtype(leaf: Any) -> Any:
+    """The dtype of an array or number; ``TypeError`` for all else, names of dtypes included."""
+    if isinstance(leaf, (str, bytes, type, np.dtype)):
+        raise TypeError(f"{leaf!r} is no array")
+    return jnp.result_type(leaf)
 
 
 def check_inexact(tree: Any, name: str, remedy: str) -> None:
@@ -22,7 +30,7 @@ def check_inexact(tree: Any, name: str, remedy: str) -> None:
     """
     for path, leaf in paths(tree, name):
         try:
-            dtype = jnp.result_type(leaf)
+            dtype = _dtype(leaf)
         except TypeError:
             raise TypeError(
                 f"{path} is a {type(leaf).__name__}, expected a real floating-point array. It is "
@@ -57,7 +65,7 @@ def check_batch(batch: Batch, name: str) -> None:
     """Refuse what is no array, and an array of size zero: its mean loss would be NaN."""
     for path, leaf in paths(batch, name):
         try:
-            jnp.result_type(leaf)
+            _dtype(leaf)
         except TypeError:
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise TypeError(
@@ -174,7 +182,9 @@ def check_problem(
 ) -> None:
     """All checks that need no response: trees, dtypes, batches, and the two losses' outputs."""
     check_inexact(
-        params, "params", "Split the model into its trainable floats and the rest (keys, counters)."
+        params,
+        "params",
+        "Split the model into its trainable floats and the rest (keys, counters, masks).",
     )
     check_inexact(
         hparams,
