@@ -92,7 +92,11 @@ def push_forward(
             n_all = len(tangent)
             seen = tangent[:n_params] + tangent[n_all - n_state :]
         else:
-            _, back = jax.vjp(lambda floats: read(_with_floats(end, floats)), _floats(end))
+
+            def seen_by(floats: list[Any], read: Any = read) -> Any:
+                return read(_with_floats(end, floats))
+
+            _, back = jax.vjp(seen_by, _floats(end))
             cts, seen = back(cotangent)[0], tangent
         parts = jax.vmap(lambda *z: tree.vdot(list(z), cts))(*seen)
         leaves, treedef = jax.tree.flatten(hparams)

@@ -370,9 +370,10 @@ def _status_of_rounding(told: list[StepInfo], params: Params) -> jax.Array:
     Either the additions to the parameters lost too much of what the optimizer asked for, or so
     many roundings followed each other that what they add up to, as a random walk, is too large.
     """
-    if told[0].rounded is None:
+    rounded = [info.rounded for info in told if info.rounded is not None]
+    if not rounded:
         return code(Status.ok)
-    asked, lost = (sum(jnp.sum(info.rounded[i]) for info in told) for i in range(2))
+    asked, lost = (sum(jnp.sum(norms[i]) for norms in rounded) for i in range(2))
     steps = sum(info.loss.size for info in told)
     unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(params))
     bad = (lost > LOST**2 * asked) | (unit * steps**0.5 > WALK)
