@@ -3,10 +3,12 @@
 Every check costs at most an abstract evaluation, never a computation on the device.
 """
 
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.aliases import Batch, Hparams, Params
 from bilevel.problem import Problem
@@ -14,19 +16,40 @@ from bilevel.traced import depends
 from bilevel.tree import paths
 
 
+def _dtype(leaf: Any) -> Any:
+    """The dtype of an array or number; ``TypeError`` for all else, names of dtypes included."""
+    if isinstance(leaf, (str, bytes, type, np.dtype)):
+        raise TypeError(f"{leaf!r} is no array")
+    return jnp.result_type(leaf)
+
+
 def check_inexact(tree: Any, name: str, remedy: str) -> None:
-    """Refuse leaves that are not real floating-point arrays, named by their path."""
+    """Refuse leaves that are not real floating-point arrays, named by their path.
+
+    ``remedy`` is what to do about whole numbers; other kinds have remedies of their own.
+    """
     for path, leaf in paths(tree, name):
         try:
-            dtype = jnp.result_type(leaf)
+            dtype = _dtype(leaf)
         except TypeError:
             raise TypeError(
-                f"{path} is a {type(leaf).__name__}, expected a real floating-point array. {remedy}"
+                f"{path} is a {type(leaf).__name__}, expected a real floating-point array. It is "
+                "no number: keep it out of the tree, in a closure of the losses or in a static "
+                "part of the model."
             ) from None
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{path} has dtype {dtype}, expected a real floating-point dtype. {remedy}"
+        if jnp.issubdtype(dtype, jnp.floating):
+            continue
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            remedy = (
+                "Pass the real and the imaginary part as two real leaves, and join them with "
+                "`jax.lax.complex` inside the loss."
             )
+        elif jnp.issubdtype(dtype, jnp.bool_) and name == "hparams":
+            remedy = (
+                "A switch has no derivative: give both cases a real weight, or keep it out of "
+                "`hparams` and compare two runs."
+            )
+        raise TypeError(f"{path} has dtype {dtype}, expected a real floating-point dtype. {remedy}")
 
 
 def check_response(response: Any) -> None:
@@ -39,8 +62,17 @@ def check_response(response: Any) -> None:
 
 
 def check_batch(batch: Batch, name: str) -> None:
-    """Refuse a batch with an array of size zero: its mean loss would be NaN."""
+    """Refuse what is no array, and an array of size zero: its mean loss would be NaN."""
     for path, leaf in paths(batch, name):
+        try:
+            _dtype(leaf)
+        except TypeError:
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(
+                f"{path} is a {type(leaf).__name__} ({kind}), expected an array of numbers or a "
+                "key: encode it as numbers (tokens, labels) before it enters a batch, or let the "
+                "loss close over it."
+            ) from None
         if 0 in jnp.shape(leaf):
             raise ValueError(
                 f"{path} is empty (shape {jnp.shape(leaf)}): expected at least one example."
@@ -74,7 +106,21 @@ def _raw_shape(problem: Problem, which: str, *args: Any) -> Any:
     pair = problem.has_state or (which == "outer" and problem.has_aux)
     if problem.has_state:
         args = (*args, problem.model_state)
-    shape = jax.eval_shape(loss, *args)
+    _check_arguments(loss, args, which, problem.has_state)
+    numbers: list[Any] = []
+
+    def call(*args: Any) -> Any:
+        out = loss(*args)
+        numbers.append(out[0] if pair and isinstance(out, tuple) and out else out)
+        return out
+
+    shape = jax.eval_shape(call, *args)
+    if isinstance(numbers[-1], (bool, int, float, complex)):
+        raise TypeError(
+            f"`{which}` must return a JAX scalar, got the Python number {numbers[-1]!r}: it does "
+            "not depend on the parameters. Compute the loss with `jnp` operations on the "
+            "arguments, without `float(...)` or `.item()`."
+        )
     if not pair:
         return shape
     if not isinstance(shape, tuple) or len(shape) != 2:
@@ -96,6 +142,29 @@ def _raw_shape(problem: Problem, which: str, *args: Any) -> Any:
     return shape[0]
 
 
+def _check_arguments(loss: Any, args: tuple, which: str, has_state: bool) -> None:
+    """Refuse a loss that cannot be called with as many arguments as it will get."""
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # built in: it cannot be asked
+        return
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        names = "params, hparams, batch" + (", model_state" if has_state else "")
+        hint = (
+            "With `has_state=True` both losses receive the model state: add the argument, or "
+            "leave `has_state` out."
+            if has_state
+            else "If it reads and returns mutable model state, pass `has_state=True` and "
+            "`model_state=...`; bind other arguments with `functools.partial`."
+        )
+        raise TypeError(
+            f"`{which}` cannot be called as loss({names}): {error}. Its signature is {signature}. "
+            f"{hint}"
+        ) from None
+
+
 def check_same_tree(got: Any, expected: Any, name: str) -> None:
     """Refuse another tree structure or other leaf shapes, naming the first leaf that differs."""
     if jax.tree.structure(got) != jax.tree.structure(expected):
@@ -113,7 +182,9 @@ def check_problem(
 ) -> None:
     """All checks that need no response: trees, dtypes, batches, and the two losses' outputs."""
     check_inexact(
-        params, "params", "Split the model into its trainable floats and the rest (keys, counters)."
+        params,
+        "params",
+        "Split the model into its trainable floats and the rest (keys, counters, masks).",
     )
     check_inexact(
         hparams,

@@ -95,9 +95,15 @@ def test_segments_cover_all_steps_in_near_equal_parts():
     assert [segment_length(t) for t in (25, 50, 100, 400)] == [5, 5, 10, 20]
 
 
-def test_short_stack_is_refused():
-    with pytest.raises(ValueError, match=r"inner_batch\['x'\] has shape \(9, 5, 3\).*at least 10"):
-        check_batches({"x": X}, 10)
-    with pytest.raises(ValueError, match=r"shape \(\).*at least 2"):
-        check_batches((X, 1.0), 2)
+def test_only_a_stack_of_exactly_the_steps_passes():
+    """Longer would read a single batch of nine examples as nine batches."""
+    for steps in (10, 8, 5):
+        with pytest.raises(
+            ValueError, match=rf"inner_batch\['x'\] has shape \(9, 5, 3\).*leading axis of {steps}:"
+        ):
+            check_batches({"x": X}, steps)
+    with pytest.raises(ValueError, match=r"inner_batch\[1\] has shape \(4,\).*axis of 9"):
+        check_batches((X, jnp.zeros(4)), 9)  # one leaf stacked and the other not
+    with pytest.raises(ValueError, match=r"shape \(\).*axis of 9"):
+        check_batches((X, 1.0), 9)
     check_batches((X, jax.random.key(0)), 9)

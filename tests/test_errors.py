@@ -319,3 +319,116 @@ def test_adapters():
 def test_with_response(match, make):
     with pytest.raises(TypeError, match=match):
         make()
+
+
+def with_state(w, lam, batch, seen):
+    return inner(w, lam, batch), seen
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "options"),
+    [
+        # each kind of leaf gets a remedy of its own
+        (
+            TypeError,
+            r"params\['b'\] has dtype complex128.*real and the imaginary part as two real leaves",
+            {"w": {**W, "b": np.ones(2) * 1j}},
+        ),
+        (
+            TypeError,
+            r"hparams\['decay'\] has dtype complex128.*two real leaves",
+            {"lam": {"decay": np.ones(3) * 1j}},
+        ),
+        (
+            TypeError,
+            r"hparams\['on'\] has dtype bool.*A switch has no derivative",
+            {"lam": {**LAM, "on": np.array(True)}},
+        ),
+        (
+            TypeError,
+            r"hparams\['name'\] is a str, .*It is no number: keep it out of the tree",
+            {"lam": {**LAM, "name": "l2"}},
+        ),
+        (
+            TypeError,
+            r"params\['act'\] is a function, .*keep it out of the tree",
+            {"w": {**W, "act": inner}},
+        ),
+        (
+            TypeError,
+            r"params\['n'\] has dtype int.*keys, counters",
+            {"w": {**W, "n": np.arange(2)}},
+        ),
+        # batches of what no array can hold
+        (
+            TypeError,
+            r"inner_batch\[1\] is a str \(str\), expected an array of numbers.*tokens",
+            {"tr": (BATCH, "float32")},
+        ),
+        (
+            TypeError,
+            r"outer_batch\['text'\] is a ndarray \(<U1\), expected an array of numbers",
+            {"va": {"x": BATCH, "text": np.array(["a", "b"])}},
+        ),
+        (
+            TypeError,
+            r"inner_batch\['o'\] is a ndarray \(object\), expected an array",
+            {"tr": {"o": np.array([object()])}},
+        ),
+        (TypeError, r"inner_batch\[1\] is a object \(object\)", {"tr": (BATCH, object())}),
+        # losses that cannot be called, or that give no array
+        (
+            TypeError,
+            r"`inner` cannot be called as loss\(params, hparams, batch\): missing.*'seen'.*"
+            r"pass `has_state=True`",
+            {"inner": with_state},
+        ),
+        (
+            TypeError,
+            r"`outer` cannot be called as loss\(params, hparams, batch\).*functools.partial",
+            {"outer": lambda w: 0.0},
+        ),
+        (
+            TypeError,
+            r"`outer` cannot be called as loss\(params, hparams, batch, model_state\): too many.*"
+            r"both losses receive the model state",
+            {"inner": with_state, "has_state": True, "model_state": np.ones(())},
+        ),
+        (
+            TypeError,
+            r"`outer` must return a JAX scalar, got the Python number 1.5.*`float\(...\)`",
+            {"outer": lambda w, lam, b: 1.5},
+        ),
+        (
+            TypeError,
+            r"`outer` must return a JAX scalar, got the Python number 1.5",
+            {"outer": lambda w, lam, b: (1.5, w), "has_aux": True},
+        ),
+        (
+            TypeError,
+            r"`inner` must return a JAX scalar, got the Python number 0",
+            {"inner": lambda w, lam, b: 0},
+        ),
+    ],
+)
+def test_remedies_fit_what_went_wrong(error, match, options):
+    with pytest.raises(error, match=match):
+        call(**options)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        bilevel.Unroll(optax.sgd(0.1), 3),
+        bilevel.FiniteDifference(optax.sgd(0.1)),
+        bilevel.Evolution(optax.sgd(0.1), 3, 2, 0.1),
+    ],
+)
+def test_every_response_says_so(response):
+    key = jax.random.key(0)
+    with pytest.raises(TypeError, match="`inner` cannot be called as loss.*has_state=True"):
+        call(response, inner=with_state, key=key)
+    with pytest.raises(TypeError, match="`inner` must return a JAX scalar, got the Python number"):
+        call(response, inner=lambda w, lam, b: 1.0, key=key)
+    with pytest.raises(TypeError, match=r"inner_batch\['t'\]\[0\] is a"):
+        call(response, tr={"t": ["a", "b", "c"]}, key=key)

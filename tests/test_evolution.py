@@ -80,6 +80,19 @@ def test_staggered_pairs_reset_at_their_horizon():
     assert abs(together.grads[-1] - 1) <= 4 * np.sqrt(2 / PAIRS)  # the ninth call is a first one
 
 
+def test_a_reset_forgets_the_perturbations_before_it():
+    """They average out, so no mean tells: after a reset the sums are one draw, of sigma^2."""
+    response = Evolution(optax.sgd(1.0), 1, PAIRS, 0.1, horizon=4, staggered=False)
+    sol = run(response, 5)
+    after, before = closed_form(1)[1], closed_form(4)[1]
+    # the relative spread of a sample standard deviation over 2e5 pairs is below 1 %
+    for call, variance in ((3, before), (4, after)):
+        np.testing.assert_allclose(
+            sol.stats["standard_error"][call], np.sqrt(variance / PAIRS), rtol=0.05
+        )
+    assert before > 10 * after
+
+
 def test_direct_term_rounding_and_model_state():
     """A rounded hyperparameter has no derivative anywhere, and a smoothed one; f is nonlinear."""
 
@@ -129,8 +142,9 @@ def test_bad_calls():
 
     with pytest.raises(ValueError, match=r"pass `key=jax.random.key"):
         solve(None)
-    with pytest.raises(ValueError, match="leading axis of at least 2"):
-        solve(jax.random.key(0), steps=1)
+    for steps in (1, 3):
+        with pytest.raises(ValueError, match="leading axis of 2:"):
+            solve(jax.random.key(0), steps=steps)
     with pytest.raises(ValueError, match=r"No derivative reaches hparams\['unread'\]"):
         solve(
             jax.random.key(0),

@@ -123,3 +123,36 @@ def test_bad_input():
             FiniteDifference(optax.sgd(0.1)), W, {"decay": jnp.zeros(4), "lr": 0.1},
             inner_batch=(X, Y), outer_batch=None,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "radius", "status"),
+    [
+        (jnp.float32, 1e-30, bilevel.Status.rounding),  # w + eps v is w: the difference is zero
+        (jnp.float32, 1e-7, bilevel.Status.rounding),  # some entries move, by one unit of rounding
+        (jnp.float32, 1e-2, bilevel.Status.ok),
+        (jnp.bfloat16, 1e-2, bilevel.Status.rounding),
+        (jnp.bfloat16, 1.0, bilevel.Status.ok),
+        (jnp.float64, 1e-8, bilevel.Status.ok),
+    ],
+)
+def test_a_radius_below_rounding_is_marked(dtype, radius, status):
+    lam = jnp.zeros(4, dtype)
+    sol = bilevel.hypergrad_solve(
+        lambda w, lam, b: jnp.sum(jnp.sin(w)), decayed, FiniteDifference(optax.sgd(0.3), radius),
+        W.astype(dtype), lam, inner_batch=(X.astype(dtype), Y.astype(dtype)), outer_batch=None,
+    )  # fmt: skip
+    assert sol.result == status
+    if status == bilevel.Status.rounding:
+        with pytest.raises(bilevel.HypergradientError, match="raise `radius`"):
+            bilevel.raise_for_status(sol)
+
+
+def test_a_traced_radius_is_judged_by_lane():
+    lam = jnp.zeros(4)
+
+    def result(radius):
+        return solve(FiniteDifference(optax.sgd(0.3), radius), decayed, lam).result
+
+    results = jax.vmap(result)(jnp.asarray([1e-30, 1e-3]))
+    assert results.tolist() == [bilevel.Status.rounding, bilevel.Status.ok]

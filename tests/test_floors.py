@@ -38,6 +38,8 @@ FLOORS = {
     ],
     "inner: how w follows the hyperparameters forward": [
         "inner.mixed",
+        "inner.roots",
+        "inner.optimizer",
         "inner.descend",
         "inner.groups",
         "inner.network",

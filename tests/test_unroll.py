@@ -281,6 +281,7 @@ OPTIMIZERS = {
 def test_optimizer_settings_equal_central_differences(name):
     factory, settings = OPTIMIZERS[name]
     case, steps = Network(), 4
+    stack = (*(x[:steps] for x in case.inner_batch[:2]), case.inner_batch[2])
     lam = {k: jnp.asarray(v) for k, v in settings.items()}
 
     def solve(lam):
@@ -288,7 +289,7 @@ def test_optimizer_settings_equal_central_differences(name):
         outer = lambda w, lam, batch: case.outer(w, case.hparams, batch)  # noqa: E731
         return bilevel.hypergrad_solve(
             outer, inner, Unroll(factory, steps), case.params, lam,
-            inner_batch=case.inner_batch, outer_batch=case.outer_batch,
+            inner_batch=stack, outer_batch=case.outer_batch,
         )  # fmt: skip
 
     sol = jax.jit(solve)(lam)

@@ -10,13 +10,7 @@ from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
 from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
-from bilevel.hypergradient.reach import (
-    InnerTx,
-    build_tx,
-    check_inner_tx,
-    check_reaches,
-    refresh_injected,
-)
+from bilevel.hypergradient.reach import check_reaches
 from bilevel.hypergradient.unroll import concrete
 from bilevel.inner.descend import (
     InnerState,
@@ -26,6 +20,7 @@ from bilevel.inner.descend import (
     one_batch,
     start,
 )
+from bilevel.inner.optimizer import InnerTx, build_tx, check_inner_tx, refresh_injected
 from bilevel.linear.base import require_key
 from bilevel.problem import Point, Problem
 from bilevel.settings import check_settings, count, real
@@ -130,7 +125,7 @@ class Evolution:
     Stats: ``stationarity`` and ``inner_loss`` as :class:`~bilevel.Unroll`;
     ``standard_error``, the norm of the estimate's standard error over the pairs (NaN for one).
 
-    Raises ``ValueError``/``TypeError``, when traced, for a missing key, a batch axis shorter
+    Raises ``ValueError``/``TypeError``, when traced, for a missing key, a batch axis other
     than ``steps``, a hyperparameter nothing reads, a horizon that is no multiple of ``steps``.
 
     Reference: Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled
@@ -198,18 +193,23 @@ class Evolution:
             expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
             check_same_tree(state, expected, "state")
 
-        def advance(lam: Hparams) -> Any:
-            carry = start(build_tx(self.inner_tx, lam), params, problem.model_state)
-            return self._run(problem, carry, lam, inner_batch, 1)[0]
+        def advance(lam: Hparams, in_loss: Hparams) -> Any:
+            tx = build_tx(self.inner_tx, lam)
+            carry = start(tx, params, problem.model_state)
+            end, _ = descend(problem, tx, carry, in_loss, inner_batch, steps=1, straight_line=False)
+            return end.params, end.model_state
 
-        check_reaches(problem, advance, params, hparams, outer_batch, differentiable=False)
+        one = one_batch(inner_batch)
+        check_reaches(
+            problem, advance, params, hparams, one, outer_batch, inner_tx=self.inner_tx, by="values"
+        )
 
     def _run(
-        self, problem: Problem, carry: InnerState, hparams: Hparams, batches: Batch, steps: int
+        self, problem: Problem, carry: InnerState, hparams: Hparams, batches: Batch
     ) -> tuple[InnerState, StepInfo]:
         tx = build_tx(self.inner_tx, hparams)
         carry = carry._replace(opt_state=refresh_injected(carry.opt_state, tx, carry.params))
-        return descend(problem, tx, carry, hparams, batches, steps=steps)
+        return descend(problem, tx, carry, hparams, batches, steps=self.steps)
 
     def _reset(self, problem: Problem, hparams: Hparams, state: EvolutionState) -> EvolutionState:
         """Pairs whose clock has reached the horizon start again, with nothing accumulated."""
@@ -249,7 +249,7 @@ class Evolution:
         if state is None:
             state = self.init(problem, params, hparams)
         carry = InnerState(params, state.opt_state, problem.model_state)
-        end, info = self._run(problem, carry, hparams, inner_batch, self.steps)
+        end, info = self._run(problem, carry, hparams, inner_batch)
 
         shape = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((self.particles, *jnp.shape(x)), x.dtype), hparams
@@ -264,7 +264,7 @@ class Evolution:
 
         def one(member: InnerState, sign: jax.Array, noise: Hparams) -> InnerState:
             perturbed = tree.axpy(sign, noise, hparams)
-            return self._run(problem, member, perturbed, inner_batch, self.steps)[0]
+            return self._run(problem, member, perturbed, inner_batch)[0]
 
         signs = jnp.asarray([1.0, -1.0])
         over_pairs = jax.vmap(one, in_axes=(0, None, 0))

@@ -11,18 +11,23 @@ from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Params, Stats, Vector
 from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
-from bilevel.hypergradient.reach import (
+from bilevel.hypergradient.reach import check_reaches
+from bilevel.hypergradient.unroll import Advanced, UnrollState, concrete
+from bilevel.inner.descend import InnerState, descend, keep_types, start
+from bilevel.inner.optimizer import (
     InnerTx,
     build_tx,
     check_inner_tx,
-    check_reaches,
+    compute_updates,
     refresh_injected,
 )
-from bilevel.hypergradient.unroll import Advanced, UnrollState, concrete
-from bilevel.inner.descend import InnerState, descend, keep_types, start
+from bilevel.linear.base import status_of
 from bilevel.problem import Problem
 from bilevel.settings import check_settings, real
 from bilevel.status import Status, code
+
+LOST = 0.05
+"""Largest part of the perturbation that the parameters' dtype may lose: it errs by as much."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +51,9 @@ class FiniteDifference:
     Args:
       inner_tx: the optax transformation of the step, or ``hparams -> transformation``.
         ``optax.sgd(a)`` makes this the estimator of DARTS, Adam and others that of SAMA.
-      radius: length of the perturbation :math:`\epsilon v`, in units of the parameters.
+      radius: length of the perturbation :math:`\epsilon v`, in units of the parameters. The
+        status is ``rounding`` where the dtype of the parameters loses more than a twentieth
+        of it: it is too small, or they are in half precision.
       lookahead: take the step, and the outer gradient after it (DARTS). ``False`` leaves the
         parameters where they are, for a point that the caller's own training has reached (SAMA
         around a solution; with SGD, T1-T2).
@@ -99,13 +106,16 @@ class FiniteDifference:
             expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
             check_same_tree(state, expected, "state")
 
-        def advance(lam: Hparams) -> Any:
+        def advance(lam: Hparams, in_loss: Hparams) -> Any:
             carry = self._carry(problem, params, lam, state)
             stack = jax.tree.map(lambda x: x[None], inner_batch)
             tx = build_tx(self.inner_tx, lam)
-            return descend(problem, tx, carry, lam, stack, steps=1)[0]
+            end, _ = descend(problem, tx, carry, in_loss, stack, steps=1, straight_line=False)
+            return end.params
 
-        check_reaches(problem, advance, params, hparams, outer_batch)
+        check_reaches(
+            problem, advance, params, hparams, inner_batch, outer_batch, inner_tx=self.inner_tx
+        )
 
     def vjp(
         self,
@@ -124,10 +134,15 @@ class FiniteDifference:
         carry = self._carry(problem, params, hparams, state)
         model_state = keep_types(model_state, carry.model_state)
 
+        def value_fn(params: Params) -> Any:
+            return problem.inner_loss(params, hparams, inner_batch)
+
         def update(lam: Hparams, grads: Vector) -> tuple[Params, Any]:
             carry = self._carry(problem, params, lam, state)
-            tx = optax.with_extra_args_support(build_tx(self.inner_tx, lam))
-            updates, opt_state = tx.update(grads, carry.opt_state, params)
+            tx = build_tx(self.inner_tx, lam)
+            updates, opt_state = compute_updates(
+                tx, grads, carry.opt_state, params, value=loss, value_fn=value_fn
+            )
             moved = optax.apply_updates(params, updates)
             return moved, keep_types(opt_state, carry.opt_state)
 
@@ -145,15 +160,21 @@ class FiniteDifference:
             length = tree.norm(v)
             epsilon = self.radius / jnp.where(length > 0, length, 1)
 
-            def hparams_grad(sign: int) -> Hparams:
-                shifted = tree.axpy(sign * epsilon, v, tree.accumulate(params))
-                shifted = tree.cast_like(shifted, params)
-                return jax.grad(problem.inner_loss, argnums=1)(shifted, hparams, inner_batch)
+            def shifted(sign: int) -> Params:
+                return tree.cast_like(tree.axpy(sign * epsilon, v, tree.accumulate(params)), params)
 
-            difference = tree.sub(hparams_grad(-1), hparams_grad(1))
+            def hparams_grad(at: Params) -> Hparams:
+                return jax.grad(problem.inner_loss, argnums=1)(at, hparams, inner_batch)
+
+            low, high = shifted(-1), shifted(1)
+            difference = tree.sub(hparams_grad(low), hparams_grad(high))
             indirect = tree.axpy(1 / (2 * epsilon), difference, of_settings)
+            # The distance that the two points really have, in the dtype of the parameters.
+            apart = tree.sub(tree.accumulate(high), tree.accumulate(low))
+            lost = tree.norm(tree.sub(tree.scale(1 / (2 * epsilon), apart), v))
             stats = {"stationarity": tree.norm(grads), "inner_loss": loss, "epsilon": epsilon}
-            return indirect, new_state, code(Status.ok), stats
+            result = status_of(code(Status.ok), (~(lost <= LOST * length), Status.rounding))
+            return indirect, new_state, result, stats
 
         if problem.has_state:
             return Advanced(end.params, end.model_state), pullback

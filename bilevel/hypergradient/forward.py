@@ -48,6 +48,7 @@ def push_forward(
     finish: Callable[[InnerState, Hparams], tuple[InnerState, Any]],
     hparams: Hparams,
     tangent: Any,
+    read: Callable[[InnerState], Any] | None = None,
 ) -> tuple[InnerState, Any, list[jax.Array], Callable[[Any], Hparams]]:
     """Run ``finish(begin(hparams), hparams)`` with one tangent a hyperparameter.
 
@@ -55,10 +56,11 @@ def push_forward(
       begin: the carry before the first step.
       finish: the steps; returns the last carry and whatever else they tell.
       tangent: of the first carry, from an earlier call; ``None`` takes that of ``begin``.
+      read: what of the last carry is to be differentiated; ``None``: parameters, model state.
 
     Returns:
       The last carry, what the steps told, the last tangent, and the transposed map
-      ``(params cotangent, model state cotangent) -> hparams``.
+      ``(params cotangent, model state cotangent) -> hparams`` of what ``read`` returns.
 
     Cost: one run and p tangents of it; p copies of the carry.
     """
@@ -83,12 +85,19 @@ def push_forward(
     (end, info), tangent = jax.vmap(column, out_axes=(None, 0))(basis, tangent)
 
     def pull(cotangent: Any) -> Hparams:
-        params_ct, state_ct = cotangent
-        cts = [c for c in jax.tree.leaves((params_ct, state_ct)) if is_cotangent(c)]
-        # The tangent holds every float of (params, opt_state, model_state), in that order.
-        n_params, n_state = (len(_floats(part)) for part in (end.params, end.model_state))
-        n_all = len(tangent)
-        seen = tangent[:n_params] + tangent[n_all - n_state :]
+        if read is None:
+            cts = [c for c in jax.tree.leaves(cotangent) if is_cotangent(c)]
+            # The tangent holds every float of (params, opt_state, model_state), in that order.
+            n_params, n_state = (len(_floats(part)) for part in (end.params, end.model_state))
+            n_all = len(tangent)
+            seen = tangent[:n_params] + tangent[n_all - n_state :]
+        else:
+
+            def seen_by(floats: list[Any], read: Any = read) -> Any:
+                return read(_with_floats(end, floats))
+
+            _, back = jax.vjp(seen_by, _floats(end))
+            cts, seen = back(cotangent)[0], tangent
         parts = jax.vmap(lambda *z: tree.vdot(list(z), cts))(*seen)
         leaves, treedef = jax.tree.flatten(hparams)
         ends = np.cumsum([int(np.prod(jnp.shape(x))) for x in leaves])[:-1].tolist()

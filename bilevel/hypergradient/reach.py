@@ -5,70 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bilevel.aliases import Batch, Hparams, Params
 from bilevel.inner.mixed import is_float
+from bilevel.inner.optimizer import InnerTx, build_tx, concrete_setting, explain_search
 from bilevel.problem import Problem
-from bilevel.traced import depends
+from bilevel.traced import depends, reaching
 from bilevel.tree import paths
-
-InnerTx = optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]
-
-
-def check_inner_tx(inner_tx: Any) -> None:
-    """Refuse what is neither an optax transformation nor a function of hyperparameters."""
-    if hasattr(inner_tx, "init") and hasattr(inner_tx, "update"):
-        return
-    if not callable(inner_tx):
-        raise TypeError(
-            "`inner_tx` must be an optax transformation, or a function hparams -> transformation, "
-            f"got {inner_tx!r}."
-        )
-
-
-def build_tx(inner_tx: InnerTx, hparams: Hparams) -> optax.GradientTransformation:
-    """The inner optimizer at these hyperparameters."""
-    given: Any = inner_tx
-    if hasattr(given, "init") and hasattr(given, "update"):
-        return given
-    try:
-        tx = given(hparams)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
-        raise integer_setting(error) from error
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"`inner_tx(hparams)` must return an optax transformation, got {tx!r}.")
-    return tx
-
-
-def integer_setting(error: Exception) -> TypeError:
-    """What to say when an optimizer wants a Python number where it got a tuned one."""
-    return TypeError(
-        "`inner_tx` uses a hyperparameter where the optimizer needs a concrete Python number: an "
-        "integer setting (a number of steps, an order, `every_k_schedule`) or a branch on its "
-        "value. Such a setting has no derivative: keep it out of `hparams`, write the schedule "
-        "with `jnp` operations on a real number, or build optimizers that test their arguments "
-        f"in Python through `optax.inject_hyperparams`. ({type(error).__name__})"
-    )
-
-
-def refresh_injected(opt_state: Any, tx: optax.GradientTransformation, params: Params) -> Any:
-    """``opt_state`` with injected hyperparameters taken from ``tx`` as it is now.
-
-    ``optax.inject_hyperparams`` keeps its values in the state and reads them there. A state
-    carried from an earlier call would hide the current hyperparameters behind the old ones.
-    """
-    fresh = jax.tree_util.tree_flatten_with_path(tx.init(params))[0]
-    old, treedef = jax.tree.flatten(opt_state)
-
-    def injected(path: tuple[Any, ...]) -> bool:
-        return any(getattr(part, "name", None) == "hyperparams" for part in path)
-
-    leaves = [
-        jnp.asarray(new).astype(jnp.result_type(value)) if injected(path) else value
-        for (path, new), value in zip(fresh, old, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, leaves)
 
 
 def _loses_derivative(equation: Any) -> bool:
@@ -76,67 +19,99 @@ def _loses_derivative(equation: Any) -> bool:
 
     ``sign`` is not among them: its derivative is truthfully zero (lion's b1).
     """
-    name = equation.primitive.name
-    if name == "convert_element_type":
-        return not jnp.issubdtype(equation.params["new_dtype"], jnp.inexact)
-    return name in ("stop_gradient", "floor", "ceil", "round", "lt", "le", "gt", "ge", "eq", "ne")
+    if equation.primitive.name in ("stop_gradient", "floor", "ceil", "round"):
+        return True
+    return not any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars)
 
 
 def check_reaches(
     problem: Problem,
-    advance: Callable[[Hparams], Any],
+    advance: Callable[[Hparams, Hparams], Any],
     params: Params,
     hparams: Hparams,
+    inner_batch: Batch,
     outer_batch: Batch,
     *,
-    differentiable: bool = True,
+    inner_tx: InnerTx,
+    by: str = "reverse",
 ) -> None:
     """Refuse hyperparameters that nothing depends on: their derivative would be silently zero.
 
     Args:
-      advance: ``advance(hparams)``, one training step, everything it changes.
-      differentiable: a derivative must reach them (reverse and forward modes); otherwise any
-        dependence will do (evolution strategies).
+      advance: ``advance(hparams, in_loss)``, one training step written as a loop: everything
+        the outer loss then reads. The loss reads ``in_loss``, all else ``hparams``.
+      inner_batch: one batch.
+      inner_tx: named where it is what cannot be differentiated.
+      by: how the steps are differentiated, ``"reverse"`` or ``"forward"``, which decides which
+        programs can be; ``"values"`` where any dependence will do (evolution strategies).
     """
 
     def through_outer(ct: Any, lam: Hparams) -> Hparams:
         value, pull = jax.vjp(lambda lam: problem.outer_loss(params, lam, outer_batch)[0], lam)
         return pull(ct.astype(value.dtype))[0]
 
-    def floats(lam: Hparams) -> list[Any]:
-        return [leaf for leaf in jax.tree.leaves(advance(lam)) if is_float(leaf)]
+    def floats(lam: Hparams, in_loss: Hparams) -> list[Any]:
+        return [leaf for leaf in jax.tree.leaves(advance(lam, in_loss)) if is_float(leaf)]
 
-    def through_steps(cts: Any, lam: Hparams) -> Hparams:
-        return jax.vjp(floats, lam)[1](cts)[0]
+    def both(lam: Hparams) -> list[Any]:
+        return floats(lam, lam)
+
+    def of_tx(lam: Hparams) -> list[Any]:
+        return floats(lam, jax.lax.stop_gradient(lam))
 
     try:
-        shapes = jax.eval_shape(floats, hparams)
+        shapes = jax.eval_shape(both, hparams)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
-        raise integer_setting(error) from error
-    one = jax.ShapeDtypeStruct((), jnp.float32)
-    alive = jax.tree.leaves(depends(through_outer, one, hparams))
-    if differentiable:
-        stepped = jax.tree.leaves(depends(through_steps, shapes, hparams))
-        alive = [a or b for a, b in zip(alive, stepped, strict=True)]
-    leaves, treedef = jax.tree.flatten(hparams)
+        raise concrete_setting(error) from error
+    alive = jax.tree.leaves(depends(through_outer, jax.ShapeDtypeStruct((), jnp.float32), hparams))
 
-    def read(i: int) -> bool:
-        def value(leaf: Any, others: list[Any]) -> Any:
-            return floats(jax.tree.unflatten(treedef, [*others[:i], leaf, *others[i:]]))
+    def also(found: Any) -> None:
+        alive[:] = [a or b for a, b in zip(alive, jax.tree.leaves(found), strict=True)]
 
-        others = leaves[:i] + leaves[i + 1 :]
-        blocked = _loses_derivative if differentiable else None
-        return any(jax.tree.leaves(depends(value, leaves[i], others, blocked=blocked)))
-
-    names = [path for path, _ in paths(hparams, "hparams")]
-    dead = [name for i, name in enumerate(names) if not alive[i] and not read(i)]
-    if dead:
-        raise ValueError(
-            f"No derivative reaches {', '.join(dead)}: neither a training step nor the outer loss "
-            "depends on it differentiably, so its hypergradient would be silently zero. Usual "
-            "causes: `inner_tx` is a fixed transformation (pass a function `lambda hparams: "
-            "optax.sgd(hparams['lr'])`); a schedule given to `optax.inject_hyperparams`, which "
-            "is recomputed at every update and ignores a value set in the state; a "
-            "`stop_gradient`, a rounding or a comparison on the way. Remove it from `hparams` if "
-            "it is not to be tuned, or use `Evolution` for what has no derivative."
+    if by == "values":
+        also(reaching(both, hparams))
+    elif by == "forward":
+        also(reaching(lambda t, lam: jax.jvp(both, (lam,), (t,))[1], hparams, hparams))
+    else:
+        try:
+            also(depends(lambda cts, lam: jax.vjp(both, lam)[1](cts)[0], shapes, hparams))
+        except ValueError as error:
+            raise explain_search(error, build_tx(inner_tx, hparams), params) from error
+    if by != "values" and not all(alive):
+        # What an optimizer makes of a setting may be flat (a sign) and zero its true derivative.
+        also(reaching(of_tx, hparams, blocked=_loses_derivative))
+    if by != "values" and not all(alive):
+        # So may what it makes of a gradient that does depend on the hyperparameter.
+        read = reaching(both, hparams, blocked=_loses_derivative)
+        cross = depends(
+            lambda v, lam, batch: problem.cross_vjp(params, lam, batch, v),
+            params,
+            hparams,
+            inner_batch,
         )
+        also(jax.tree.map(lambda a, b: a and b, read, cross))
+    names = [path for path, _ in paths(hparams, "hparams")]
+    dead = [name for name, is_alive in zip(names, alive, strict=True) if not is_alive]
+    if dead:
+        raise ValueError(f"No derivative reaches {', '.join(dead)}: {_why(by)}")
+
+
+def _why(by: str) -> str:
+    fixed = (
+        "Usual causes: `inner_tx` is a fixed transformation (pass a function `lambda hparams: "
+        "optax.sgd(hparams['lr'])`); a schedule given to `optax.inject_hyperparams`, which is "
+        "recomputed at every update and ignores a value set in the state; a term of the inner "
+        "loss without the parameters, which moves nothing"
+    )
+    if by == "values":
+        return (
+            "neither a training step nor the outer loss depends on it, so its estimate would be "
+            f"silent noise around zero. {fixed}. Remove it from `hparams` if it is not to be tuned."
+        )
+    return (
+        "neither a training step nor the outer loss depends on it differentiably, so its "
+        f"hypergradient would be silently zero. {fixed}; a `stop_gradient`, a rounding or a "
+        "comparison on the way (the rate of `regularizers.dropout` is one). Use `Evolution` or "
+        "`BestResponse` for what has no derivative, and remove it from `hparams` if it is not to "
+        "be tuned."
+    )

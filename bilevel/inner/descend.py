@@ -11,7 +11,8 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, ModelState, Params
-from bilevel.inner.mixed import close_loss, mixed_gradient
+from bilevel.inner.mixed import close_loss, is_float, mixed_gradient
+from bilevel.inner.optimizer import compute_updates, reads_value
 from bilevel.operators import wants_straight_line
 from bilevel.problem import Problem
 
@@ -27,10 +28,15 @@ class InnerState(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What each step saw, (steps,): the loss and the gradient's norm, before its update."""
+    """What each step saw, (steps,): the loss and the gradient's norm, before its update.
+
+    ``rounded`` is there where parameters have a half precision: squared norms of the updates of
+    those leaves, and of what their addition to the parameters lost.
+    """
 
     loss: jax.Array
     grad_norm: jax.Array
+    rounded: tuple[jax.Array, jax.Array] | None = None
 
 
 def select_batch(batches: Batch, index: Any) -> Batch:
@@ -55,16 +61,20 @@ def one_batch(batches: Batch) -> Batch:
 
 
 def check_batches(batches: Batch, steps: int, name: str = "inner_batch") -> None:
-    """Refuse a leaf whose leading axis holds fewer batches than there are steps."""
+    """Refuse a leaf that is not a stack of exactly ``steps`` batches.
+
+    The one rule for every stack: equality tells it from a single batch of as many examples.
+    """
     for path, leaf in tree.paths(batches, name):
         if is_single_key(leaf):
             continue
-        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] < steps:
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != steps:
             raise ValueError(
-                f"{path} has shape {jnp.shape(leaf)}, expected a leading axis of at least {steps}: "
-                "one batch a step. Stack the batches (a full batch: `jnp.broadcast_to(x, "
-                f"({steps}, *x.shape))`); only a key made by `jax.random.key` may come alone, and "
-                "is then split by step."
+                f"{path} has shape {jnp.shape(leaf)}, expected a leading axis of {steps}: one "
+                "batch per step. Stack the batches (to use one batch in every step: "
+                f"`jnp.broadcast_to(x, ({steps}, *x.shape))`), and cut a longer stack, "
+                f"`x[:{steps}]`. Only a key made by `jax.random.key` may come alone; it is then "
+                "split by step."
             )
 
 
@@ -135,27 +145,52 @@ def descend(
         batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
         here = dataclasses.replace(problem, model_state=state.model_state)
         straight_line = wants_straight_line(here, state.params, hparams, batch)
-    gradient = _gradient(problem, state, hparams, batches, first, mixed)
-    tx = optax.with_extra_args_support(tx)
+    gradient = _gradient(problem, tx, state, hparams, batches, first, mixed)
 
     def step(state: InnerState, index: Any) -> tuple[InnerState, StepInfo]:
         params, opt_state, model_state = state
         grads, loss, new_model_state = gradient(params, hparams, model_state, batches, index)
-        updates, new_opt_state = tx.update(grads, opt_state, params)
-        new = InnerState(optax.apply_updates(params, updates), new_opt_state, new_model_state)
-        info = jax.lax.stop_gradient(StepInfo(loss, tree.norm(grads)))
-        return keep_types(new, state), info
+
+        def value_fn(params: Params) -> Any:
+            batch = select_batch(batches, index)
+            return problem.inner_loss_and_state(params, hparams, batch, model_state)[0]
+
+        updates, new_opt_state = compute_updates(
+            tx, grads, opt_state, params, value=loss, value_fn=value_fn
+        )
+        new_params = optax.apply_updates(params, updates)
+        new = keep_types(InnerState(new_params, new_opt_state, new_model_state), state)
+        rounded = _rounded(params, updates, new.params)
+        return new, jax.lax.stop_gradient(StepInfo(loss, tree.norm(grads), rounded))
 
     return _loop(step, state, first, steps, remat, straight_line)
 
 
+def _rounded(params: Params, updates: Any, moved: Params) -> tuple[jax.Array, jax.Array] | None:
+    """Squared norms, over leaves of half precision: the update, and its part that was lost."""
+    exact = optax.apply_updates(tree.accumulate(params), updates)
+    leaves = zip(*map(jax.tree.leaves, (params, exact, moved)), strict=True)
+    half = [x for x in leaves if is_float(x[0]) and jnp.finfo(x[0].dtype).bits < 32]
+    asked = [sum_ - w.astype(sum_.dtype) for w, sum_, _ in half]
+    lost = [sum_ - new.astype(sum_.dtype) for _, sum_, new in half]
+    return (tree.vdot(asked, asked), tree.vdot(lost, lost)) if half else None
+
+
 def _gradient(
-    problem: Problem, state: InnerState, hparams: Hparams, batches: Batch, first: int, mixed: bool
+    problem: Problem,
+    tx: optax.GradientTransformation,
+    state: InnerState,
+    hparams: Hparams,
+    batches: Batch,
+    first: int,
+    mixed: bool,
 ) -> Callable[..., Any]:
     if mixed:
         batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
         loss, consts = close_loss(problem, state.params, hparams, batch, state.model_state)
-        primitive = mixed_gradient(loss, select_batch, problem.has_state)
+        value = jax.eval_shape(loss, consts, state.params, hparams, batch, state.model_state)[0]
+        with_value = reads_value(tx, state.params, value)
+        primitive = mixed_gradient(loss, select_batch, problem.has_state, with_value)
         return lambda *args: primitive(consts, *args)
 
     def gradient(params, hparams, model_state, batches, index):

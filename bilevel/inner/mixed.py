@@ -47,18 +47,22 @@ def close_loss(
 
 
 def mixed_gradient(
-    loss: Callable[..., Any], select: Callable[[Batch, Any], Batch], with_state: bool
+    loss: Callable[..., Any],
+    select: Callable[[Batch, Any], Batch],
+    with_state: bool,
+    with_value: bool = False,
 ) -> Callable[..., Any]:
     r"""``gradient(consts, params, hparams, model_state, batches, index)``.
 
     Returns ``(grads, value, model_state)``. The batches travel whole, with an index, so that
     what a scan saves for its backward pass is a number a step instead of a copy of the data.
-    No derivative flows through ``value``, which is there to be looked at.
+    No derivative flows through ``value``, which is there to be looked at, unless ``with_value``.
 
     Args:
       loss: from :func:`close_loss`.
       select: ``select(batches, index) -> batch``.
       with_state: whether the returned model state depends on anything.
+      with_value: whether the value is used (by an optimizer that asks for the loss).
 
     Cost of the backward rule: about 3 gradients, one forward-over-reverse pass of memory, plus
     a backward pass through the model state where there is one.
@@ -77,7 +81,7 @@ def mixed_gradient(
         return forward_only(*args), args
 
     def backward(args, cotangents):
-        v, _, state_cotangent = cotangents
+        v, value_cotangent, state_cotangent = cotangents
         leaves, treedef = jax.tree.flatten(args)
         floats = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
 
@@ -91,7 +95,9 @@ def mixed_gradient(
             values = [jax.tree.leaves((args[0], params, *args[2:]))[i] for i in floats]
             return jax.grad(lambda values: evaluate(*rebuilt(values))[0])(values)
 
-        _, found = jax.jvp(all_grads, (args[1],), (tree.cast_like(v, args[1]),))
+        first, found = jax.jvp(all_grads, (args[1],), (tree.cast_like(v, args[1]),))
+        if with_value:
+            found = tree.axpy(value_cotangent, first, found)
         if with_state:
 
             def new_state(values):
