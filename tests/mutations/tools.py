@@ -57,7 +57,7 @@ MUTANTS = [
         "status = Status(int(results.max()))",
         "status = Status(int(results.min()))",
         "`raise_for_status` is silent unless every lane of a vmapped solve failed",
-        ("test_hypergrad.py",),
+        ("test_errors.py::test_raise_for_status_of_many_lanes_tells_of_the_gravest",),
     ),
     Mutant(
         "count_accepts_true",
