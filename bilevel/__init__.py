@@ -12,8 +12,6 @@ from bilevel.check import HypergradCheck as HypergradCheck
 from bilevel.check import check_hypergrad as check_hypergrad
 from bilevel.diagnose import Diagnosis as Diagnosis
 from bilevel.diagnose import diagnose as diagnose
-from bilevel.fit import FitResult as FitResult
-from bilevel.fit import fit as fit
 from bilevel.hypergradient import BestResponse as BestResponse
 from bilevel.hypergradient import BestResponseState as BestResponseState
 from bilevel.hypergradient import Evolution as Evolution
@@ -64,6 +62,8 @@ from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
 from bilevel.outer import tuned_params as tuned_params
 from bilevel.problem import Problem as Problem
+from bilevel.run import FitResult as FitResult
+from bilevel.run import fit as fit
 from bilevel.status import HypergradientError as HypergradientError
 from bilevel.status import Status as Status
 from bilevel.status import raise_for_status as raise_for_status

@@ -48,6 +48,7 @@ class LinearMap:
       diagonal: returns the exact diagonal of :math:`M + \rho I`, where known.
       sampled: :class:`SampledDiagonal`, where there is a better estimate than Hutchinson's.
       factors: returns :class:`Factors`, where known.
+      penalized: whether :class:`Factors` have a diagonal of their own, beside the damping.
       fresh: ``fresh(v, i)`` is the damped product on batch ``i``, where batches are fresh.
     """
 
@@ -57,6 +58,7 @@ class LinearMap:
     diagonal: Callable[[], Vector] | None = None
     sampled: SampledDiagonal | None = None
     factors: Callable[[], Factors] | None = None
+    penalized: bool = False
     fresh: Callable[[Vector, Any], Vector] | None = None
 
     def __call__(self, v: Vector) -> Vector:

@@ -225,6 +225,7 @@ class GaussNewton:
                 diagonal,
                 SampledDiagonal(lambda: _separable_penalty(self, params, hparams), sample),
                 lambda: _factors(self, problem, params, hparams, batch),
+                self.penalty is not None,
             ),
         )
 

@@ -99,7 +99,8 @@ MESSAGES: dict[Status, str] = {
     Status.invalid_setting: (
         "A traced setting of the response (a damping, step size, scale, radius or tolerance that "
         "was computed inside `jit`) is NaN, infinite or outside its range: look at where it comes "
-        "from, and at the range in the docstring."
+        "from, and at the range in the docstring. Or the network of a best response is untrained, "
+        "so that nothing responds: pass the `state` of a trained one, or train it (`steps`, `tx`)."
     ),
     Status.nonfinite_input: (
         "The outer gradient or the inner gradient is NaN or infinite before any solve: look at "

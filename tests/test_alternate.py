@@ -108,7 +108,8 @@ def test_a_step_is_the_loop_written_by_hand():
     close(state.raw, moved, 1e-10)
     close(state.hparams, SPACE.constrain(moved), 1e-10)
     close(state.inner_opt_state[0].trace, velocity, 1e-12)
-    assert int(state.step) == 1 and int(info.result) == bilevel.Status.ok
+    # Three steps from a random start: the numbers are exact, the point is no minimum.
+    assert int(state.step) == 1 and int(info.result) == bilevel.Status.not_stationary
 
 
 @pytest.mark.parametrize("name", ["bounds", "free"])
@@ -382,7 +383,7 @@ def test_batches_and_states_that_do_not_fit_are_refused():
         trace(alg, state, batches(4), (DATA[:0], TARGET[:0]))
     with pytest.raises(ValueError, match="outside its bounds"):
         alg.init(PARAMS, {"decay": 0.0, "mix": 0.5})
-    with pytest.raises(TypeError, match="`inner_tx` must return an optax"):
+    with pytest.raises(TypeError, match=r"`inner_tx\(hparams\)` must return an optax"):
         make(inner_tx=lambda hparams: 0.1).init(PARAMS, HPARAMS)
     rate = make(inner_tx=lambda h: optax.sgd(h["rate"]), constrain=None)
     with pytest.raises(ValueError, match=r"No derivative reaches hparams\['rate'\]"):

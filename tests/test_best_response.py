@@ -198,6 +198,41 @@ def test_state_in_is_state_out_and_training_goes_on():
     np.testing.assert_allclose(cold.grads, one.grads, rtol=1e-10)
 
 
+def test_a_scale_that_is_traced_and_not_positive_has_a_status():
+    with pytest.raises(ValueError, match="`scale` must be greater than 0"):
+        BestResponse(scale=jnp.array(0.0))
+
+    @jax.jit
+    def run(scale):
+        response = BestResponse(tx=optax.sgd(0.1), steps=2, scale={"lam": scale})
+        return bilevel.hypergrad_solve(
+            lambda w, h, b: outer(w, h["lam"], b), lambda w, h, b: inner(w, h["lam"], b),
+            response, minimiser(LAM), {"lam": jnp.asarray(LAM)},
+            inner_batch=(X, Y), outer_batch=(XV, YV), key=KEY,
+        ).result  # fmt: skip
+
+    bad = [0.0, -0.5, np.nan, np.inf]
+    assert int(run(0.5)) == bilevel.Status.ok
+    assert all(int(run(scale)) >= bilevel.Status.invalid_setting for scale in bad)
+    # No step was trained with it, so that it does not matter.
+    unused = jax.jit(lambda s: solve(BestResponse(scale=s), state=trained(minimiser(LAM))).result)
+    assert int(unused(0.0)) == bilevel.Status.ok
+
+
+def test_the_zero_of_an_untrained_network_is_no_answer():
+    state = bilevel.hypergrad_init(outer, inner, BestResponse(), minimiser(LAM), jnp.asarray(LAM))
+    sol = solve(BestResponse(), state=state)
+    assert float(sol.indirect) == 0 and int(sol.result) == bilevel.Status.invalid_setting
+    with pytest.raises(bilevel.HypergradientError, match="network of a best response is untrained"):
+        bilevel.raise_for_status(sol)
+    # An outer loss at its minimum has nothing to pass on: zero is then the answer.
+    flat = bilevel.hypergrad_solve(
+        lambda w, lam, b: 0 * jnp.sum(w), inner, BestResponse(), minimiser(LAM), jnp.asarray(LAM),
+        inner_batch=(X, Y), outer_batch=(XV, YV), state=trained(minimiser(LAM)),
+    )  # fmt: skip
+    assert float(flat.grads) == 0 and int(flat.result) == bilevel.Status.ok
+
+
 def test_bad_input_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match="untrained"):
         solve(BestResponse())

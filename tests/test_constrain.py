@@ -1,11 +1,14 @@
 """Bounds: inverse, gradient, dtype, transforms, and every message."""
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bilevel import Free, Integer, Interval, Positive, Simplex, Space
 
@@ -79,6 +82,124 @@ def test_integer_rounds_to_its_range():
     np.testing.assert_array_equal(rounded["x"], 0.3)
 
 
+def test_integer_rounds_values_beyond_its_range_to_its_ends():
+    # Values of the user's own, and halves: 0.5 and 7.5 round to the even numbers 0 and 8.
+    values = jnp.array([-7.0, 0.5, 7.5, 99.0])
+    for rounded in (Integer(1, 7).round(values), Space(Integer(1, 7)).round(values)):
+        np.testing.assert_array_equal(rounded, [1, 1, 7, 7])
+
+
+DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64]
+ENDS = {  # name: (bound, lower end, upper end), open
+    "positive": (Positive(), 0.0, np.inf),
+    "interval": (Interval(0.1, 0.95), 0.1, 0.95),
+    "near_zero": (Interval(0.0, 1e-6), 0.0, 1e-6),
+    "negative": (Interval(-3.0, 0.0), -3.0, 0.0),
+    "huge": (Interval(-3e38, 3e38), -3e38, 3e38),
+    "integer": (Integer(1, 199), 0.5, 199.5),
+    "simplex": (Simplex(), 0.0, 1.0),
+}
+
+
+@jax.jit
+def _through_the_bounds(raw):
+    space = Space({name: bound for name, (bound, _, _) in ENDS.items()})
+    value, back = jax.vjp(space.constrain, raw)
+    alone = {name: bound.constrain(raw[name]) for name, (bound, _, _) in ENDS.items()}
+    return value, alone, space.unconstrain(value), back(jax.tree.map(jnp.ones_like, value))[0]
+
+
+EXTREMES = [0.0, 20.0, 40.0, 88.7, 88.9, 200.0, 710.0, 6e4, 1e30, 3.3e38]
+RAWS = st.lists(
+    st.one_of(
+        st.sampled_from([sign * x for x in EXTREMES for sign in (1, -1)]),
+        st.floats(-60, 60),
+        st.floats(allow_nan=False, allow_infinity=False),
+    ),
+    min_size=6,
+    max_size=6,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=60, deadline=None)
+@given(raws=RAWS)
+def test_every_finite_raw_stays_strictly_inside_in_every_dtype(dtype, raws):
+    greatest = float(jnp.finfo(dtype).max)
+    raw = jnp.sort(jnp.clip(jnp.array(raws), -greatest, greatest).astype(dtype))
+    value, alone, again, slope = _through_the_bounds({name: raw for name in ENDS})
+    for name, (_, lo, hi) in ENDS.items():
+        assert value[name].dtype == dtype
+        for found in (value[name], alone[name]):
+            found = np.asarray(found, np.float64)
+            if name == "simplex":
+                assert (found > 0).all() and (found <= 1).all()
+                # Each weight is rounded once, by eps/2 of itself: eps/2 of the sum.
+                np.testing.assert_allclose(found.sum(), 1.0, atol=float(jnp.finfo(dtype).eps))
+            else:
+                assert (found > lo).all() and (found < hi).all()
+            # Neighbours may swap by the rounding of the formula; three operations of it.
+            size = np.maximum(np.abs(found[1:]), max(0.0, -lo))
+            assert (np.diff(found) >= -3 * float(jnp.finfo(dtype).eps) * size).all()
+        assert np.isfinite(np.asarray(again[name], np.float64)).all()
+        assert not np.isnan(np.asarray(slope[name], np.float64)).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_ordinary_raws_give_the_bits_of_the_formula(dtype):
+    raw = jnp.linspace(-9.0, 9.0, 37, dtype=dtype)
+    expected = {
+        "positive": (Positive(), jnp.exp(raw)),
+        "interval": (Interval(0.1, 0.95), 0.1 + (0.95 - 0.1) * jax.nn.sigmoid(raw)),
+        "integer": (Integer(0, 3), -0.5 + 4.0 * jax.nn.sigmoid(raw)),
+        "simplex": (Simplex(), jax.nn.softmax(raw)),
+    }
+    for bound, value in expected.values():
+        np.testing.assert_array_equal(bound.constrain(raw), value)
+
+
+def test_a_value_that_rounds_to_an_end_keeps_the_slope_of_the_formula():
+    raw = jnp.bfloat16(8.0)  # 0.99966, which is 1 in bfloat16
+    for constrain in (Space(Interval(0.0, 1.0)).constrain, Interval(0.0, 1.0).constrain):
+        value, slope = jax.value_and_grad(constrain)(raw)
+        assert float(value) == 1 - 2**-8
+        # 1 - s has lost four digits of seven in float32; the result is rounded to bfloat16.
+        np.testing.assert_allclose(np.float64(slope), np.exp(-8.0), rtol=2**-8 + 1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_raw_that_is_not_finite_gives_nan_and_not_an_end(bad):
+    raw = jnp.array([bad, 0.5])
+    for bound in (Positive(), Interval(0, 1), Integer(0, 3), Simplex()):
+        assert np.isnan(bound.constrain(raw)[0])
+
+
+def test_whole_numbers_that_a_dtype_cannot_tell_apart_are_refused():
+    most = {jnp.bfloat16: 2**8, jnp.float16: 2**11, jnp.float32: 2**24, jnp.float64: 2**53}
+    for dtype, hi in most.items():
+        # All whole numbers up to the last can be constrained to, ends included.
+        space = Space(Integer(0, hi))
+        ends = jnp.array([0.0, hi], dtype)
+        np.testing.assert_array_equal(space.round(space.constrain(space.unconstrain(ends))), ends)
+        assert np.isfinite(np.asarray(space.unconstrain(ends), np.float64)).all()
+        for move in ("constrain", "unconstrain", "round"):
+            with pytest.raises(ValueError, match=r"hparams\['k'\] has dtype .*cannot tell whole"):
+                getattr(Space({"k": Integer(0, 2 * hi)}), move)({"k": jnp.ones((), dtype)})
+    with pytest.raises(ValueError, match="cannot tell whole numbers beyond 2"):
+        Integer(-(2**25), 0).constrain(jnp.float32(0))
+
+
+def test_ends_that_a_dtype_cannot_hold_are_refused():
+    one = jnp.ones((), jnp.float32)
+    with pytest.raises(ValueError, match=r"hparams has dtype float32, whose numbers do not reach"):
+        Space(Interval(0, 1e300)).constrain(one)
+    with pytest.raises(ValueError, match=r"fewer than two numbers strictly inside `Interval\(1, "):
+        Space(Interval(1, 1 + 1e-8)).constrain(one)
+    # 0.1 is above 0.1 in float32, but nothing is left of the difference: the logit is infinite.
+    with pytest.raises(ValueError, match=r"contains 0.1, outside its bounds: .*in float32: from"):
+        Space(Interval(0.1, 1)).unconstrain(jnp.float32(0.1))
+
+
 class Pair(NamedTuple):
     a: jax.Array
     b: jax.Array
@@ -107,6 +228,29 @@ def test_bounds_are_a_prefix_of_any_tree():
         (lambda: Interval(0.0, float("inf")), ValueError, "`hi` must be finite"),
         (lambda: Interval(float("nan"), 1.0), ValueError, "`lo` must be finite"),
         (lambda: Interval("a", 1.0), TypeError, "`lo` must be a real number"),
+        (lambda: Interval(None, 1.0), TypeError, "`lo` must be a real number .*got None"),
+        (lambda: Interval(0, 1j), TypeError, "`hi` must be a real number"),
+        (lambda: Interval(0, np.complex64(1)), TypeError, "`hi` must be a real number"),
+        (lambda: Interval(False, True), TypeError, "`lo` must be a real number .*got False"),
+        (lambda: Interval(0, jnp.array(True)), TypeError, "`hi` must be a real number"),
+        (lambda: Interval(0, jnp.ones(2)), TypeError, "`hi` must be a real number"),
+        (lambda: Interval(jnp.array(-np.inf), 0.0), ValueError, "`lo` must be finite"),
+        (lambda: Interval(0, 10**400), ValueError, "`hi` must be finite"),
+        (
+            lambda: jax.eval_shape(lambda x: Interval(0, x).constrain(x), jnp.ones(())),
+            TypeError,
+            "`hi` must be a real number known in advance",
+        ),
+        (lambda: Integer(True, 3), TypeError, "`lo` must be a Python int"),
+        (lambda: Integer("1", 3), TypeError, "`lo` must be a Python int"),
+        (lambda: Integer(0, jnp.array(3)), TypeError, "`hi` must be a Python int"),
+        (lambda: Integer(0, float("inf")), TypeError, "`hi` must be a Python int"),
+        (lambda: Space(None), TypeError, "`bounds` is None, expected"),
+        (lambda: Space("positive"), TypeError, "`bounds` is 'positive', expected"),
+        (lambda: Space(["positive"]), TypeError, r"`bounds`\[0\] is 'positive', expected"),
+        (lambda: Space({"a": object()}), TypeError, r"`bounds`\['a'\] is <object"),
+        (lambda: Space({"a": float("nan")}), TypeError, r"`bounds`\['a'\] is nan"),
+        (lambda: Space({"a": {}}), ValueError, "is empty"),
         (lambda: Integer(3, 3), ValueError, "holds one value only"),
         (lambda: Integer(5, 3), ValueError, "needs lo < hi"),
         (lambda: Integer(0.5, 3), TypeError, "`lo` must be a Python int"),
@@ -132,6 +276,7 @@ def test_bounds_that_make_no_sense_are_refused(make, error, message):
         (Simplex(), 1.0, "last axis of at least 2"),
         (Free(), float("nan"), "is not finite"),
         (Positive(), float("inf"), "is not finite"),
+        (Positive(), np.float32(1e-40), "outside its bounds: expected greater than 0"),
     ],
 )
 def test_values_outside_their_bounds_are_refused(bound, value, message):
@@ -152,3 +297,34 @@ def test_names_that_do_not_match_are_refused():
         space.constrain({"a": 3, "b": {"c": one}})
     with pytest.raises(ValueError, match=r"no bound for hparams\[1\]"):
         Space((Free(),)).constrain((one, one))
+
+
+@pytest.mark.parametrize("move", ["constrain", "unconstrain", "round"])
+@pytest.mark.parametrize(
+    ("bound", "value", "error", "message"),
+    [
+        (Free(), "abc", TypeError, r"hparams\['x'\] is 'abc' of type str, expected an array"),
+        (Free(), object(), TypeError, r"hparams\['x'\] is <object .* expected an array"),
+        (Free(), None, ValueError, r"names hparams\['x'\], .*`None` is not one"),
+        (Free(), True, TypeError, r"hparams\['x'\] has dtype bool, expected .*: convert it"),
+        (Free(), 1j, TypeError, r"hparams\['x'\] has dtype complex128, expected .*: convert it"),
+        (Free(), np.array(["a"]), TypeError, r"hparams\['x'\] has dtype <U1, expected"),
+        (Free(), jax.random.key(0), TypeError, r"hparams\['x'\] has dtype key<fry>, expected"),
+    ],
+)
+def test_hyperparameters_that_are_no_numbers_are_named(move, bound, value, error, message):
+    with pytest.raises(error, match=message):
+        getattr(Space({"x": bound}), move)({"x": value})
+
+
+def test_a_simplex_of_one_weight_is_refused_where_only_shapes_are_known():
+    for shape in ((), (1,), (3, 1)):
+        for move in (Space(Simplex()).constrain, Space(Simplex()).unconstrain):
+            with pytest.raises(ValueError, match="last axis of at least 2"):
+                jax.eval_shape(move, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def test_ends_may_be_any_real_numbers():
+    half = Interval(Fraction(0), jnp.array(1.0))
+    assert half == Interval(0, 1.0) and hash(half) == hash(Interval(0, 1.0))
+    np.testing.assert_array_equal(half.constrain(jnp.zeros(2)), 0.5)

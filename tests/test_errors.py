@@ -216,7 +216,7 @@ def test_settings_may_be_tracers_and_placeholders():
         (Implicit(Nystrom(7), Hessian(0.1)), "rank"),
         (Implicit(Woodbury()), "GaussNewton"),
         (Implicit(CG(), fresh_batches=True), "needs a solver for random matrices"),
-        (Implicit(Neumann(4, 0.1), fresh_batches=True), r"leading axis of at least 5"),
+        (Implicit(Neumann(4, 0.1), fresh_batches=True), r"leading axis of 5: one batch"),
     ],
 )
 def test_solvers_refuse_what_they_cannot_solve(response, match):

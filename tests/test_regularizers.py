@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import bilevel
 from bilevel import regularizers as reg
 
 KEY = jax.random.key(0)
@@ -236,3 +238,88 @@ def test_hue_is_in_turns():
         assert np.abs(turns).max() <= strength + 1e-6
         # The largest of 512 uniform draws is above 0.98 of its range but once in 30,000 times.
         assert turns.max() > 0.96 * strength and turns.min() < -0.96 * strength
+
+
+def _kinks():
+    """Least squares of 60 examples in 8 dimensions, three of which do nothing; and validation."""
+    keys = jax.random.split(jax.random.key(1), 6)
+    x, xv = jax.random.normal(keys[0], (60, 8)), jax.random.normal(keys[2], (40, 8))
+    weights = jnp.array([1.0, -1.0, 0.5, 0, 0, 0.8, -0.6, 0])
+    y = x @ weights + 0.5 * jax.random.normal(keys[1], (60,))
+    yv = xv @ weights + 0.5 * jax.random.normal(keys[3], (40,))
+    return (x, y), (xv, yv), jnp.linalg.eigvalsh(x.T @ x / 60)[-1]
+
+
+def _fit(w, hparams, batch):
+    return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+
+def _stacked(batch, steps):
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (steps, *a.shape)), batch)
+
+
+# Central differences of the problem solved by proximal gradients to 1e-16, printed to 5 digits.
+LASSO = [0.03869, 0.06521, 0.09196, 0, 0, 0.1337, 0.14258, 0]
+
+
+def test_the_two_right_ways_through_an_l1_penalty_and_the_wrong_one():
+    training, validation, curvature = _kinks()
+    log = jnp.full(8, -1.5) + jnp.linspace(-0.3, 0.6, 8)
+
+    # As in the docstring of `l1_penalty`.
+    def proximal(log_strength, step_size):
+        def update(updates, state, params):
+            moved = optax.apply_updates(params, updates)
+            kept = jnp.abs(moved) - step_size * jnp.exp(log_strength)
+            return jnp.sign(moved) * jnp.maximum(kept, 0) - params, state
+
+        soft = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        return optax.chain(optax.sgd(step_size), soft)
+
+    # The slowest direction contracts by 1 - 0.24: 0.76^400 is below any rounding.
+    response = bilevel.Unroll(lambda h: proximal(h, 1 / curvature), 400)
+    unrolled = bilevel.hypergrad_solve(
+        _fit, _fit, response, jnp.zeros(8), log,
+        inner_batch=_stacked(training, 400), outer_batch=validation,
+    )  # fmt: skip
+    np.testing.assert_allclose(unrolled.grads, LASSO, atol=5.1e-6)  # as printed
+    support = np.flatnonzero(unrolled.params)
+    assert list(support) == [0, 1, 2, 5, 6]
+
+    def lasso(w, h, batch):
+        return _fit(w, h, batch) + reg.l1_penalty(w, {"": h})
+
+    restricted = bilevel.hypergrad_solve(
+        _fit, lasso,
+        bilevel.Implicit(bilevel.Dense()), unrolled.params[support], log[support],
+        inner_batch=(training[0][:, support], training[1]),
+        outer_batch=(validation[0][:, support], validation[1]),
+    )  # fmt: skip
+    assert restricted.result == bilevel.Status.ok
+    np.testing.assert_allclose(restricted.grads, unrolled.grads[support], rtol=1e-9)
+
+    # What the docstring warns of: wrong in every component, and far from stationary.
+    wrong = bilevel.hypergrad_solve(
+        _fit, lasso, bilevel.Implicit(bilevel.Dense()), unrolled.params, log,
+        inner_batch=training, outer_batch=validation,
+    )  # fmt: skip
+    assert (np.abs(wrong.grads - np.array(LASSO)) > 1e-3).all()
+    assert wrong.stats["stationarity"] > 0.1
+
+
+def test_weights_that_must_not_be_negative_by_a_projected_step():
+    training, validation, curvature = _kinks()
+    log = jnp.float64(-1.0)
+
+    def inner(w, h, batch):
+        return _fit(w, h, batch) + reg.l2_penalty(w, h)
+
+    step = 1 / (curvature + jnp.exp(log))
+    tx = optax.chain(optax.sgd(step), optax.keep_params_nonnegative())
+    solution = bilevel.hypergrad_solve(
+        _fit, inner, bilevel.Unroll(tx, 400), jnp.ones(8), log,
+        inner_batch=_stacked(training, 400), outer_batch=validation,
+    )  # fmt: skip
+    # Central differences of 4000 projected steps, printed to six digits.
+    np.testing.assert_allclose(solution.grads, 0.0950123, rtol=1e-6)
+    assert (solution.params >= 0).all() and (solution.params == 0).sum() == 5

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import bilevel
+from bilevel.inner.groups import draw_noise
 from bilevel.outer.tuning_state import entropy_of, inverse_softplus
 from bilevel.regularizers import dropout
 
@@ -192,6 +193,60 @@ def test_a_cycle_of_one_step_equals_the_updates_written_out():
         np.testing.assert_allclose(new.raw[name], moved, rtol=1e-5)
     assert float(info.response_norm) > 0
     assert int(info.result) == 0
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_cycles_with_noise_equal_the_updates_written_out(centred):
+    """Each training step and the validation step draw their own noise; the response learns
+    around the weights as they are after their own step."""
+    network = bilevel.StructuredResponse(centred=centred, gain_scale=0.3)
+    step, state, batches = small(
+        network=network, scale=0.4, scale_tx=optax.sgd(0.2), response_tx=optax.sgd(0.3)
+    )
+    new, info = step(state, **batches, key=KEY)
+    raw, scale = state.raw, 0.4
+    batch = jax.tree.map(lambda x: x[0], batches["inner_batches"])
+
+    def perturbed(phi, w, eps):
+        lam = raw + scale * eps
+        d = lam - raw if centred else lam
+        return ridge_inner(network.apply(phi, w, d), lam, batch)
+
+    w, phi = state.params, state.response
+    for k in range(2):
+        eps = draw_noise(jax.random.fold_in(KEY, k), raw, 1)[0]
+        if centred:
+            w = w - 0.1 * jax.grad(ridge_inner)(w, raw, batch)
+            grads = jax.grad(perturbed)(phi, w, eps)
+        else:
+            grads, of_w = jax.grad(perturbed, argnums=(0, 1))(phi, w, eps)
+            w = w - 0.1 * of_w
+        phi = jax.tree.map(lambda p, g: p - 0.3 * g, phi, grads)
+    eps = draw_noise(jax.random.fold_in(KEY, 2), raw, 1)[0]
+
+    def objective(lam, s):
+        sigma = jax.nn.softplus(s)
+        d = lam + sigma * eps - (raw if centred else 0)
+        value = ridge_outer(network.apply(phi, w, d), None, batches["outer_batch"])
+        return value - 1e-3 * entropy_of(sigma)
+
+    grad, of_scale = jax.grad(objective, argnums=(0, 1))(raw, state.raw_scales)
+    # The same arithmetic in float64, compiled in another way.
+    for ours, right in (
+        (new.params, w),
+        (new.response.gains[""], phi.gains[""]),
+        (new.raw, raw - 0.1 * grad),
+        (new.raw_scales, state.raw_scales - 0.2 * of_scale),
+        (info.hypergrad_norm, jnp.abs(grad)),
+    ):
+        np.testing.assert_allclose(ours, right, rtol=1e-9)
+
+
+def test_a_network_that_never_trains_is_told():
+    step, state, batches = small(response_tx=optax.set_to_zero())
+    _, info = step(state, **batches, key=KEY)
+    assert float(info.response_norm) == 0
+    assert int(info.result) == bilevel.Status.invalid_setting
 
 
 def test_every_step_moves_its_own_part_only():

@@ -15,11 +15,11 @@ from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
 from bilevel.inner.groups import draw_noise, fold_keys, loop_over_groups, split_batch
 from bilevel.inner.network import Network, StructuredResponse
-from bilevel.linear.base import loop
+from bilevel.linear.base import loop, status_of
 from bilevel.operators import GaussNewton, wants_straight_line
 from bilevel.problem import Problem
 from bilevel.settings import check_real, check_settings, count
-from bilevel.status import Status, code
+from bilevel.status import Status
 from bilevel.traced import depends
 
 
@@ -144,6 +144,9 @@ class BestResponse:
     Cost: ``steps`` inner gradients (linearised: about two each), then one multiply-add a weight.
     One network and its optimiser state carried.
 
+    Status ``invalid_setting``: a traced ``scale`` is not positive, or the network's Jacobian gives
+    exactly zero for an outer gradient that is not, as an untrained network's does.
+
     Raises:
       ValueError, TypeError: when traced: an untrained network with ``steps=0``, training without
         ``tx`` or ``key``, an uncentred network to be trained alone, or a hyperparameter that
@@ -238,9 +241,19 @@ class BestResponse:
         def pullback(g: Vector) -> tuple[Hparams, Any, jax.Array, Stats]:
             (indirect,) = transposed(tree.cast_like(g, w))
             stationarity = tree.norm(problem.inner_grad(w, hparams, inner_batch))
-            return indirect, state, code(Status.ok), {"stationarity": stationarity, **stats}
+            # An untrained network says that nothing moves: a zero that is no answer.
+            dead = (tree.norm(indirect) == 0) & (tree.norm(g) > 0)
+            result = status_of(Status.ok, (dead | self._bad_scale(), Status.invalid_setting))
+            return indirect, state, result, {"stationarity": stationarity, **stats}
 
         return w, pullback
+
+    def _bad_scale(self) -> jax.Array:
+        """Whether a scale that training used is not positive and finite (known if traced)."""
+        bad = jnp.asarray(False)
+        for scale in jax.tree.leaves(self.scale) if self.steps else ():
+            bad = bad | ~jnp.all((jnp.asarray(scale) > 0) & jnp.isfinite(scale))
+        return bad
 
     def _train(
         self,

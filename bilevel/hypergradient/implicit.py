@@ -10,10 +10,12 @@ from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Params, Stats, Vector
 from bilevel.checks import check_inner, check_is_read, check_same_tree
 from bilevel.hypergradient.base import Pullback
+from bilevel.hypergradient.judge import stationarity_stats
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.cg import CG
 from bilevel.operators import Hessian, Operator, slice_batch
 from bilevel.problem import Problem
+from bilevel.traced import depends
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +25,12 @@ class Implicit:
 
     At a minimum, :math:`\nabla_w h(w^*(\lambda), \lambda) = 0` gives
     :math:`\partial w^*/\partial\lambda = -H^{-1}B`. The parameters are taken as that minimum
-    and returned unchanged; ``stats["stationarity"]`` tells how far from it they are.
+    and returned unchanged; ``stats`` tell how far from it they are (``stationarity``,
+    ``relative_stationarity``, ``predicted_change``), and the status is ``not_stationary`` where
+    that is more than 5 % of their length or of the outer loss.
+
+    Parameters that the inner loss does not read differentiably (leaves behind a
+    ``stop_gradient``, frozen ones) do not respond, and are left out of the system.
 
     Args:
       solver: how :math:`A q = g` is solved: ``CG``, ``Neumann``, ``Nystrom``, ``Woodbury``,
@@ -33,7 +40,7 @@ class Implicit:
         product. Solvers without a start (series, direct ones) carry nothing.
       fresh_batches: ``inner_batch`` has a leading axis; product i uses slice i and the mixed
         product :math:`B^\top q` the last, independent one. For stochastic solvers only. The
-        axis must be at least one longer than the solver's number of products.
+        axis must be one longer than the solver's number of products.
 
     Cost: one inner gradient to linearise, the solver's products, and one mixed product (at
     most 2.5 gradients); one vector of state with a warm start.
@@ -90,10 +97,10 @@ class Implicit:
                 "fixed matrix."
             )
         for path, leaf in tree.paths(inner_batch, "inner_batch"):
-            if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] < needed:
+            if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != needed:
                 raise ValueError(
                     f"{path} has shape {jnp.shape(leaf)}, but `fresh_batches=True` needs a "
-                    f"leading axis of at least {needed}: one batch for each of the "
+                    f"leading axis of {needed}: one batch for each of the "
                     f"{needed - 1} products and one for the mixed product."
                 )
 
@@ -113,12 +120,22 @@ class Implicit:
         )
         mixed_batch = slice_batch(inner_batch, -1) if self.fresh_batches else inner_batch
         start = state if self._carries_start() else None
+        responds = _responding(problem, params, hparams, mixed_batch)
 
         def pullback(g: Vector) -> tuple[Hparams, Any, jax.Array, Stats]:
+            g = jax.tree.map(lambda x, free: x if free else jnp.zeros_like(x), g, responds)
             q, result, stats = self.solver.solve(mv, g, start, key=key)
             b_transpose_q = problem.cross_vjp(params, hparams, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
-            stats = {"stationarity": tree.norm(inner_grad), **stats}
+            stats = {**stationarity_stats(inner_grad, params, q, stats), **stats}
             return indirect, (q if self._carries_start() else None), result, stats
 
         return params, pullback
+
+
+def _responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> Any:
+    """For each leaf of ``params``, whether the inner gradient in it depends on anything.
+
+    Where it does not, the leaf's rows of H and B are zero by structure.
+    """
+    return depends(lambda point, b: problem.inner_grad(*point, b), (params, hparams), batch)

@@ -11,9 +11,11 @@ from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
 from bilevel.checks import check_problem, check_response
 from bilevel.hypergradient.base import Hypergradient, Response
 from bilevel.hypergradient.implicit import Implicit
+from bilevel.hypergradient.judge import not_stationary
 from bilevel.linear.base import status_of
 from bilevel.problem import Point, Problem
-from bilevel.status import Status
+from bilevel.settings import check_settings_used, out_of_range
+from bilevel.status import Status, worst
 
 
 def hypergrad_solve(
@@ -69,6 +71,7 @@ def hypergrad_solve(
     problem = _with_model_state(problem, model_state, has_state)
     params = jax.tree.map(_as_array, params)
     hparams_in = jax.tree.map(_as_array, hparams_in)
+    check_settings_used(response, "response")
     check_problem(problem, params, hparams_in, inner_batch, outer_batch)
     check = getattr(response, "check", None)
     if check is not None:
@@ -87,6 +90,10 @@ def hypergrad_solve(
     finite_in = jnp.isfinite(value) & tree.all_finite(g)
     if "stationarity" in stats:
         finite_in &= jnp.isfinite(stats["stationarity"])
+    if "predicted_change" in stats:
+        far = not_stationary(value, g, params, stats)
+        result = worst(result, status_of(Status.ok, (far, Status.not_stationary)))
+    result = worst(result, status_of(Status.ok, (out_of_range(response), Status.invalid_setting)))
     result = status_of(
         result,
         (~finite_in, Status.nonfinite_input),

@@ -1,31 +1,57 @@
-r"""The door for a solver of the user's own: ``jax.grad`` sees through it by a response."""
+r"""``jax.grad`` through a solver of the user's own, by a response at the point it returns."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import jaxpr_as_fun
+from jax.core import Tracer
 
 from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Vector
+from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Scalar, Stats, Vector
 from bilevel.checks import (
     check_batch,
     check_inexact,
     check_inner,
     check_response,
     check_same_tree,
-    unread_message,
 )
+from bilevel.hypergradient.attach import attach_implicit, attach_response, differentiates_fully
 from bilevel.hypergradient.base import Response
+from bilevel.hypergradient.best_response import BestResponse
+from bilevel.hypergradient.implicit import Implicit
+from bilevel.linear.base import status_of
 from bilevel.problem import Problem
-from bilevel.traced import depends
+from bilevel.settings import check_settings_used, concrete, out_of_range
+from bilevel.status import STATIONARITY, Status
+
+
+class SolveInfo(NamedTuple):
+    r"""What ``with_response(..., has_status=True)`` says of the point that ``solve`` returned.
+
+    Attributes:
+      result: int32 :class:`~bilevel.Status`: ``not_stationary`` where an implicit response would
+        differentiate a point that is no minimum, ``nonfinite_input`` for NaN or infinite
+        parameters or inner gradients, ``invalid_setting`` for a traced setting of the response.
+        :func:`~bilevel.raise_for_status` takes it.
+      stats: for an implicit response ``stationarity`` :math:`\|\nabla_w h\|` and
+        ``relative_stationarity`` :math:`\|\nabla_w h\| / (c\,\|w\|)`, with c the curvature that
+        three power iterations find. Empty for others, which assume no minimum.
+    """
+
+    result: jax.Array
+    stats: Stats
 
 
 def with_response(
-    solve: Callable[[Params, Hparams, Batch], Params], inner: Loss, response: Response
-) -> Callable[..., Params]:
+    solve: Callable[[Params, Hparams, Batch], Any],
+    inner: Loss,
+    response: Response,
+    *,
+    has_aux: bool = False,
+    has_status: bool = False,
+) -> Callable[..., Any]:
     r"""``solve``, made differentiable with respect to the hyperparameters.
 
     .. math::
@@ -35,21 +61,34 @@ def with_response(
 
     Args:
       solve: ``solve(params, hparams, inner_batch) -> params``, from a start to (near) a
-        minimiser of ``inner``. It is only called, never differentiated: outside ``jit`` it may
+        minimizer of ``inner``. It is only called, never differentiated: outside ``jit`` it may
         be ordinary Python (a loop with an early stop, another library), inside it must trace.
-      inner: the loss that ``solve`` minimises, ``inner(params, hparams, batch) -> scalar``.
+      inner: the loss that ``solve`` minimizes, ``inner(params, hparams, batch) -> scalar``.
       response: applied at the point that ``solve`` returns, e.g. ``Implicit(CG())``. It starts
         cold in every call.
+      has_aux: ``solve`` returns ``(params, aux)``; ``aux`` is passed on without a derivative.
+      has_status: return a :class:`SolveInfo` too: arrays, under every transformation.
 
     Returns:
-      ``fn(params, hparams, inner_batch, *, key=None) -> params``, with the values of ``solve``.
+      ``fn(params, hparams, inner_batch, *, key=None) -> params``, with the values of ``solve``;
+      ``(params, aux)``, ``(params, info)`` or ``(params, aux, info)`` with the options above.
       ``key`` goes to a response that draws random numbers. The derivative with respect to the
-      starting ``params`` is zero, because a minimiser does not know where the search began.
+      starting ``params`` is zero, because a minimizer does not depend on where the search began.
 
-    Reverse mode only (``jax.grad``, ``jax.vjp``, ``jax.jacrev``), under ``jit``, ``vmap`` and
-    ``scan``. **Inside automatic differentiation there is no place for a status**: whether the
-    linear solve converged, or ``solve`` itself did, is not reported. Use
-    :func:`~bilevel.hypergrad_solve` to see it.
+    **Derivatives.** With ``Implicit(...)`` on one fixed batch, of every order and in both modes
+    (``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.grad`` of ``jax.grad``), under ``jit``,
+    ``vmap`` and ``scan``. The rule is applied again to its own derivative, so each order costs
+    further solves by the same solver. All of them are exact where the solver and the operator
+    are. A truncated solver (``Neumann(5)``, ``Identity()``) approximates :math:`A^{-1}` in each of
+    these solves: higher derivatives then approximate those of the solution, and are not the
+    derivatives of the approximate first one (a Hessian need not be symmetric). Other responses,
+    and ``fresh_batches=True``, have a first derivative in reverse mode; more raises ``TypeError``.
+
+    **Trust.** Outside ``jit`` a solution that is not finite warns (``RuntimeWarning``), as does
+    an implicit response at a point that is no minimum; inside, ask for ``has_status=True``. The
+    linear solve of a derivative happens inside automatic differentiation, where there is no place
+    for a status: whether it converged is not reported. :func:`~bilevel.hypergrad_solve` tells, at
+    ``params=w``.
 
     Raises:
       TypeError, ValueError: for trees, dtypes and shapes that do not fit; when a derivative is
@@ -57,7 +96,9 @@ def with_response(
         closes over (the answer would silently be wrong); and for a hyperparameter that the
         response cannot see, whose derivative would be zero by structure.
 
-    Cost: that of ``solve``, and for each derivative what ``response`` costs.
+    Cost: that of ``solve``, and for each derivative what ``response`` costs. The check of an
+    implicit point takes one inner gradient and three products, outside ``jit`` or where its
+    status is used.
 
     Example:
       >>> import jax, jax.numpy as jnp, bilevel
@@ -69,35 +110,49 @@ def with_response(
       ...     return jnp.linalg.solve(x.T @ x + lam * jnp.eye(x.shape[1]), x.T @ y)
       >>> solve = bilevel.with_response(exact, ridge, bilevel.Implicit(bilevel.Dense()))
       >>> x, y = jnp.eye(2), jnp.array([1.0, 2.0])
-      >>> g = jax.grad(lambda lam: jnp.sum(solve(jnp.zeros(2), lam, (x, y))))(1.0)
-      >>> bool(jnp.allclose(g, -0.75))
+      >>> total = lambda lam: jnp.sum(solve(jnp.zeros(2), lam, (x, y)))  # 3 / (1 + lam)
+      >>> bool(jnp.allclose(jax.grad(total)(1.0), -0.75))
+      True
+      >>> bool(jnp.allclose(jax.grad(jax.grad(total))(1.0), 0.75))
       True
 
     Reference: Blondel et al., "Efficient and modular implicit differentiation", NeurIPS 2022
     (``custom_root``); here for any response, and with the inner loss as the condition.
     """
-    for name, function in (("solve", solve), ("inner", inner)):
+    for name, function, form in (
+        ("solve", solve, "solve(params, hparams, inner_batch) -> params"),
+        ("inner", inner, "inner(params, hparams, batch) -> scalar"),
+    ):
         if not callable(function):
-            raise TypeError(f"`{name}` must be callable, got {function!r}.")
+            raise TypeError(f"`{name}` must be callable, as `{form}`, got {function!r}.")
     check_response(response)
+    check_settings_used(response, "response")
+    _refuse_untrained(response)
     problem = Problem(outer=_no_outer, inner=inner)
+    attach: Callable[..., Params] = attach_response
+    if differentiates_fully(response):
+        attach = attach_implicit
 
     def solved(
         params: Params, hparams: Hparams, inner_batch: Batch, *, key: Key | None = None
-    ) -> Params:
-        check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
-        check_inexact(hparams, "hparams", "A gradient exists for real numbers only.")
-        check_batch(inner_batch, "inner_batch")
+    ) -> Any:
+        _check_arguments(params, hparams, inner_batch)
         hparams = jax.tree.map(jnp.asarray, hparams)
         if not getattr(response, "fresh_batches", False):
             check_inner(problem, params, hparams, inner_batch)
         # Cut here and not around the call: `solve` then runs on plain values, is never
         # differentiated, and may close over tracers as any other function.
         start, fixed, batch = jax.lax.stop_gradient((params, hparams, inner_batch))
-        w = jax.lax.stop_gradient(solve(start, fixed, batch))
-        check_same_tree(w, params, "the result of `solve`")
-        w = jax.tree.map(jnp.asarray, w)
-        return _attach(problem, response, w, hparams, inner_batch, key)
+        w, aux = _unpacked(solve(start, fixed, batch), params, has_aux)
+        w = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, w))
+        info = None
+        if has_status:
+            info = jax.lax.stop_gradient(_judge(problem, response, w, fixed, batch))
+        elif _known((w, fixed, batch, response)):
+            _warn(_judge(problem, response, w, fixed, batch))
+        out = (attach(problem, response, w, hparams, inner_batch, key),)
+        out += (aux,) * has_aux + (info,) * has_status
+        return out if len(out) > 1 else out[0]
 
     return solved
 
@@ -106,118 +161,134 @@ def _no_outer(*_: Any) -> Any:
     raise TypeError("`with_response` has no outer loss: a response may read `inner` only.")
 
 
-class _Rest(NamedTuple):
-    """What a pullback reads and no derivative is given for."""
-
-    inner_batch: Batch
-    key: Any
-    response: Any
-    closed_over: Any
-
-
-_NAMES = _Rest(
-    "`inner_batch`",
-    "`key`",
-    "a number inside `response`",
-    "a value that `inner` or `response` closes over",
-)
-
-
-def _attach(
-    problem: Problem,
-    response: Response,
-    w: Params,
-    hparams: Hparams,
-    inner_batch: Batch,
-    key: Key | None,
-) -> Params:
-    """The identity on ``w``, whose pullback to ``hparams`` is the response's."""
-
-    # A response of somebody else need not be a pytree; then it is closed over like a loss.
-    plain = all(isinstance(x, (jax.Array, float, int)) for x in jax.tree.leaves(response))
-    carried = response if plain else None
-
-    def pull(g: Vector, w: Params, hparams: Hparams, batch: Batch, key: Any, carried: Any):
-        chosen = response if carried is None else carried
-        state = chosen.init(problem, w, hparams)
-        return chosen.vjp(problem, w, hparams, batch, state, key=key)[1](g)[0]
-
-    # Traced once, so that everything that losses and operators close over becomes an
-    # argument: a custom rule that closes over tracers cannot be transformed inside `scan`.
-    closed = jax.make_jaxpr(pull)(w, w, hparams, inner_batch, key, carried)
-    structure = jax.tree.structure(hparams)
-    run = jaxpr_as_fun(closed.replace(jaxpr=_consts_as_inputs(closed), consts=[]))
-
-    @jax.custom_vjp
-    def identity(w: Params, hparams: Hparams, rest: Any) -> Params:
-        return w
-
-    def forward(w: Any, hparams: Any, rest: Any) -> tuple[Params, Any]:
-        _refuse_other_derivatives(rest)
-        values = jax.tree.map(
-            lambda x: x.value, (w, hparams, rest), is_leaf=lambda x: hasattr(x, "perturbed")
-        )
-        perturbed = [x.perturbed for x in _primals(hparams)]
-        _refuse_unread(run, values, perturbed, structure)
-        return values[0], values
-
-    def backward(values: Any, g: Vector) -> tuple[None, Hparams, None]:
-        w, hparams, rest = values
-        zero = [isinstance(x, SymbolicZero) for x in jax.tree.leaves(g, is_leaf=_is_zero)]
-        if all(zero):
-            return None, jax.tree.map(jnp.zeros_like, hparams), None
-        # A partly zero cotangent must stay a runtime value, as a zero start of `CG`.
-        g = jax.tree.map(
-            lambda x, y: jax.lax.optimization_barrier(jnp.zeros_like(y)) if _is_zero(x) else x,
-            g,
-            w,
-            is_leaf=_is_zero,
-        )
-        out = _evaluate(run, g, w, hparams, rest)
-        return None, jax.tree.unflatten(structure, out), None
-
-    identity.defvjp(forward, backward, symbolic_zeros=True)
-    rest = _Rest(inner_batch, key, carried, closed.consts)
-    return identity(w, hparams, rest)
-
-
-def _consts_as_inputs(closed: Any) -> Any:
-    jaxpr = closed.jaxpr
-    info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=info)
-
-
-def _evaluate(run: Callable, g: Vector, w: Params, hparams: Hparams, rest: _Rest) -> list[Any]:
-    inputs = (g, w, hparams, rest.inner_batch, rest.key, rest.response)
-    return run(*rest.closed_over, *jax.tree.leaves(inputs))
-
-
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, SymbolicZero)
-
-
-def _primals(x: Any) -> list[Any]:
-    return jax.tree.leaves(x, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
-
-
-def _refuse_other_derivatives(rest: _Rest) -> None:
-    for name, part in zip(_NAMES, rest, strict=True):
-        if any(leaf.perturbed for leaf in _primals(part)):
-            raise ValueError(
-                f"A derivative is asked with respect to {name}, which `with_response` does not "
-                "give: the response differentiates with respect to `hparams` alone. Make it part "
-                "of `hparams` (and let `inner` read it there), or cut it with "
-                "`jax.lax.stop_gradient`."
-            )
-
-
-def _refuse_unread(run: Callable, values: Any, perturbed: list[bool], structure: Any) -> None:
-    w, hparams, rest = values
-    reads = depends(lambda g, w, lam, r: _evaluate(run, g, w, lam, r), w, w, hparams, rest)
-    names = [path for path, _ in tree.paths(hparams, "hparams")]
-    dead = [n for n, p, r in zip(names, perturbed, reads, strict=True) if p and not r]
-    if dead:
+def _refuse_untrained(response: Response) -> None:
+    if isinstance(response, BestResponse) and response.steps == 0:
         raise ValueError(
-            unread_message(dead, "the gradient of the inner loss does not depend on it")
-            + " One that only your own outer loss reads need not go through `solve`."
+            "`response` is a BestResponse with `steps=0`, which takes its `state` as trained, but "
+            "`with_response` starts cold in every call: its network would be untrained, and the "
+            "derivative wrong. Set `steps`, or pass the trained state to `hypergrad_solve`."
         )
+
+
+def _check_arguments(params: Params, hparams: Hparams, inner_batch: Batch) -> None:
+    for name, value, remedy in (
+        ("params", params, "the start of the search, shaped like what `solve` returns"),
+        ("hparams", hparams, "the real numbers that `inner` reads and derivatives are taken in"),
+    ):
+        if not jax.tree.leaves(value):
+            got = "is None" if value is None else f"has no leaves (it is {value!r})"
+            raise ValueError(f"`{name}` {got}: pass {remedy}.")
+    check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
+    check_inexact(
+        hparams,
+        "hparams",
+        "A gradient exists for real numbers only: write `1.0` for `1`, or relax the integer to a "
+        "float. What is not differentiated may be closed over by `solve` and `inner`.",
+    )
+    check_batch(inner_batch, "inner_batch")
+
+
+def _unpacked(returned: Any, params: Params, has_aux: bool) -> tuple[Params, Any]:
+    """Parameters and auxiliary output of ``solve``, refused where they cannot be the solution."""
+    aux = None
+    if has_aux:
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(
+                "`solve` must return a pair (params, aux), as `has_aux=True` promises, got "
+                f"{jax.tree.structure(returned)}."
+            )
+        returned, aux = returned
+        aux = jax.tree.map(
+            lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, aux
+        )
+    if returned is None:
+        raise TypeError("`solve` returned None: end it with `return params`, its solution.")
+    name = "the result of `solve`"
+    try:
+        check_same_tree(returned, params, name)
+    except ValueError as error:
+        hint = "Return parameters of the same structure and shapes as the `params` it starts from"
+        if isinstance(returned, list):
+            hint += "; a list is a tree of its own: return `jnp.asarray(...)` of it for an array"
+        elif isinstance(returned, tuple) and not has_aux:
+            hint += "; if it returns (params, aux), pass `has_aux=True`"
+        raise ValueError(f"{error} {hint}.") from None
+    check_inexact(returned, name, "Return the solution as floating-point arrays.")
+    return returned, aux
+
+
+def _judge(
+    problem: Problem, response: Response, w: Params, hparams: Hparams, batch: Batch
+) -> SolveInfo:
+    stats: Stats = {}
+    far = jnp.asarray(False)
+    finite = tree.all_finite((w, hparams))
+    if isinstance(response, Implicit):
+        gradient, relative = _stationarity(problem, response, w, hparams, batch)
+        stats = {"stationarity": tree.norm(gradient), "relative_stationarity": relative}
+        far = ~(relative <= STATIONARITY)
+        finite &= jnp.isfinite(stats["stationarity"])
+    result = status_of(
+        Status.ok,
+        (~finite, Status.nonfinite_input),
+        (out_of_range(response), Status.invalid_setting),
+        (far, Status.not_stationary),
+    )
+    return SolveInfo(result, stats)
+
+
+def _stationarity(
+    problem: Problem, response: Implicit, w: Params, hparams: Hparams, batch: Batch
+) -> tuple[Vector, Scalar]:
+    r"""The inner gradient, and its length over the largest curvature times that of ``w``."""
+    fresh = response.fresh_batches
+    gradient, mv = response.operator.bind(problem, w, hparams, batch, fresh=fresh)
+    if fresh:  # that of the mean loss, or the noise of one batch would count
+        each = jax.lax.map(lambda one: problem.inner_grad(w, hparams, one), batch)
+        gradient = jax.tree.map(lambda x: jnp.mean(x, 0), each)
+    gradient, w = tree.accumulate(gradient), tree.accumulate(w)
+    # The start has a share of both: `w` alone may lie in directions of little curvature.
+    v = tree.add(_unit(w), _unit(gradient))
+    curvature = jnp.zeros_like(tree.norm(w))
+    for _ in range(3):
+        v = tree.accumulate(mv(_unit(v)))
+        curvature = jnp.maximum(curvature, tree.norm(v))
+    length, scale = tree.norm(gradient), curvature * tree.norm(w)
+    return gradient, jnp.where(length == 0, 0, length / scale)
+
+
+def _unit(v: Vector) -> Vector:
+    length = tree.norm(v)
+    return tree.scale(1 / jnp.where(length > 0, length, 1), v)
+
+
+def _known(values: Any) -> bool:
+    return not any(isinstance(x, Tracer) for x in jax.tree.leaves(values))
+
+
+def _warn(info: SolveInfo) -> None:
+    # A loss that closes over a tracer makes even these traced.
+    if not all(concrete(x) for x in jax.tree.leaves(info)):
+        return
+    status = Status(int(info.result))
+    if status == Status.ok:
+        return
+    if status == Status.nonfinite_input:
+        what = (
+            "The result of `solve`, or the gradient of `inner` there, is NaN or infinite, and so "
+            "are the derivatives: look at `solve`, the batch and the hyperparameters."
+        )
+    else:
+        what = (
+            "The result of `solve` is not a minimum of `inner`, as an implicit response assumes: "
+            f"relative_stationarity={float(info.stats['relative_stationarity']):.3g} is above "
+            f"{STATIONARITY}, and the derivatives may be far off. Solve to a tighter tolerance; "
+            "make sure that `inner` is the loss that `solve` minimizes, on this batch; where "
+            "parameters are held by a constraint or a kink (L1, hinge, bounds) use a response that "
+            "knows of it."
+        )
+    warnings.warn(
+        f"{status.name}: {what} `with_response(..., has_status=True)` returns this as a status.",
+        RuntimeWarning,
+        stacklevel=3,
+    )

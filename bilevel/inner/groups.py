@@ -1,5 +1,6 @@
 r"""Perturbations in groups: a batch is cut in G parts, and each part sees its own draw."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,23 +56,45 @@ def batch_size(batch: Batch) -> int:
 def split_batch(batch: Batch, groups: int) -> Batch:
     r"""Every array ``(B, ...)`` as ``(G, B/G, ...)``; single keys split, scalars repeated.
 
+    Group g takes the examples g, g + G, g + 2 G, ...: of a batch that is sharded over devices,
+    each device then holds a part of every group, and no example moves.
+
     Raises:
-      ValueError: ``groups`` does not divide the batch.
+      ValueError: ``groups`` does not divide the batch, or leaves groups that an explicit mesh
+        cannot shard over its devices.
     """
     size = batch_size(batch)
     if size % groups:
         raise ValueError(
             f"`groups`={groups} does not divide the batch of {size} examples: choose a divisor."
         )
+    for path, leaf in paths(batch, "batch"):
+        devices = _devices_along_examples(leaf)
+        if (size // groups) % devices:
+            raise ValueError(
+                f"`groups`={groups} leaves {size // groups} of {size} examples for a group, but "
+                f"{path} is sharded over {devices} devices along its examples: choose a divisor "
+                f"of {size // devices}, or a larger batch."
+            )
 
     def split(leaf: Any) -> Any:
         if jnp.ndim(leaf) == 0:
             if is_key(leaf):
                 return jax.random.split(leaf, groups)
             return jnp.broadcast_to(leaf, (groups,))
-        return leaf.reshape(groups, size // groups, *jnp.shape(leaf)[1:])
+        return jnp.swapaxes(leaf.reshape(size // groups, groups, *jnp.shape(leaf)[1:]), 0, 1)
 
     return jax.tree.map(split, batch)
+
+
+def _devices_along_examples(leaf: Any) -> int:
+    """Over how many devices an explicit mesh shards the leading axis (1 if none is known)."""
+    spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", None)
+    names = spec[0] if jnp.ndim(leaf) and spec else None
+    if names is None:
+        return 1
+    shape = jax.typeof(leaf).sharding.mesh.shape
+    return math.prod(shape[name] for name in (names if isinstance(names, tuple) else (names,)))
 
 
 def draw_noise(key: Key, hparams: Hparams, count: int, shared: Any = None) -> Hparams:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Scalar, Stats, Vector
 from bilevel.linear_map import LinearMap
-from bilevel.status import Status, code
+from bilevel.status import RESIDUAL, Status, code, worst
 
 
 def as_map(mv: MatVec, rhs: Vector) -> LinearMap:
@@ -37,7 +38,8 @@ class LinearSolution(NamedTuple):
 
     Attributes:
       value: :math:`q`, shaped like ``rhs``, in the accumulator dtype.
-      result: int32 :class:`~bilevel.status.Status`.
+      result: int32 :class:`~bilevel.status.Status`; with ``certify`` also ``truncated`` for a
+        residual above a tenth of the right side, ``worse_than_zero`` for one above it.
       stats: ``rhs_norm`` :math:`\|g\|`; ``residual_norm`` :math:`\|g - A q\|`, recomputed from
         ``value``, never a recurrence; ``num_matvecs``, products the method used (the one that
         recomputes the residual not counted); ``min_curvature``, ``max_curvature``, extremes
@@ -72,10 +74,18 @@ class LinearSolver(Protocol):
 def finish(
     mv: MatVec, rhs: Vector, value: Vector, stats: Stats, result: jax.Array, certify: bool
 ) -> LinearSolution:
-    """The record of a solve: residual recomputed, non-finite input or output said."""
+    """The record of a solve: residual recomputed and judged, non-finite input or output said."""
     stats = {"rhs_norm": tree.norm(rhs), **stats}
     if certify:
-        stats["residual_norm"] = tree.norm(tree.sub(rhs, mv(value)))
+        left, right = tree.norm(tree.sub(rhs, mv(value))), stats["rhs_norm"]
+        stats["residual_norm"] = left
+        judged = status_of(
+            Status.ok,
+            # A thousandth of slack: a value of zero is not worse than zero.
+            (left > 1.001 * right, Status.worse_than_zero),
+            (left > RESIDUAL * right, Status.truncated),
+        )
+        result = worst(jnp.asarray(result, jnp.int32), judged)
     result = status_of(
         result,
         (~jnp.isfinite(stats["rhs_norm"]), Status.nonfinite_input),
@@ -135,7 +145,24 @@ def loop(steps: int, body: Callable[[Any, Any], Any], carry: Any, unroll: bool) 
 def contract(a: Vector, b: Vector) -> jax.Array:
     """(m, k) inner products between two stacks of vectors, summed over leaves."""
     parts = [
-        x.reshape(x.shape[0], -1) @ y.reshape(y.shape[0], -1).T.astype(x.dtype)
+        contract_leaf(x, y.astype(x.dtype), 1)
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     ]
     return functools.reduce(jnp.add, parts)
+
+
+def contract_leaf(x: jax.Array, y: jax.Array, stacked: int) -> jax.Array:
+    """A stack ``(m, ...)`` against ``(...)``, or against ``(k, ...)`` if ``stacked`` is 1.
+
+    All axes are contracted as they are: laying them out as one would gather a sharded leaf.
+    """
+    contracted = (tuple(range(1, x.ndim)), tuple(range(stacked, y.ndim)))
+    return jax.lax.dot_general(
+        x, y, (contracted, ((), ())), out_sharding=replicated_if_explicit(x, 1 + stacked)
+    )
+
+
+def replicated_if_explicit(x: jax.Array, ndim: int) -> PartitionSpec | None:
+    """The sharding to ask for where an explicit mesh shards ``x`` along summed or read axes."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ()
+    return PartitionSpec(*[None] * ndim) if any(name is not None for name in spec) else None

@@ -29,7 +29,9 @@ class _Carry(NamedTuple):
     rz: Scalar
     curvature: jax.Array  # (2,), the least and greatest met; as one buffer XLA packs tighter
     rr: Scalar
-    indefinite: jax.Array
+    smooth: Vector  # the point of least residual among the iterates' weighted means
+    weight: Scalar  # sum of 1 / |r|^2 over the iterates: 1 / (its residual)^2
+    stuck: jax.Array  # a direction without positive curvature was met
 
 
 @jax.tree_util.register_dataclass
@@ -52,18 +54,28 @@ class CG:
         computed, those after convergence without effect); ``None`` decides by itself
         (convolutions on CPU).
 
-    A direction of non-positive curvature ends the iteration at the last good iterate with
-    status ``negative_curvature`` and its value in ``stats["min_curvature"]``. If the
-    recurrence claims a convergence that the recomputed residual denies by a factor of ten,
-    the status is ``stagnated``. A warm start worse than zero is dropped for zero. Vectors
-    and inner products are at least float32.
+    The value returned is never worse than zero: beside the iterates :math:`q_j`, whose residuals
+    :math:`r_j` need not fall, their mean with weights :math:`1/\|r_j\|^2` is kept. It is the
+    iterate of MINRES: its residual falls in every step, and on a singular positive semi-definite
+    matrix it tends to the least-squares solution (of least norm where the system is consistent),
+    where the plain iterates grow without bound. It is returned in their place when the last
+    residual is above :math:`\|g\|`, and when the curvature vanishes.
+
+    A direction of negative curvature ends the iteration, with status ``negative_curvature`` and
+    its value in ``stats["min_curvature"]``; one whose curvature is zero up to rounding ends it
+    too, with ``singular`` unless the residual is at rounding level by then. If the recurrence
+    claims a convergence that the recomputed residual denies by a factor of ten, the status is
+    ``stagnated``. A warm start worse than zero is dropped for zero, which
+    ``stats["warm_start_used"]`` tells. Vectors and inner products are at least float32; rounding
+    is that of the products, so half precisions converge to what they can resolve.
 
     Cost: one product a step, plus one for a warm start, plus those of the preconditioner;
-    four vectors (five preconditioned). Raises ``ValueError`` for settings out of range and
+    five vectors (six preconditioned). Raises ``ValueError`` for settings out of range and
     for fresh batches, under which the directions lose conjugacy and the iteration diverges.
 
     Reference: Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems",
-    1952; for hypergradients Pedregosa, ICML 2016, and Rajeswaran et al., NeurIPS 2019.
+    1952; the smoothing is that of Zhou, Walker, "Residual smoothing techniques for iterative
+    methods", 1994; for hypergradients Pedregosa, ICML 2016, and Rajeswaran et al., NeurIPS 2019.
     """
 
     max_steps: int = count(100)
@@ -91,13 +103,14 @@ class CG:
         amap = as_map(mv, rhs)
         require_fixed(amap, "CG")
         unroll = amap.unroll if self.unroll is None else self.unroll
-        tolerance, has_tolerance = self._tolerance(rhs)
+        eps = _rounding(amap, rhs)
+        tolerance, has_tolerance = self._tolerance(rhs, eps)
 
         inverse, extra = None, 0
         if self.preconditioner is not None:
             inverse = self.preconditioner.inverse(amap, rhs, key)
             extra = self.preconditioner.num_products(amap)
-        x, r = _start(amap, rhs, x0)
+        x, r, used = _start(amap, rhs, x0)
         z = _apply(inverse, r)
         rr = tree.vdot(r, r)
         first = _Carry(
@@ -108,13 +121,15 @@ class CG:
             rz=tree.vdot(r, z),
             curvature=jnp.asarray([jnp.inf, -jnp.inf], rr.dtype),
             rr=rr,
-            indefinite=jnp.asarray(False),
+            smooth=x,
+            weight=1 / jnp.where(rr > 0, rr, 1),
+            stuck=jnp.asarray(False),
         )
 
         def going(c: _Carry) -> jax.Array:
             # `not <=` rather than `>`: a NaN residual must run into the value, not hide.
             unmet = ~(c.rr <= tolerance**2)
-            return (c.step < self.max_steps) & unmet & ~c.indefinite & ~jnp.isnan(c.rr)
+            return (c.step < self.max_steps) & unmet & ~c.stuck & ~jnp.isnan(c.rr)
 
         def advance(c: _Carry) -> _Carry:
             return _advance(amap, inverse, c)
@@ -129,27 +144,34 @@ class CG:
         products = last.step + extra + (0 if x0 is None else 1)
         low, high = last.curvature
         stats = {"num_matvecs": products, "min_curvature": low, "max_curvature": high}
-        unmet = last.rr > tolerance**2
+        if x0 is not None:
+            stats["warm_start_used"] = used
+        gg = tree.vdot(rhs, rhs)
+        indefinite = last.stuck & (low < -10 * eps * high) | (high <= 0) & (low < 0)
+        flat = last.stuck & ~indefinite
+        value = tree.where((last.rr > gg) | flat, last.smooth, last.x)
+        least = jnp.minimum(last.rr, 1 / last.weight)
         result = status_of(
             Status.ok,
-            (last.indefinite, Status.negative_curvature),
-            (unmet & has_tolerance, Status.max_steps),
+            (indefinite, Status.negative_curvature),
+            (flat & (least > eps * gg), Status.singular),
+            ((last.rr > tolerance**2) & ~last.stuck & has_tolerance, Status.max_steps),
         )
         # A NaN or an overflow on the way makes the whole value NaN: an infinite right side
         # would otherwise meet its infinite tolerance at zero, and look like an answer.
         lost = ~jnp.isfinite(last.rr)
-        value = jax.tree.map(lambda v: jnp.where(lost, jnp.nan, v), last.x)
+        value = jax.tree.map(lambda v: jnp.where(lost, jnp.nan, v), value)
         solution = finish(amap, rhs, value, stats, result, certify)
         if not (certify and has_tolerance):
             return solution
         stale = (solution.stats["residual_norm"] > 10 * tolerance) & (solution.result == 0)
         return solution._replace(result=status_of(solution.result, (stale, Status.stagnated)))
 
-    def _tolerance(self, rhs: Vector) -> tuple[Scalar, bool]:
+    def _tolerance(self, rhs: Vector, eps: float) -> tuple[Scalar, bool]:
         norm = tree.norm(rhs)
         # Below this the recurrence goes on shrinking while the true residual no longer does,
         # and its inner products end in underflow.
-        tolerance = jnp.finfo(norm.dtype).eps * norm
+        tolerance = eps * norm
         if self.rtol is not None:
             tolerance = jnp.maximum(tolerance, jnp.asarray(self.rtol, norm.dtype) * norm)
         if self.atol is not None:
@@ -157,17 +179,25 @@ class CG:
         return tolerance, self.rtol is not None or self.atol is not None
 
 
-def _start(mv: LinearMap, rhs: Vector, x0: Vector | None) -> tuple[Vector, Vector]:
-    """``(x, g - A x)``, at zero without a product, or at the better of ``x0`` and zero."""
+def _rounding(mv: LinearMap, rhs: Vector) -> float:
+    """One unit of rounding of the products, which may be in a narrower dtype than vectors."""
+    made = jax.tree.leaves(jax.eval_shape(mv.undamped, rhs))
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in [*made, *jax.tree.leaves(rhs)])
+
+
+def _start(
+    mv: LinearMap, rhs: Vector, x0: Vector | None
+) -> tuple[Vector, Vector, jax.Array | bool]:
+    """``(x, g - A x, used)``, at zero without a product, or at the better of ``x0`` and zero."""
     zero = jax.tree.map(jnp.zeros_like, rhs)
     if x0 is None:
-        return zero, rhs
+        return zero, rhs, False
     # The barrier keeps a zero start a runtime value: XLA on CPU miscompiles products with a
     # constant zero operand inside fused row reductions, and A(0) would be one.
     x0 = jax.lax.optimization_barrier(tree.cast_like(x0, rhs))
     residual = tree.sub(rhs, mv(x0))
     better = tree.vdot(residual, residual) < tree.vdot(rhs, rhs)
-    return tree.where(better, x0, zero), tree.where(better, residual, rhs)
+    return tree.where(better, x0, zero), tree.where(better, residual, rhs), better
 
 
 def _apply(inverse: Vector | None, r: Vector) -> Vector:
@@ -181,13 +211,17 @@ def _advance(mv: LinearMap, inverse: Vector | None, c: _Carry) -> _Carry:
     low = jnp.minimum(c.curvature[0], curvature)
     high = jnp.maximum(c.curvature[1], curvature)
     # Non-positive up to rounding, relative to the largest curvature met. Written so that a
-    # NaN is not "indefinite": it goes into the iterate instead.
-    indefinite = curvature <= jnp.finfo(pp.dtype).eps * jnp.maximum(high, 0)
-    alpha = jnp.where(indefinite, 0, c.rz / jnp.where(indefinite, 1, pap))
+    # NaN is not "stuck": it goes into the iterate instead.
+    stuck = curvature <= jnp.finfo(pp.dtype).eps * jnp.maximum(high, 0)
+    alpha = jnp.where(stuck, 0, c.rz / jnp.where(stuck, 1, pap))
     x, r = tree.axpy(alpha, c.p, c.x), tree.axpy(-alpha, image, c.r)
     z = _apply(inverse, r)
     rr = tree.vdot(r, r)
     rz = rr if inverse is None else tree.vdot(r, z)
     beta = jnp.where(c.rz > 0, rz / jnp.where(c.rz > 0, c.rz, 1), 0)
     p, bounds = tree.axpy(beta, c.p, z), jnp.stack([low, high])
-    return _Carry(c.step + 1, x, r, p, rz, bounds, rr, indefinite)
+    # Where the residual is zero the mean is the iterate itself.
+    share = jnp.where(stuck, 0, 1 / (1 + c.weight * rr))
+    smooth = tree.axpy(share, tree.sub(x, c.smooth), c.smooth)
+    weight = jnp.where(stuck | (rr == 0), c.weight, c.weight + 1 / jnp.where(rr > 0, rr, 1))
+    return _Carry(c.step + 1, x, r, p, rz, bounds, rr, smooth, weight, stuck)

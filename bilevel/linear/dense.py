@@ -1,4 +1,4 @@
-r"""Materialise the operator and factorise it: the oracle, and right for small problems."""
+r"""Materialise the operator and diagonalise it: the exact reference, for small problems."""
 
 import dataclasses
 
@@ -16,14 +16,18 @@ from bilevel.status import Status
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    r"""Solves :math:`A q = g` by LU of the whole matrix, all leaves coupled.
+    r"""Solves :math:`A q = g` by the eigenvalues of the whole matrix, all leaves coupled.
+
+    .. math:: q = \sum_{|\lambda_i| > \tau} \frac{v_i^\top g}{\lambda_i}\, v_i,
+        \qquad \tau = n\,\epsilon\,\max_i|\lambda_i|
 
     Args:
       max_size: largest n accepted; the matrix takes :math:`n^2` numbers.
 
-    An indefinite matrix is solved too (the value is exact) and reported as
-    ``negative_curvature`` with its smallest eigenvalue, since the inner point is then no
-    minimum.
+    A singular matrix gives the solution of least norm, least-squares where there is no other;
+    the latter is status ``singular``. An indefinite matrix is solved too (the value is exact)
+    and reported as ``negative_curvature`` with its smallest eigenvalue, since the inner point is
+    then no minimum.
 
     Cost: n products (batched), :math:`O(n^3)` arithmetic, :math:`O(n^2)` memory. Raises
     ``ValueError`` above ``max_size``.
@@ -57,12 +61,21 @@ class Dense:
         basis = jnp.eye(n, dtype=flat.dtype)
         columns = jax.vmap(lambda e: ravel_pytree(amap(unravel(e)))[0])(basis)
         matrix = (columns + columns.T) / 2  # rounding aside, a Hessian is symmetric
-        value = unravel(jnp.linalg.solve(matrix, flat))
-        eigenvalues = jnp.linalg.eigvalsh(matrix)
+        eigenvalues, vectors = jnp.linalg.eigh(matrix)
+        cut = n * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(eigenvalues))
+        kept = ~(jnp.abs(eigenvalues) <= cut)  # a NaN is kept, and shows in the value
+        parts = vectors.T @ flat
+        value = unravel(vectors @ jnp.where(kept, parts / jnp.where(kept, eigenvalues, 1), 0))
         stats = {
             "num_matvecs": jnp.asarray(n, jnp.int32),
             "min_curvature": eigenvalues[0],
             "max_curvature": eigenvalues[-1],
         }
-        result = status_of(Status.ok, (eigenvalues[0] <= 0, Status.negative_curvature))
+        lost = jnp.linalg.norm(jnp.where(kept, 0, parts))
+        unsolved = lost > jnp.sqrt(jnp.finfo(flat.dtype).eps) * jnp.linalg.norm(flat)
+        result = status_of(
+            Status.ok,
+            (eigenvalues[0] < -cut, Status.negative_curvature),
+            (unsolved, Status.singular),
+        )
         return finish(amap, rhs, value, stats, result, certify)

@@ -24,7 +24,7 @@ class Lineax:
 
     Tolerances and failure mean what they mean in lineax (element-wise, in the maximum norm
     unless it was given another); its outcome is mapped to a status: ``max_steps``,
-    ``stagnated``, ``nonfinite_input``; a breakdown or a singular matrix becomes
+    ``stagnated``, ``nonfinite_input``, ``singular``; a breakdown becomes
     ``negative_curvature``, and NaN stays NaN (``nonfinite_output``). The residual is recomputed.
     ``lineax.CG`` is told that A is positive definite; the others that it is symmetric.
 
@@ -57,10 +57,14 @@ class Lineax:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Tolerances and other floats are traced; counts and functions are static."""
-        leaves, treedef = jax.tree.flatten(self.solver)
-        traced = tuple(isinstance(x, (float, jax.Array)) for x in leaves)
-        fixed = tuple(None if t else x for x, t in zip(leaves, traced, strict=True))
-        return tuple(x for x, t in zip(leaves, traced, strict=True) if t), (treedef, traced, fixed)
+        form = getattr(self, "_form", None)
+        if form is None:
+            leaves, treedef = jax.tree.flatten(self.solver)
+            traced = tuple(isinstance(x, (float, jax.Array)) for x in leaves)
+            fixed = tuple(None if t else x for x, t in zip(leaves, traced, strict=True))
+            form = treedef, traced, fixed
+        leaves = form[0].flatten_up_to(self.solver)
+        return tuple(x for x, t in zip(leaves, form[1], strict=True) if t), form
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> "Lineax":
@@ -68,7 +72,10 @@ class Lineax:
         treedef, traced, fixed = aux
         floats = iter(children)
         leaves = [next(floats) if t else x for t, x in zip(traced, fixed, strict=True)]
-        return cls(jax.tree.unflatten(treedef, leaves))
+        rebuilt = cls(jax.tree.unflatten(treedef, leaves))
+        # JAX rebuilds pytrees around placeholders, which do not tell what they stand for.
+        object.__setattr__(rebuilt, "_form", aux)
+        return rebuilt
 
     def solve(
         self,
@@ -115,11 +122,10 @@ class Lineax:
             Status.ok,
             (solution.result == codes.nonfinite_input, Status.nonfinite_input),
             (
-                (solution.result == codes.breakdown)
-                | (solution.result == codes.singular)
-                | ((gag < 0) & definite),
+                (solution.result == codes.breakdown) | ((gag < 0) & definite),
                 Status.negative_curvature,
             ),
+            (solution.result == codes.singular, Status.singular),
             (
                 (solution.result == codes.stagnation) | (solution.result == codes.conlim),
                 Status.stagnated,

@@ -14,7 +14,9 @@ from bilevel.linear.base import (
     LinearSolution,
     as_map,
     contract,
+    contract_leaf,
     finish,
+    replicated_if_explicit,
     require_fixed,
     require_key,
     status_of,
@@ -131,7 +133,11 @@ class Nystrom:
         """``i -> column i`` of the test matrix, made when asked for: it is never stored."""
         if chosen is None:
             keys = jax.random.split(key, self.rank)
-            return lambda i: tree.random_like(keys[i], rhs, jax.random.normal)
+            # Added to zeros, which have the sharding of the vectors on an explicit mesh.
+            return lambda i: tree.add(
+                jax.tree.map(jnp.zeros_like, rhs),
+                tree.random_like(keys[i], rhs, jax.random.normal),
+            )
         leaves, treedef = jax.tree.flatten(rhs)
         offsets = np.cumsum([0, *(leaf.size for leaf in leaves)])
 
@@ -139,9 +145,7 @@ class Nystrom:
             return jax.tree.unflatten(
                 treedef,
                 [
-                    jax.nn.one_hot(chosen[i] - offset, leaf.size, dtype=leaf.dtype).reshape(
-                        leaf.shape
-                    )
+                    _unit_like(leaf, chosen[i] - offset)
                     for offset, leaf in zip(offsets, leaves, strict=False)
                 ],
             )
@@ -149,15 +153,31 @@ class Nystrom:
         return unit
 
 
+def _unit_like(leaf: jax.Array, position: jax.Array) -> jax.Array:
+    """1 at ``position`` of ``leaf`` laid out as one axis, 0 elsewhere; 0 for a position outside.
+
+    Compared axis by axis, in the shape and sharding of ``leaf``.
+    """
+    here = (position >= 0) & (position < leaf.size)
+    for axis, index in enumerate(jnp.unravel_index(position, leaf.shape)):
+        here = here & (jax.lax.broadcasted_iota(jnp.int32, leaf.shape, axis) == index)
+    return jnp.where(here, 1, jnp.zeros_like(leaf))
+
+
 def _entries(columns: Vector, chosen: jax.Array) -> jax.Array:
     """(k, k) entries of the stacked columns at the chosen coordinates: read, not multiplied out."""
     core, offset = jnp.zeros((), jnp.float32), 0
     for c in jax.tree.leaves(columns):
-        flat = c.reshape(c.shape[0], -1)
-        size = flat.shape[1]
+        size = c[0].size
         local = chosen - offset
         here = (local >= 0) & (local < size)
-        read = jnp.take(flat, jnp.clip(local, 0, size - 1), axis=1)
+        # Read axis by axis: laying a sharded leaf out as one axis would gather it.
+        index = jnp.unravel_index(jnp.clip(local, 0, size - 1), c.shape[1:])
+        ndim = 2 if index else 1
+        read = c.at[(slice(None), *index)].get(
+            mode="promise_in_bounds", out_sharding=replicated_if_explicit(c, ndim)
+        )
+        read = read if index else read[:, None]
         core = core + jnp.where(here[None, :], read, 0)
         offset += size
     return core
@@ -165,11 +185,8 @@ def _entries(columns: Vector, chosen: jax.Array) -> jax.Array:
 
 def _inner(columns: Vector, v: Vector) -> jax.Array:
     """(k,) inner products of the stacked columns with one vector."""
-    parts = jax.tree.map(
-        lambda c, x: jnp.tensordot(
-            c.reshape(c.shape[0], -1), x.reshape(-1).astype(c.dtype), axes=1
-        ),
-        columns,
-        v,
-    )
-    return functools.reduce(jnp.add, jax.tree.leaves(parts))
+    parts = [
+        contract_leaf(c, x.astype(c.dtype), 0)
+        for c, x in zip(jax.tree.leaves(columns), jax.tree.leaves(v), strict=True)
+    ]
+    return functools.reduce(jnp.add, parts)

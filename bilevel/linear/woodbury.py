@@ -26,10 +26,10 @@ class Woodbury:
     Args:
       max_outputs: largest m accepted: the method stores m vectors and an m x m matrix.
 
-    Needs ``GaussNewton(...)`` with :math:`D > 0`; D not positive gives ``negative_curvature``
-    and a value that is not finite. A penalty whose Hessian is not diagonal is outside the
-    method, and shows in the recomputed residual. The inverse is never taken of Q, which is
-    singular for softmax.
+    Needs ``GaussNewton(...)`` with :math:`D > 0`; where D is negative the value is not finite and
+    the status ``negative_curvature``, where it is zero ``nonfinite_output``. A penalty whose
+    Hessian is not diagonal is outside the method, and shows in the recomputed residual. The
+    inverse is never taken of Q, which is singular for softmax.
 
     Cost: m backward passes, :math:`O(m^2 n + m^3)` arithmetic, mn numbers of memory: worth it
     for m below about 2500 and accuracy beyond some thirty CG steps. Raises ``ValueError``
@@ -62,6 +62,12 @@ class Woodbury:
                 "Woodbury inverts J'QJ + D through its factors, which only a "
                 "`GaussNewton(model, output_loss, ...)` operator has: pass one as "
                 "`Implicit(operator=...)`."
+            )
+        if isinstance(amap.damping, (int, float)) and amap.damping == 0 and not amap.penalized:
+            raise ValueError(
+                "Woodbury divides by D, the damping plus the diagonal of the penalty, and this "
+                "operator has neither: set `GaussNewton(damping=...)` above 0, or give it a "
+                "`penalty`."
             )
         rows, weights, diagonal = amap.factors()
         m = weights.shape[0]
@@ -97,5 +103,5 @@ class Woodbury:
         stats = {"num_matvecs": jnp.asarray(m, jnp.int32), "min_curvature": low}
         solution = finish(amap, rhs, value, stats, status_of(Status.ok), certify)
         # The cause rather than its symptom, which would be a value that is not finite.
-        result = status_of(solution.result, (low <= 0, Status.negative_curvature))
+        result = status_of(solution.result, (low < 0, Status.negative_curvature))
         return solution._replace(result=result)

@@ -1,15 +1,15 @@
-"""How the hyperparameters move: bounds, and loops as pairs of pure functions."""
+"""How the hyperparameters move: bounds, and loops as triples of pure functions."""
 
-from bilevel.outer.alternate import AlternateInfo as AlternateInfo
-from bilevel.outer.alternate import AlternateState as AlternateState
 from bilevel.outer.alternate import alternate as alternate
+from bilevel.outer.alternation import AlternateInfo as AlternateInfo
+from bilevel.outer.alternation import AlternateState as AlternateState
 from bilevel.outer.base import Algorithm as Algorithm
-from bilevel.outer.constrain import Bound as Bound
-from bilevel.outer.constrain import Free as Free
-from bilevel.outer.constrain import Integer as Integer
-from bilevel.outer.constrain import Interval as Interval
-from bilevel.outer.constrain import Positive as Positive
-from bilevel.outer.constrain import Simplex as Simplex
+from bilevel.outer.bounds import Bound as Bound
+from bilevel.outer.bounds import Free as Free
+from bilevel.outer.bounds import Integer as Integer
+from bilevel.outer.bounds import Interval as Interval
+from bilevel.outer.bounds import Positive as Positive
+from bilevel.outer.bounds import Simplex as Simplex
 from bilevel.outer.constrain import Space as Space
 from bilevel.outer.global_response import global_response as global_response
 from bilevel.outer.schedule import HyperSchedule as HyperSchedule

@@ -1,14 +1,16 @@
-r"""What an outer loop is: two pure functions, shaped like an optax transformation.
+r"""What an outer loop is: three pure functions, shaped like an optax transformation.
 
 .. code-block:: python
 
     state = algorithm.init(params, hparams)
-    state, info = algorithm.step(state, inner_batches=..., outer_batch=..., key=...)
+    new, info = algorithm.step(state, inner_batches=..., outer_batch=..., key=...)
+    params = algorithm.deploy(new, state.hparams)
 
 ``state`` is a NamedTuple of arrays with at least ``params``, ``hparams`` (what the losses
 read), ``model_state`` and ``step`` (int32, updates made); ``info`` is a NamedTuple of arrays
-with at least ``value``, the outer loss at the new ``params`` and the *old* ``hparams``. That is
-all :func:`~bilevel.fit` knows of any algorithm.
+with at least ``value`` and ``hparams``. ``info.value`` is the outer loss at the pair
+``(deploy(new, info.hparams), info.hparams)``, where ``info.hparams`` are those of ``state``, before
+their update. That is all :func:`~bilevel.fit` knows of any algorithm.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel.aliases import Hparams, Params
 from bilevel.tree import paths
+
+
+def own_params(state: Any, hparams: Hparams | None = None) -> Params:
+    """``state.params``: what a loop deploys whose parameters serve any hyperparameters."""
+    return state.params
 
 
 class Algorithm(NamedTuple):
@@ -27,10 +35,14 @@ class Algorithm(NamedTuple):
       init: ``init(params, hparams, model_state=None) -> state``.
       step: ``step(state, *, inner_batches, outer_batch, key=None, ...) -> (state, info)``;
         traced once: ``jax.jit(algorithm.step, donate_argnums=0)``.
+      deploy: ``deploy(state, hparams=None) -> params``, the parameters for the losses at
+        ``hparams`` (the state's own if ``None``). With the hyperparameters from before the step
+        that returned ``state``, they are the parameters that step's ``info.value`` belongs to.
     """
 
     init: Callable[..., Any]
     step: Callable[..., tuple[Any, Any]]
+    deploy: Callable[..., Params] = own_params
 
 
 def own(tree: Any) -> Any:

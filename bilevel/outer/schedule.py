@@ -61,9 +61,11 @@ class HyperSchedule:
         """The schedule of a run from its stacked ``info`` records.
 
         Args:
-          infos: ``info`` of every step of :func:`~bilevel.self_tuning`, stacked on a leading
-            axis (what ``lax.scan`` returns).
-          steps_each: training steps in each of them: ``inner_steps``.
+          infos: ``info`` of every step of :func:`~bilevel.alternate`,
+            :func:`~bilevel.self_tuning` or another loop, stacked on a leading axis (what
+            ``lax.scan`` returns).
+          steps_each: training steps in each of them: ``inner_steps``, and those of a response
+            that trains (``Unroll(steps=...)``).
         """
         count = jax.tree.leaves(infos.hparams)[0].shape[0]
         return cls(steps_each * jnp.arange(count), infos.hparams)

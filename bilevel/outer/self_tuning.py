@@ -1,5 +1,6 @@
 r"""Self-tuning networks: weights, their response and the hyperparameters learn together."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ from bilevel.inner.network import Network, StructuredResponse
 from bilevel.operators import GaussNewton
 from bilevel.outer.base import Algorithm
 from bilevel.outer.constrain import Space
-from bilevel.outer.cycle import Cycle
-from bilevel.outer.tuning_state import SelfTuningState, weights_at
+from bilevel.outer.cycle import deploy, init, step
+from bilevel.outer.training import check_fixed_tx, check_loss, check_tx
+from bilevel.outer.tuning import Tuning
+from bilevel.outer.tuning_state import GlobalResponseState, SelfTuningState, weights_at
 from bilevel.settings import check_count, check_real
 
 
@@ -66,9 +69,9 @@ def self_tuning(
       outer: validation loss, ``loss(params, hparams, batch) -> scalar``, usually blind to
         ``hparams`` (no dropout, no penalty).
       inner: training loss of the same form.
-      inner_tx: optax transformation of the weights.
+      inner_tx: optax transformation of the weights. Leaves that it freezes do not respond.
       outer_tx: optax transformation of :math:`\lambda`. Those that normalise (Adam, RMSprop)
-        random-walk on a signal that is all noise: lower their rate late.
+        random-walk on a signal that is all noise: lower their rate late. No line search.
       inner_steps: training steps a cycle.
       outer_steps: validation steps a cycle.
       network: how weights follow; ``StructuredResponse()`` (Delta-STN) if ``None``.
@@ -92,14 +95,19 @@ def self_tuning(
       seed: of the network's first parameters, where ``init`` gets no ``key``.
 
     Returns:
-      ``(init, step)``, pure functions.
+      ``Algorithm(init, step, deploy)``, pure functions.
 
       ``init(params, hparams, model_state=None, *, key=None) -> SelfTuningState``.
 
       ``step(state, *, inner_batches, outer_batch, key) -> (state, SelfTuningInfo)``, one cycle.
       ``inner_batches`` has a leading axis of ``inner_steps``, ``outer_batch`` one of
-      ``outer_steps`` if that is above 1. Keys that are leaves of a batch give the losses
-      their randomness, independent in the general and the response step.
+      ``outer_steps`` if that is above 1 (a single ``jax.random.key`` may come without, and is
+      split by step). Keys that are leaves of a batch give the losses their randomness,
+      independent in the general and the response step.
+
+      ``deploy(state, hparams=None)``: what the losses read as weights at ``hparams``, those of
+      the state if ``None``. Given the hyperparameters from before the step that returned
+      ``state``, the weights that its ``value`` was measured with.
 
     Cost: per training step two inner gradients (linearised: about three), and one multiply-add
     a weight and group; an uncentred network one gradient. No matrix product is doubled with
@@ -143,10 +151,13 @@ def self_tuning(
         check_real("scale", leaf, 0, strict=True)
     check_real("entropy", entropy, 0)
     for name, loss in (("outer", outer), ("inner", inner)):
-        if not callable(loss):
-            raise TypeError(
-                f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
-            )
+        check_loss(name, loss)
+    response_tx = inner_tx if response_tx is None else response_tx
+    scale_tx = outer_tx if scale_tx is None else scale_tx
+    check_fixed_tx("inner_tx", inner_tx)
+    check_fixed_tx("response_tx", response_tx)
+    check_tx("outer_tx", outer_tx)
+    check_tx("scale_tx", scale_tx)
     if not isinstance(network, Network) or isinstance(network, type):
         raise TypeError(
             f"`network` must be a network such as `StructuredResponse()`, got {network!r}."
@@ -166,7 +177,7 @@ def self_tuning(
             "`constrain` must be a `Space`, such as `Space({'rate': Interval(0, 0.95)})`, or "
             f"None, got {constrain!r}."
         )
-    cycle = Cycle(
+    tuning = Tuning(
         outer=outer,
         inner=inner,
         inner_tx=inner_tx,
@@ -174,8 +185,8 @@ def self_tuning(
         inner_steps=inner_steps,
         outer_steps=outer_steps,
         network=network,
-        response_tx=inner_tx if response_tx is None else response_tx,
-        scale_tx=outer_tx if scale_tx is None else scale_tx,
+        response_tx=response_tx,
+        scale_tx=scale_tx,
         scale=scale,
         tune_scales=tune_scales,
         entropy=entropy,
@@ -187,16 +198,21 @@ def self_tuning(
         has_state=has_state,
         seed=seed,
     )
-    return Algorithm(cycle.init, cycle.step)
+    return Algorithm(
+        functools.partial(init, tuning),
+        functools.partial(step, tuning),
+        functools.partial(deploy, tuning),
+    )
 
 
-def tuned_params(network: Network, state: SelfTuningState) -> Params:
-    """The weights to deploy: those at the current hyperparameters.
+def tuned_params(network: Network, state: SelfTuningState | GlobalResponseState) -> Params:
+    """The weights to deploy: those at the current hyperparameters, as ``deploy(state)`` gives them.
 
     For a centred network the base weights as they are, at no cost; for an uncentred one those
-    that the response gives at ``state.raw``. For a network of layers that is uncentred, what the
-    losses read: the weights and one displacement for every example.
+    that the response gives at the current hyperparameters. For a network of layers that is
+    uncentred, what the losses read: the weights and one displacement for every example.
     """
     if network.centred:
         return state.params
-    return weights_at(network, state.response, state.params, state.raw)
+    raw = state.hparams if isinstance(state, GlobalResponseState) else state.raw
+    return weights_at(network, state.response, state.params, raw)

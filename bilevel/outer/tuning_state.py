@@ -23,6 +23,7 @@ class SelfTuningState(NamedTuple):
       outer_opt_state: state of ``outer_tx``.
       raw_scales: s, with :math:`\sigma = \mathrm{softplus}(s)`, a tree like ``raw``.
       scale_opt_state: state of ``scale_tx`` (``None`` with fixed scales).
+      measured: those of ``raw`` that the last reported value belongs to (``raw`` itself at first).
       step: int32, cycles made.
     """
 
@@ -36,6 +37,7 @@ class SelfTuningState(NamedTuple):
     outer_opt_state: Any
     raw_scales: Hparams
     scale_opt_state: Any
+    measured: Hparams
     step: jax.Array
 
 
@@ -44,7 +46,7 @@ class SelfTuningInfo(NamedTuple):
 
     Attributes:
       value: (perturbed) outer loss at the new weights and the hyperparameters *before* their
-        update, without the entropy; of the last outer step.
+        update, without the entropy; of the first outer step.
       inner_value: inner loss of the last training step, at the current hyperparameters
         (uncentred: perturbed).
       response_value: inner loss of the last response step, perturbed.
@@ -53,7 +55,8 @@ class SelfTuningInfo(NamedTuple):
         move for one scale.
       hparams: what the training steps of this cycle read, as in :class:`SelfTuningState`.
       scales: :math:`\sigma` of this cycle.
-      result: int32 :class:`~bilevel.Status`.
+      result: int32 :class:`~bilevel.Status`; ``invalid_setting`` where ``response_norm`` is
+        exactly 0, a network that has not trained.
     """
 
     value: Scalar
@@ -64,6 +67,28 @@ class SelfTuningInfo(NamedTuple):
     hparams: Hparams
     scales: Hparams
     result: jax.Array
+
+
+class GlobalResponseState(NamedTuple):
+    r"""What :func:`global_response` carries.
+
+    Attributes:
+      params: base weights (learnt if the network is residual, otherwise only their shapes count).
+      model_state: ``None``.
+      response: parameters :math:`\phi` of the network.
+      opt_state: of ``inner_tx``, for both.
+      hparams: :math:`\lambda`, the current best guess.
+      outer_opt_state: of ``outer_tx``.
+      step: int32, steps made.
+    """
+
+    params: Params
+    model_state: ModelState
+    response: Any
+    opt_state: Any
+    hparams: Hparams
+    outer_opt_state: Any
+    step: jax.Array
 
 
 def weights_at(network: Any, response: Any, params: Params, raw: Hparams) -> Any:

@@ -44,7 +44,7 @@ def scan_run(
     r"""``steps`` steps of an algorithm in one ``lax.scan``, with data on the device.
 
     Args:
-      algorithm: ``(init, step)`` such as :func:`~bilevel.self_tuning`.
+      algorithm: an :class:`~bilevel.Algorithm` such as :func:`~bilevel.self_tuning`.
       state: of ``algorithm.init``.
       sample: ``key -> (inner_batches, outer_batch)``, traced; gather from arrays on the device.
       steps: length of the scan.

@@ -1,10 +1,10 @@
-r"""Activation regularisers of recurrent networks."""
+r"""Activation regularizers of recurrent networks."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bilevel.regularizers.strength import along_examples, check_strength
-from bilevel.tree import accumulate
+from bilevel.regularizers.strength import axes, floating, strengths, widened
 
 
 def activation_penalty(activations: jax.Array, strength: jax.Array | float) -> jax.Array:
@@ -15,14 +15,19 @@ def activation_penalty(activations: jax.Array, strength: jax.Array | float) -> j
       strength: :math:`\alpha \ge 0`, a scalar or ``(B,)``. Differentiable.
 
     Returns:
-      A scalar, summed in at least float32.
+      A scalar, summed in at least float32; NaN for a traced strength that is negative or not
+      finite.
+
+    Raises:
+      TypeError: activations that are not floating-point.
+      ValueError: no activations, or a known strength out of range or of the wrong length.
 
     Reference: Merity, McCann, Socher, "Revisiting Activation Regularization for Language RNNs",
     2017.
     """
-    check_strength("strength", strength)
-    h = accumulate(activations)
-    return jnp.mean(along_examples("strength", strength, h).astype(h.dtype) * h**2)
+    h = _activations(activations)
+    alpha = strengths("strength", strength, h)
+    return jnp.mean(alpha.astype(h.dtype) * h**2)
 
 
 def temporal_activation_penalty(
@@ -34,16 +39,31 @@ def temporal_activation_penalty(
       activations: ``(B, T, d)``, usually the raw output of the last recurrent layer; T at
         least 2.
       strength: :math:`\beta \ge 0`, a scalar or ``(B,)``. Differentiable.
-      time_axis: the axis of the steps.
+      time_axis: the axis of the steps, counted as in NumPy. With 0 the leading axis holds no
+        examples, and ``strength`` must be a scalar.
 
-    Reference: as :func:`activation_penalty`.
+    Returns, errors and reference as :func:`activation_penalty`.
     """
-    check_strength("strength", strength)
-    if activations.shape[time_axis] < 2:
+    h = _activations(activations)
+    (axis,) = axes("time_axis", (time_axis,), h.ndim)
+    if h.shape[axis] < 2:
         raise ValueError(
-            f"`activations` has {activations.shape[time_axis]} step(s) along axis {time_axis}: "
+            f"`activations` has {h.shape[axis]} step(s) along axis {time_axis}: "
             "a difference needs two."
         )
-    h = accumulate(activations)
-    steps = jnp.diff(h, axis=time_axis)
-    return jnp.mean(along_examples("strength", strength, h).astype(h.dtype) * steps**2)
+    if axis == 0 and np.ndim(strength):
+        raise ValueError(
+            f"`strength` has shape {np.shape(strength)}, but with `time_axis={time_axis}` the "
+            "leading axis of `activations` holds steps and not examples: pass a scalar, or move "
+            "the axis of the examples to the front."
+        )
+    steps = jnp.diff(h, axis=axis)
+    beta = strengths("strength", strength, steps)
+    return jnp.mean(beta.astype(h.dtype) * steps**2)
+
+
+def _activations(activations: jax.Array) -> jax.Array:
+    h = widened(floating("activations", activations))
+    if h.size == 0:
+        raise ValueError(f"`activations` is empty (shape {h.shape}): its mean is not defined.")
+    return h

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.aliases import Key
-from bilevel.regularizers.strength import along_examples, check_strength
+from bilevel.regularizers.strength import check_key, floating, strengths, widened
 
 GRAY = np.array([0.299, 0.587, 0.114])
 _TO_YIQ = np.array([GRAY, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -41,48 +41,48 @@ def color_jitter(
 
     Args:
       key: a PRNG key.
-      images: ``(B, H, W, 3)`` with values in [0, 1] (before normalisation).
+      images: ``(B, H, W, 3)``, floating-point with values in [0, 1] (before normalisation).
       brightness, contrast, saturation: strengths, at least 0; a scalar or ``(B,)``.
       hue: in turns, within [0, 0.5]; a scalar or ``(B,)``.
       clip: whether to clip to [0, 1] at the end.
 
+    Returns:
+      The shape and dtype of ``images``, computed in at least float32; NaN in the images that
+      have a traced strength out of range.
+
     Raises:
+      TypeError: integer images, or a key that is none.
       ValueError: known strengths out of range, or images without three channels.
 
     Cost: nine multiplications a pixel, whatever the strengths.
     """
+    check_key(key)
+    images = floating("images", images, 4, "(B, H, W, 3)")
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"`images` must be (B, H, W, 3), got shape {images.shape}.")
-    for name, value in (
-        ("brightness", brightness),
-        ("contrast", contrast),
-        ("saturation", saturation),
-    ):
-        check_strength(name, value)
-    check_strength("hue", hue, 0.0, 0.5)
+    dtype, images = images.dtype, widened(images)
     batch = images.shape[0]
     like = jax.ShapeDtypeStruct((batch,), jnp.float32)
     draw_key, order_key = jax.random.split(key)
     uniform = jax.random.uniform(draw_key, (4, batch))
 
     def factor(name: str, strength: jax.Array | float, u: jax.Array) -> jax.Array:
-        strength = along_examples(name, strength, like)
+        strength = strengths(name, strength, like)
         low = jnp.maximum(0.0, 1 - strength)
         return low + u * (1 + strength - low)
 
     f_bright = factor("brightness", brightness, uniform[0])
     f_contrast = factor("contrast", contrast, uniform[1])
     f_saturation = factor("saturation", saturation, uniform[2])
-    angle = 2 * jnp.pi * along_examples("hue", hue, like) * (2 * uniform[3] - 1)
+    angle = 2 * jnp.pi * strengths("hue", hue, like, 0.0, 0.5) * (2 * uniform[3] - 1)
     order = jnp.argsort(jax.random.uniform(order_key, (batch, 4)), axis=1)
 
     matrix, offset = jax.vmap(_compose)(
         order, f_bright, f_contrast, f_saturation, angle, jnp.mean(images, axis=(1, 2))
     )
-    dtype = images.dtype
-    out = jnp.einsum("bhwc,bdc->bhwd", images, matrix.astype(dtype))
-    out = out + offset.astype(dtype)[:, None, None, :]
-    return jnp.clip(out, 0, 1) if clip else out
+    out = jnp.einsum("bhwc,bdc->bhwd", images, matrix.astype(images.dtype))
+    out = out + offset.astype(images.dtype)[:, None, None, :]
+    return (jnp.clip(out, 0, 1) if clip else out).astype(dtype)
 
 
 def _compose(

@@ -1,11 +1,14 @@
 r"""Cutout: square holes in images, with a sampled number and length of holes."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.aliases import Key
-from bilevel.regularizers.strength import along_examples, check_strength
-from bilevel.settings import check_count
+from bilevel.regularizers.strength import check_key, floating, real_dtype, strengths
+from bilevel.settings import check_count, check_real, concrete
 
 
 def cutout_mask(
@@ -16,14 +19,37 @@ def cutout_mask(
     *,
     max_holes: int,
 ) -> jax.Array:
-    """True where a pixel survives: ``(B, H, W)``. Arguments as :func:`cutout`."""
+    """True where a pixel survives: ``(B, H, W)``. Arguments as :func:`cutout`.
+
+    No pixel of an image survives whose traced number or length of holes is out of range.
+    """
+    keep, legal = _keep(key, shape, holes, length, max_holes)
+    return keep & legal
+
+
+def _keep(
+    key: Key,
+    shape: tuple[int, int, int],
+    holes: jax.Array | float,
+    length: jax.Array | float,
+    max_holes: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Where pixels survive, and which images have legal numbers: ``(B, H, W)``, ``(B, 1, 1)``."""
+    check_key(key)
     check_count("max_holes", max_holes)
-    check_strength("holes", holes, 0.0, max_holes + 1.0, open_high=True)
-    check_strength("length", length)
+    if not isinstance(shape, Sequence) or len(shape) != 3:
+        raise ValueError(f"`shape` must be (B, H, W), got {shape!r}.")
     batch, height, width = shape
-    like = jax.ShapeDtypeStruct((batch, max_holes), jnp.float32)
-    holes = jnp.floor(along_examples("holes", holes, like))
-    length = jnp.floor(along_examples("length", length, like))
+    like = jax.ShapeDtypeStruct((batch,), jnp.float32)
+    # Neither has a derivative. Cut, so that a response can tell that nothing flows here.
+    holes, length = jax.lax.stop_gradient(
+        (
+            strengths("holes", holes, like, 0.0, max_holes + 1.0, open_high=True),
+            strengths("length", length, like),
+        )
+    )
+    legal = jnp.broadcast_to(jnp.isfinite(holes) & jnp.isfinite(length), (batch,))
+    holes, length = jnp.floor(holes)[:, None], jnp.floor(length)[:, None]
     rows, columns = jax.random.split(key)
     rows = jax.random.randint(rows, (batch, max_holes), 0, height)
     columns = jax.random.randint(columns, (batch, max_holes), 0, width)
@@ -42,7 +68,7 @@ def cutout_mask(
     covered = jnp.einsum(
         "bjh,bjw->bhw", in_rows.astype(jnp.float32), in_columns.astype(jnp.float32)
     )
-    return covered < 0.5
+    return covered < 0.5, legal[:, None, None]
 
 
 def cutout(
@@ -52,7 +78,7 @@ def cutout(
     length: jax.Array | float,
     *,
     max_holes: int,
-    fill: float = 0.0,
+    fill: jax.Array | float = 0.0,
 ) -> jax.Array:
     r"""Square holes with uniform centres, a number and a side length an image.
 
@@ -63,13 +89,19 @@ def cutout(
 
     Args:
       key: a PRNG key.
-      images: ``(B, H, W, C)``; apply after normalisation for ``fill=0`` to be the mean.
+      images: ``(B, H, W, C)``, floating-point; apply after normalisation for ``fill=0`` to be the
+        mean.
       holes: number of holes, a scalar or ``(B,)``, real (the floor is taken), traced or not.
       length: side in pixels, a scalar or ``(B,)``, real (the floor is taken).
       max_holes: how many centres are drawn (static); more holes than that are not made.
-      fill: value inside the holes.
+      fill: value inside the holes, a number or ``(C,)``.
+
+    Returns:
+      The shape and dtype of ``images``; NaN in the images whose traced number or length of holes
+      is out of range.
 
     Raises:
+      TypeError: integer images, or a key that is none.
       ValueError: a known number of holes outside ``[0, max_holes + 1)`` or a negative length.
 
     Cost: ``max_holes`` masked rows and columns an image, no loop.
@@ -77,8 +109,24 @@ def cutout(
     Reference: DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with
     Cutout", 2017.
     """
+    images = floating("images", images, 4, "(B, H, W, C)")
     if images.ndim != 4:
         raise ValueError(f"`images` must be (B, H, W, C), got shape {images.shape}.")
-    batch, height, width, _ = images.shape
-    keep = cutout_mask(key, (batch, height, width), holes, length, max_holes=max_holes)
-    return jnp.where(keep[..., None], images, jnp.asarray(fill, images.dtype))
+    batch, height, width, channels = images.shape
+    keep, legal = _keep(key, (batch, height, width), holes, length, max_holes)
+    out = jnp.where(keep[..., None], images, _fill(fill, channels, images.dtype))
+    return jnp.where(legal[..., None], out, jnp.nan)
+
+
+def _fill(fill: jax.Array | float, channels: int, dtype: np.dtype) -> jax.Array:
+    real_dtype("fill", fill)
+    if np.shape(fill) not in ((), (channels,)):
+        raise ValueError(
+            f"`fill` has shape {np.shape(fill)}, expected a number or one per channel: "
+            f"({channels},)."
+        )
+    check_real("fill", fill)
+    if concrete(fill):
+        with np.errstate(over="ignore"):
+            check_real("fill", np.asarray(fill).astype(dtype), hint=f" {fill} is beyond {dtype}.")
+    return jnp.asarray(fill, dtype).reshape((1, 1, 1, -1))

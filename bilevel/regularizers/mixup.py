@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.aliases import Key
-from bilevel.regularizers.strength import along_examples, check_strength
+from bilevel.regularizers.strength import check_key, floating, strengths, widened
+from bilevel.tree import paths
 
 
 def mixup(key: Key, x: Any, targets: Any, alpha: jax.Array | float) -> tuple[Any, Any]:
@@ -17,60 +18,91 @@ def mixup(key: Key, x: Any, targets: Any, alpha: jax.Array | float) -> tuple[Any
 
     Args:
       key: a PRNG key.
-      x: inputs, a pytree of arrays ``(B, ...)``.
+      x: inputs, a pytree of floating-point arrays ``(B, ...)``.
       targets: the same with real targets: one-hot rows, not class numbers.
       alpha: at least 0; a scalar or ``(B,)``. Differentiable: the draw of a Beta variable has
         an implicit derivative.
 
     Returns:
-      ``(x, targets)`` of the same shapes and dtypes.
+      ``(x, targets)`` of the same shapes and dtypes, computed in at least float32; NaN in the
+      examples whose traced ``alpha`` is negative or not finite.
 
     Raises:
-      TypeError: integer targets; one-hot encode them first.
-      ValueError: a known negative ``alpha``.
+      TypeError: inputs or targets that are not floating-point, or a key that is none.
+      ValueError: arrays of different lengths, or a known ``alpha`` out of range.
 
     Cost: two gamma draws an example (rejection sampling) and one gather of the batch.
 
     Reference: Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization",
     2018.
     """
-    check_strength("alpha", alpha)
-    for leaf in jax.tree.leaves(targets):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"`targets` of `mixup` must be real (one-hot rows), got dtype {leaf.dtype}: use "
-                "jax.nn.one_hot(labels, num_classes)."
+    check_key(key)
+    x = _arrays("x", x)
+    for path, leaf in paths(targets, "targets"):
+        _refuse_class_numbers(path, leaf)
+    targets = _arrays("targets", targets)
+    leaves = paths(x, "x")
+    if not leaves:
+        raise ValueError("`x` has no arrays: there is nothing to mix.")
+    first, batch = leaves[0][0], leaves[0][1].shape[0]
+    for path, leaf in leaves[1:] + paths(targets, "targets"):
+        if leaf.shape[0] != batch:
+            raise ValueError(
+                f"`{path}` has {leaf.shape[0]} examples (shape {leaf.shape}), but `{first}` has "
+                f"{batch}: pass inputs and targets of the same examples."
             )
-    batch = jax.tree.leaves(x)[0].shape[0]
     draw_key, permutation_key = jax.random.split(key)
-    alpha = along_examples("alpha", alpha, jax.ShapeDtypeStruct((batch,), jnp.float32))
+    alpha = strengths("alpha", alpha, jax.ShapeDtypeStruct((batch,), jnp.float32))
     mixes = alpha > 1e-6
     safe = jnp.where(mixes, alpha, 1.0)  # inside the draw too: its derivative at 0 is NaN
     u = jnp.where(mixes, jax.random.beta(draw_key, safe, safe, (batch,), safe.dtype), 1.0)
+    u = u + 0 * alpha  # NaN where an impossible alpha was marked by it
     other = jax.random.permutation(permutation_key, batch)
 
     def mix(leaf: jax.Array) -> jax.Array:
-        weight = along_examples("alpha", u, leaf).astype(leaf.dtype)
-        return weight * leaf + (1 - weight) * leaf[other]
+        wide = widened(leaf)
+        weight = u.reshape((batch,) + (1,) * (leaf.ndim - 1)).astype(wide.dtype)
+        return (weight * wide + (1 - weight) * wide[other]).astype(leaf.dtype)
 
     return jax.tree.map(mix, x), jax.tree.map(mix, targets)
+
+
+def _arrays(name: str, tree: Any) -> Any:
+    leaves = [floating(path, leaf, 1) for path, leaf in paths(tree, name)]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def label_smoothing(targets: jax.Array, amount: jax.Array | float) -> jax.Array:
     r""":math:`(1 - a)\,y + a / K` over the last axis of ``targets``.
 
     Args:
-      targets: ``(B, ..., K)`` one-hot or soft targets.
+      targets: ``(B, ..., K)`` one-hot or soft targets, floating-point.
       amount: :math:`a \in [0, 1]`, a scalar or ``(B,)``. Differentiable.
+
+    Returns:
+      The shape and dtype of ``targets``, computed in at least float32; NaN in the examples
+      whose traced amount is outside [0, 1].
+
+    Raises:
+      TypeError: integer targets; one-hot encode them first.
+      ValueError: targets without an axis of classes, or a known amount out of range.
 
     Reference: Szegedy, Vanhoucke, Ioffe, Shlens, Wojna, "Rethinking the Inception Architecture
     for Computer Vision", 2016.
     """
-    check_strength("amount", amount, 0.0, 1.0)
-    if not jnp.issubdtype(targets.dtype, jnp.floating):
+    _refuse_class_numbers("targets", targets)
+    targets = floating("targets", targets, 2, "(B, ..., K)")
+    # The classes of a row share one amount, or the row would no longer sum to one.
+    rows = jax.ShapeDtypeStruct(targets.shape[:-1], targets.dtype)
+    wide = widened(targets)
+    amount = strengths("amount", amount, rows, 0.0, 1.0).astype(wide.dtype)[..., None]
+    return ((1 - amount) * wide + amount / targets.shape[-1]).astype(targets.dtype)
+
+
+def _refuse_class_numbers(name: str, targets: Any) -> None:
+    dtype = getattr(targets, "dtype", jnp.float32)
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"`targets` must be real (one-hot rows), got dtype {targets.dtype}: use "
+            f"`{name}` must be real (one-hot rows), got dtype {dtype}: use "
             "jax.nn.one_hot(labels, num_classes)."
         )
-    amount = along_examples("amount", amount, targets).astype(targets.dtype)
-    return (1 - amount) * targets + amount / targets.shape[-1]

@@ -3,7 +3,7 @@ r"""Noise on inputs: additive and multiplicative, differentiable in its strength
 import jax
 
 from bilevel.aliases import Key
-from bilevel.regularizers.strength import along_examples, check_strength
+from bilevel.regularizers.strength import check_key, floating, strengths, widened
 
 
 def input_noise(key: Key, x: jax.Array, std: jax.Array | float) -> jax.Array:
@@ -11,15 +11,25 @@ def input_noise(key: Key, x: jax.Array, std: jax.Array | float) -> jax.Array:
 
     Args:
       key: a PRNG key.
-      x: ``(B, ...)``.
+      x: ``(B, ...)``, floating-point.
       std: :math:`\sigma \ge 0` in units of ``x``; a scalar or ``(B,)``. Differentiable
         (reparametrised), so ``Implicit`` can tune it too.
 
+    Returns:
+      The shape and dtype of ``x``, computed in at least float32; NaN in the examples whose
+      traced strength is negative or not finite.
+
+    Raises:
+      TypeError: integer inputs, or a key that is none.
+      ValueError: a known strength out of range or of the wrong length.
+
     Reference: Bishop, "Training with Noise is Equivalent to Tikhonov Regularization", 1995.
     """
-    check_strength("std", std)
-    std = along_examples("std", std, x).astype(x.dtype)
-    return x + std * jax.random.normal(key, x.shape, x.dtype)
+    check_key(key)
+    x = floating("x", x)
+    wide = widened(x)
+    std = strengths("std", std, x).astype(wide.dtype)
+    return (wide + std * jax.random.normal(key, x.shape, wide.dtype)).astype(x.dtype)
 
 
 def input_scaling(key: Key, x: jax.Array, strength: jax.Array | float) -> jax.Array:
@@ -27,13 +37,17 @@ def input_scaling(key: Key, x: jax.Array, strength: jax.Array | float) -> jax.Ar
 
     Args:
       key: a PRNG key.
-      x: ``(B, ...)``.
+      x: ``(B, ...)``, floating-point.
       strength: :math:`k \ge 0`, a scalar or ``(B,)``. Differentiable (reparametrised).
+
+    Returns and errors as :func:`input_noise`.
 
     Reference: MacKay, Vicol, Lorraine, Duvenaud, Grosse, "Self-Tuning Networks: Bilevel
     Optimization of Hyperparameters using Structured Best-Response Functions", 2019.
     """
-    check_strength("strength", strength)
-    high = 1 + along_examples("strength", strength, x)
+    check_key(key)
+    x = floating("x", x, 1)
+    wide = widened(x)
+    high = 1 + strengths("strength", strength, x)
     u = jax.random.uniform(key, (x.shape[0],) + (1,) * (x.ndim - 1), high.dtype)
-    return x * (1 / high + u * (high - 1 / high)).astype(x.dtype)
+    return (wide * (1 / high + u * (high - 1 / high)).astype(wide.dtype)).astype(x.dtype)

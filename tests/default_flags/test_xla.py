@@ -60,7 +60,7 @@ def twin():
     """The same in float64, solved to 1e-10."""
     wide = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, logistic())
     sol = solve(Implicit(CG(500, rtol=1e-10, preconditioner=Diagonal()), OPERATOR), *wide)
-    assert int(sol.result) == 0
+    assert int(sol.result) == bilevel.Status.not_stationary  # the system is solved, see below
     return np.asarray(sol.grads)
 
 
@@ -84,7 +84,8 @@ def solved(name):
 def test_float32_logistic_regression_equals_its_float64_twin(name):
     sol = solved(name)
     assert sol.grads.dtype == jnp.float32
-    assert int(sol.result) == 0, bilevel.Status(int(sol.result))
+    # Random parameters, so nothing graver than that they are not at a minimum.
+    assert int(sol.result) == bilevel.Status.not_stationary, bilevel.Status(int(sol.result))
     exact = twin()
     error = np.linalg.norm(np.asarray(sol.grads, float) - exact) / np.linalg.norm(exact)
     assert error < 1e-5
@@ -199,7 +200,7 @@ def test_one_frozen_dropout_mask_converges_and_fresh_ones_diverge():
         outer, inner, Implicit(CG(200, rtol=1e-8)), w, lam, inner_batch=(x, y, key),
         outer_batch=(x, y),
     )  # fmt: skip
-    assert int(frozen.result) == 0
+    assert int(frozen.result) == bilevel.Status.not_stationary  # random parameters, no worse
     assert float(frozen.stats["residual_norm"]) <= 1e-7 * float(frozen.stats["rhs_norm"])
 
     problem = bilevel.Problem(outer, inner)

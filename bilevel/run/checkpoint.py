@@ -9,8 +9,10 @@ whole or was damaged afterwards, which the digests show.
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.settings import check_count
 from bilevel.tree import paths
 
 _MANIFEST = "manifest.json"
@@ -38,10 +39,11 @@ class Restored(NamedTuple):
 def _orbax() -> Any:
     try:
         import orbax.checkpoint
-    except ImportError:
+    except ImportError as error:
         raise ImportError(
-            'checkpoints need orbax: pip install "bilevel[fit]", or leave out `checkpoint_dir`.'
-        ) from None
+            f"`checkpoint_dir` needs orbax, which cannot be imported ({error}): pip install "
+            '"bilevel[fit]", or leave out `checkpoint_dir`.'
+        ) from error
     return orbax.checkpoint
 
 
@@ -110,7 +112,7 @@ class Checkpoints:
     Args:
       folder: where they are kept; made if missing, and tried for writing at once.
       keep: how many to keep; with at least 2, a damaged newest one costs little.
-      identity: what tells this run from others: named JSON values (a configuration, a seed).
+      identity: what tells this run from others: named values as JSON gives them back.
 
     Raises:
       OSError: if the folder cannot be written.
@@ -118,16 +120,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int, identity: dict[str, Any]):
-        check_count("keep", keep)
         self._orbax = _orbax()
         self.folder = Path(folder).absolute()
         self.keep = keep
-        try:
-            self.identity = json.loads(json.dumps(identity))
-        except TypeError as error:
-            raise TypeError(
-                f"`run_id` must be a JSON value (text, numbers, lists, dicts): {error}."
-            ) from None
+        self.identity = identity
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f"{_WRITING}probe"
@@ -143,14 +139,40 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+        names = (p.name for p in self.folder.iterdir() if p.is_dir())
+        return sorted(int(name) for name in names if re.fullmatch("[0-9]{8,}", name))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
 
-    def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
-        """Write ``tree`` as the checkpoint after ``step`` steps, then drop the oldest."""
+    def newest(self) -> Path | None:
+        """Path of the newest checkpoint, or None."""
+        steps = self.steps()
+        return self._path(steps[-1]) if steps else None
+
+    def save(self, step: int, tree: Any, notes: dict[str, Any]) -> Path:
+        """Write ``tree`` as the checkpoint after ``step`` steps, then drop the oldest.
+
+        Raises:
+          OSError: if it cannot be written; the older ones are then as they were.
+        """
         writing = self.folder / f"{_WRITING}{step:08d}"
+        try:
+            self._write(writing, step, tree, notes)
+        except Exception as error:  # orbax reports a full disk in several ways
+            shutil.rmtree(writing, ignore_errors=True)
+            newest = self.newest()
+            last = "there is none yet" if newest is None else f"the last one is {newest}"
+            raise OSError(
+                f"`checkpoint_dir` {self.folder} could not take the checkpoint after step {step} "
+                f"({type(error).__name__}: {error}). Earlier checkpoints are whole: {last}. Free "
+                "space on that disk and call `fit` again to go on from there, or lower `keep`."
+            ) from error
+        for old in self.steps()[: -self.keep]:
+            self._remove(old)
+        return self._path(step)
+
+    def _write(self, writing: Path, step: int, tree: Any, notes: dict[str, Any]) -> None:
         arrays = _arrays(tree)
         with self._checkpointer() as checkpointer:
             checkpointer.save(
@@ -168,23 +190,28 @@ class Checkpoints:
         for path in writing.rglob("*"):
             _sync(path)
         _sync(writing)
+        if self._path(step).exists():  # a run that went back: this one replaces it
+            self._remove(step)
         os.rename(writing, self._path(step))
         _sync(self.folder)
-        for old in self.steps()[: -self.keep]:
-            # Renamed first: a folder with a number is never half deleted.
-            going = self.folder / f"{_WRITING}old-{old:08d}"
-            os.rename(self._path(old), going)
-            shutil.rmtree(going)
 
-    def restore(self, like: Any) -> Restored | None:
-        """The newest checkpoint that is whole, in the types and shardings of ``like``.
+    def _remove(self, step: int) -> None:
+        """Renamed first: a folder with a number is never half deleted."""
+        going = self.folder / f"{_WRITING}old-{step:08d}"
+        os.rename(self._path(step), going)
+        shutil.rmtree(going)
 
-        Damaged ones are set aside under the name ``damaged-...``, with a warning that names
-        them and the one used instead. None if there is none at all.
+    def restore(
+        self, like: Any, is_finite: Callable[[Any], bool] = lambda tree: True
+    ) -> Restored | None:
+        """The newest checkpoint that is whole and finite, in the types and shardings of ``like``.
+
+        Others that are newer are set aside under the name ``damaged-...``, with a warning that
+        names them and the one used instead. None if there is none at all.
 
         Raises:
           ValueError: for a checkpoint of another run.
-          OSError: if every checkpoint is damaged.
+          OSError: if every checkpoint is damaged or not finite.
         """
         steps = self.steps()
         damaged: list[tuple[Path, str]] = []
@@ -195,9 +222,12 @@ class Checkpoints:
                 damaged.append((path, trouble))
                 continue
             self._check_same_run(path, body, like)
-            restored = Restored(self._load(path, like), step, body["notes"])
+            loaded = self._load(path, like)
+            if not is_finite(loaded):
+                damaged.append((path, "it holds NaN or infinite parameters"))
+                continue
             self._set_aside(damaged, path)
-            return restored
+            return Restored(loaded, step, body["notes"])
         if damaged:
             listed = "; ".join(f"{path}: {trouble}" for path, trouble in damaged)
             raise OSError(

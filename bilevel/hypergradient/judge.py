@@ -1,0 +1,54 @@
+r"""How far an implicit hypergradient can be trusted: is the point a minimum of the inner loss?
+
+With :math:`A q = g` solved, two numbers cost nothing more than inner products:
+
+.. math::
+    \text{relative stationarity} = \frac{\|\nabla_w h\|}{c\,\|w\|}, \qquad
+    \text{predicted change} = -q^\top \nabla_w h \approx f(w^*) - f(w)
+
+The first is how far, relative to their length, a gradient step against the curvature c would
+move the parameters; c is the largest curvature that the solve met, or else
+:math:`\|g\|/\|q\|`. It says little where curvatures differ by orders of magnitude, and the second
+then says more: by how much the outer loss would change, to first order, if training were finished.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.aliases import Params, Scalar, Stats, Vector
+from bilevel.status import STATIONARITY
+
+SOLVED = 0.5
+"""A solve with a larger relative residual predicts nothing."""
+
+
+def stationarity_stats(inner_grad: Vector, params: Params, q: Vector, solve_stats: Stats) -> Stats:
+    """``stationarity``, ``relative_stationarity`` and ``predicted_change`` of a solved point."""
+    length = tree.norm(inner_grad)
+    curvature = solve_stats.get("max_curvature")
+    if curvature is None:
+        size = tree.norm(q)
+        curvature = solve_stats["rhs_norm"] / jnp.where(size > 0, size, 1)
+    scale = jnp.abs(curvature) * tree.norm(params)
+    return {
+        "stationarity": length,
+        "relative_stationarity": jnp.where(length > 0, length / scale, 0),
+        "predicted_change": -tree.vdot(q, inner_grad),
+    }
+
+
+def not_stationary(value: Scalar, g: Vector, params: Params, stats: Stats) -> jax.Array:
+    """Whether the point is further from a minimum than :data:`~bilevel.status.STATIONARITY`.
+
+    That much of the parameters' length, or of the outer loss ``value``. Differences at the level
+    of rounding, :math:`\\sqrt\\epsilon\\,\\|g\\|\\|w\\|`, do not count where the loss is near zero.
+    """
+    far = stats["relative_stationarity"] > STATIONARITY
+    change = jnp.abs(stats["predicted_change"])
+    noise = jnp.sqrt(jnp.finfo(change.dtype).eps) * tree.norm(g) * tree.norm(params)
+    matters = change > STATIONARITY * jnp.maximum(jnp.abs(value), noise)
+    residual: Any = stats.get("residual_norm", 0.0)
+    return far | matters & (residual <= SOLVED * stats.get("rhs_norm", jnp.inf))

@@ -1,0 +1,68 @@
+"""The best point of a run: parameters and hyperparameters that were measured together."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import tree
+from bilevel.aliases import Hparams, ModelState, Params
+from bilevel.outer.base import Algorithm, own
+
+
+class Point(NamedTuple):
+    """Parameters with the hyperparameters and model state that belong to them.
+
+    After a step the state already holds the *next* hyperparameters; the outer loss of that step
+    was measured with the ones before, and those are what is kept here.
+    """
+
+    params: Params
+    hparams: Hparams
+    model_state: ModelState
+
+
+class Best(NamedTuple):
+    """The best point so far; ``mark`` is the last one that beat its forerunner by ``min_delta``."""
+
+    value: jax.Array
+    step: jax.Array
+    mark_value: jax.Array
+    mark_step: jax.Array
+    point: Point
+
+
+def point_of(alg: Algorithm, state: Any, hparams: Hparams) -> Point:
+    """What the outer loss of a step was measured on: ``state`` after it, ``hparams`` before it."""
+    deploy = getattr(alg, "deploy", None)
+    params = state.params if deploy is None else deploy(state, hparams)
+    return Point(params, hparams, getattr(state, "model_state", None))
+
+
+point_of_jitted = jax.jit(point_of, static_argnums=0)
+
+
+def no_best(alg: Algorithm, state: Any, dtype: Any) -> Best:
+    """No point yet: infinitely bad. Steps without improvement count from ``state.step``."""
+    worst = jnp.asarray(jnp.inf, dtype)
+    none = jnp.asarray(-1, jnp.int32)
+    first = jnp.asarray(state.step - 1, jnp.int32)
+    return own(Best(worst, none, worst, first, point_of(alg, state, state.hparams)))
+
+
+def keep_best(best: Best, point: Point, value: Any, i: Any, min_delta: Any) -> Best:
+    """The better of two points; a NaN is never better."""
+    value = jnp.asarray(value, best.value.dtype)
+    step = jnp.asarray(i, jnp.int32)
+    better = value < best.value
+    marked = value < best.mark_value - min_delta
+    return Best(
+        jnp.where(better, value, best.value),
+        jnp.where(better, step, best.step),
+        jnp.where(marked, value, best.mark_value),
+        jnp.where(marked, step, best.mark_step),
+        tree.where(better, point, best.point),
+    )
+
+
+keep_best_jitted = jax.jit(keep_best, donate_argnums=0)

@@ -1,0 +1,84 @@
+"""What is reported of a step: a record of plain numbers, as the log holds it."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.aliases import Hparams
+from bilevel.status import Status
+
+Record = dict[str, Any]
+
+SMALL = 16
+"""A hyperparameter array of up to this many entries is written out."""
+
+
+def _named(tree: Any, default: str) -> dict[str, Any]:
+    """Leaves by their path, written ``net/decay``."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/") or default: leaf
+        for path, leaf in flat
+    }
+
+
+def numbers_of(info: Any, hparams: Hparams) -> dict[str, Any]:
+    """Every scalar of an outer step by its name in the log, and the small hyperparameters."""
+    numbers = {"outer_loss": info.value}
+    names = {"inner_value": "inner_loss", "hypergrad_norm": "hypergrad_norm", "result": "status"}
+    for field, name in names.items():
+        if hasattr(info, field):
+            numbers[name] = getattr(info, field)
+    numbers.update(getattr(info, "stats", None) or {})
+    for path, leaf in _named(getattr(info, "aux", None), "").items():
+        if jnp.shape(leaf) == ():
+            numbers[f"aux/{path}".rstrip("/")] = leaf
+    numbers["hparams"] = {
+        path: leaf for path, leaf in _named(hparams, "hparams").items() if jnp.size(leaf) <= SMALL
+    }
+    return jax.tree.map(jnp.asarray, numbers)
+
+
+def record_of(
+    step: int, numbers: dict[str, Any], evaluated: float | None, seconds: float
+) -> Record:
+    """The same as plain Python numbers and lists, in the order of the log."""
+
+    def plain(x: Any) -> Any:
+        # JSON knows one kind of float; widening bfloat16 and float32 is exact.
+        x = np.asarray(x)
+        return (x if x.dtype.kind in "iub" else x.astype(np.float64)).tolist()
+
+    record: Record = {"step": step}
+    first = ("outer_loss", "inner_loss", "hypergrad_norm", "status")
+    for name in (*(n for n in first if n in numbers), *(n for n in numbers if n not in first)):
+        record[name] = jax.tree.map(plain, numbers[name])
+    if "status" in record:
+        record["status"] = Status(record["status"]).name
+    if evaluated is not None:
+        record["evaluate"] = evaluated
+    record["seconds"] = seconds
+    return record
+
+
+def as_json(value: Any) -> Any:
+    """``value`` as strict JSON; what JSON cannot say (nan, inf) as text, so nothing is lost."""
+    if isinstance(value, dict):
+        return {k: as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of :func:`as_json`."""
+    if isinstance(value, dict):
+        return {k: from_json(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [from_json(v) for v in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
