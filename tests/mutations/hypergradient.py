@@ -118,10 +118,13 @@ MUTANTS = [
     Mutant(
         "with_response_differentiates_its_start",
         "hypergradient/with_response.py",
-        "w = jax.lax.stop_gradient(solve(start, fixed, batch))",
-        "w = solve(params, hparams, inner_batch)",
+        "start, fixed, batch = jax.lax.stop_gradient((params, hparams, inner_batch))",
+        "start, fixed, batch = params, hparams, inner_batch",
         "the user's solver is differentiated too",
-        ("test_transforms.py::test_with_response_accepts_a_solver_in_plain_python",),
+        (
+            "test_transforms.py::test_with_response_accepts_a_solver_in_plain_python",
+            "test_with_response.py",
+        ),
     ),
     Mutant(
         "argnums_off_by_one",
