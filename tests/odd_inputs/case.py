@@ -124,7 +124,8 @@ def judge(case: Case) -> Verdict:
             return Verdict("hang", f"no answer in {SECONDS} s")
         except Exception as error:
             return _of_error(case, error)
-    said = [str(w.message) for w in told if issubclass(w.category, UserWarning)]
+    words = tuple(f"{status.name}:" for status in bilevel.Status)
+    said = [str(w.message) for w in told if str(w.message).startswith(words)]
     return _of_number(case, value, result, said)
 
 
