@@ -77,7 +77,7 @@ BAD = ("unclear", "raw", "silent", "hang")
 REMEDY = re.compile(
     r"\b(expected|must|pass|use|choose|give|needs?|at least|at most|instead|set|write|take|make|"
     r"split|remove|convert|start|stack|leave|raise|drop|call|return|add|swap|divide|keep|import|"
-    r"install|lower|share|train|relax|build|should|supports?|only)\b",
+    r"install|lower|count|share|train|relax|build|should|supports?|only)\b",
     re.IGNORECASE,
 )
 SIGNATURE = re.compile(
