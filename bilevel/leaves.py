@@ -16,10 +16,12 @@ def select(tree: Any, names: str | Sequence[str] | None) -> list[tuple[str, Any]
     if names is None:
         return found
     names = (names,) if isinstance(names, str) else tuple(names)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`leaves` must be parts of the paths of leaves (strings), got {names!r}.")
     for name in names:
         if not any(name in path for path, _ in found):
             raise ValueError(
-                f"no leaf has {name!r} in its path; the paths are "
+                f"`leaves`: no leaf has {name!r} in its path; use a part of one of "
                 f"{', '.join(path or '(the tree is one leaf)' for path, _ in found)}."
             )
     return [(path, leaf) for path, leaf in found if any(name in path for name in names)]

@@ -9,7 +9,9 @@ at run time of a traced number that is outside, for a status.
 import dataclasses
 import importlib
 import numbers
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -48,10 +50,14 @@ def count(default: Any = dataclasses.MISSING, *, low: int = 1, optional: bool = 
 
 
 def check_settings(value: Any) -> None:
-    """Refuse fields of a dataclass that are known to be outside their range.
+    """Refuse fields of a dataclass that are known to be outside their range or of another kind.
 
-    For ``__post_init__``: JAX rebuilds pytrees with placeholders, which pass.
+    For ``__post_init__``: JAX rebuilds pytrees with placeholders, which pass (static fields are
+    never placeholders).
     """
+    for field in dataclasses.fields(value):
+        if field.metadata.get("static") and _RANGE not in field.metadata:
+            _check_kind(field.name, getattr(value, field.name), field.type)
     for field, limits in _ranged(value):
         given = getattr(value, field)
         if given is None and limits.optional:
@@ -63,9 +69,11 @@ def check_settings(value: Any) -> None:
 
 
 def check_settings_used(value: Any, name: str) -> None:
-    """Refuse, where ``value`` is about to be used, settings that are not one real number.
+    """Refuse, where ``value`` is about to be used, settings that are not what they are declared.
 
-    Walks dataclasses inside dataclasses; ``name`` begins the path in the message.
+    A field with a range must be one real number; any other what its annotation says: a flag, a
+    function, a solver. Not when the value is built, where JAX leaves placeholders. Walks
+    dataclasses inside dataclasses; ``name`` begins the path in the message.
     """
     if isinstance(value, type) or not dataclasses.is_dataclass(value):
         return
@@ -74,17 +82,66 @@ def check_settings_used(value: Any, name: str) -> None:
         given, path = getattr(value, field.name), f"{name}.{field.name}"
         limits = limits_of.get(field.name)
         if limits is None:
+            _check_kind(path, given, field.type)
             check_settings_used(given, path)
         elif not (given is None and limits.optional or limits.whole):
-            number = hasattr(given, "dtype") or isinstance(given, numbers.Real)
-            if not number or jnp.issubdtype(jnp.result_type(given), jnp.bool_):
-                raise TypeError(f"`{path}` must be a real number, got {given!r}.")
+            check_number(path, given)
             if jnp.shape(given) != ():
                 raise ValueError(
                     f"`{path}` has shape {jnp.shape(given)}, expected one number for all: map over "
                     "several with `jax.vmap`, or write a term of its own for each parameter into "
                     "the inner loss."
                 )
+
+
+def check_number(name: str, given: Any) -> None:
+    """Refuse what is no real number nor an array of them, traced or not."""
+    number = hasattr(given, "dtype") or isinstance(given, numbers.Real)
+    if not number or not jnp.issubdtype(jnp.result_type(given), jnp.number):
+        raise TypeError(f"`{name}` must be a real number, got {given!r}.")
+
+
+def _check_kind(path: str, given: Any, declared: Any) -> None:
+    """Refuse a value that is of none of the declared kinds; kinds that cannot be told pass."""
+    union = typing.get_origin(declared) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(declared) if union else (declared,)
+    fits = [_fits(given, kind) for kind in kinds]
+    if not any(fit is None or fit for fit in fits):
+        expected = " or ".join(_described(kind) for kind in kinds)
+        raise TypeError(f"`{path}` must be {expected}, got {given!r}.")
+
+
+def _fits(given: Any, kind: Any) -> bool | None:
+    """Whether ``given`` is of this kind; None for annotations that say too little."""
+    if kind is types.NoneType:
+        return given is None
+    if kind is bool:
+        return isinstance(given, (bool, np.bool_))
+    if kind is int:
+        return isinstance(given, (int, np.integer)) and not isinstance(given, bool)
+    if typing.get_origin(kind) is Callable:
+        return callable(given)
+    if not isinstance(kind, type):
+        return None
+    if getattr(kind, "_is_protocol", False) or hasattr(kind, "_fields"):
+        # By their methods: an optax transformation may be any tuple that has them.
+        wanted = getattr(kind, "_fields", None) or _methods(kind)
+        return not isinstance(given, type) and all(hasattr(given, name) for name in wanted)
+    return isinstance(given, kind) if dataclasses.is_dataclass(kind) else None
+
+
+def _methods(protocol: type) -> list[str]:
+    return [name for name in vars(protocol) if not name.startswith("_")]
+
+
+def _described(kind: Any) -> str:
+    if kind is types.NoneType:
+        return "None"
+    if kind in (bool, int):
+        return "True or False" if kind is bool else "a Python int"
+    if typing.get_origin(kind) is Callable:
+        return "callable (a function)"
+    return f"a `{kind.__name__}` (a value: call the class)"
 
 
 def out_of_range(value: Any) -> jax.Array:
@@ -126,6 +183,8 @@ def check_real(
     """
     if isinstance(value, (str, bytes, list, tuple, dict)):
         raise TypeError(f"`{name}` must be a real number, got {value!r}.{hint}")
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"`{name}` must be a real number, got a PRNG key.{hint}")
     if not concrete(value):
         return
     if np.ndim(value) and np.size(value) == 0:

@@ -104,14 +104,16 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Run the tests on mutants of the library.")
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
-    parser.add_argument("--only", metavar="WORD", help="those with this in their name or file")
+    parser.add_argument(
+        "--only", metavar="WORD", nargs="+", help="those with one of these in their name or file"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for one mutant")
     parser.add_argument("--no-baseline", action="store_true", help="trust that the tests pass")
     options = parser.parse_args(arguments)
     mutants = all_mutants()
     if options.only:
-        mutants = [m for m in mutants if options.only in m.name or options.only in m.file]
+        mutants = [m for m in mutants if any(w in m.name or w in m.file for w in options.only)]
     if options.list or not mutants:
         for m in mutants:
             sys.stdout.write(f"{m.name:<40} {m.file}: {m.means}\n")

@@ -355,3 +355,27 @@ def test_groups_do_not_wait_for_each_other_with_their_weights():
     if jax.default_backend() == "cpu":
         # One set of weights (1.02 measured); a loop that keeps all eight takes 9.1.
         assert compiled.memory_analysis().temp_size_in_bytes < 5 * params["kernel"].nbytes
+
+
+def test_every_training_step_draws_its_own_perturbation():
+    """What the inner loss reads in each step: as many values as steps, around the same centre."""
+    seen = []
+
+    def watched(w, lam, batch):
+        jax.debug.callback(lambda x: seen.append(float(x)), lam)
+        return jnp.sum((w - batch) ** 2) + jnp.exp(lam) * jnp.sum(w**2)
+
+    def outer(w, lam, batch):
+        return jnp.sum(w**2)
+
+    response = BestResponse(tx=optax.sgd(0.1), steps=4, scale=0.5)
+    centre = jnp.asarray(0.25)
+    jax.block_until_ready(
+        bilevel.hypergrad_solve(
+            outer, watched, response, jnp.ones(2), centre,
+            inner_batch=jnp.ones(2), outer_batch=None, key=KEY,
+        ).grads
+    )  # fmt: skip
+    jax.effects_barrier()
+    perturbed = {round(x, 9) for x in seen} - {0.25}  # the stationarity is taken at the centre
+    assert len(perturbed) == 4

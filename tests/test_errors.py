@@ -1,5 +1,7 @@
 """Every message for bad input: it names the argument, what was expected and what to do."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -432,3 +434,20 @@ def test_every_response_says_so(response):
         call(response, inner=lambda w, lam, b: 1.0, key=key)
     with pytest.raises(TypeError, match=r"inner_batch\['t'\]\[0\] is a"):
         call(response, tr={"t": ["a", "b", "c"]}, key=key)
+
+
+def test_raise_for_status_of_many_lanes_tells_of_the_gravest():
+    """One bad lane among good ones is enough, and its numbers are told, not another's."""
+
+    class Lanes(NamedTuple):
+        result: np.ndarray
+        stats: dict
+
+    status = bilevel.Status.negative_curvature
+    lanes = Lanes(np.array([0, int(status), 0]), {"min_curvature": np.array([1.0, -2.0, 3.0])})
+    with pytest.raises(bilevel.HypergradientError) as caught:
+        bilevel.raise_for_status(lanes)
+    assert str(caught.value).startswith("negative_curvature in 1 of 3")
+    assert "min_curvature=-2" in str(caught.value)
+    assert caught.value.stats == {"min_curvature": -2.0}
+    bilevel.raise_for_status(lanes._replace(result=np.zeros(3, int)))

@@ -18,7 +18,7 @@ from bilevel.inner.network import Network, StructuredResponse
 from bilevel.linear.base import loop, status_of
 from bilevel.operators import GaussNewton, wants_straight_line
 from bilevel.problem import Problem
-from bilevel.settings import check_real, check_settings, count
+from bilevel.settings import check_number, check_real, check_settings, count
 from bilevel.status import Status
 from bilevel.traced import depends
 
@@ -300,8 +300,11 @@ class BestResponse:
 
 def scale_like(scale: Any, hparams: Hparams) -> Hparams:
     """A scalar scale for every hyperparameter, or the tree as given, in at least float32."""
+    for path, leaf in tree.paths(scale, "scale"):
+        check_number(path, leaf)
     if jax.tree.structure(scale) != jax.tree.structure(hparams):
-        if jnp.ndim(scale) != 0 or len(jax.tree.leaves(scale)) != 1:
+        alone = jax.tree_util.treedef_is_leaf(jax.tree.structure(scale))
+        if not alone or jnp.ndim(scale) != 0:
             raise ValueError(
                 "`scale` must be a scalar or a tree like `hparams`, got "
                 f"{jax.tree.structure(scale)} for {jax.tree.structure(hparams)}."

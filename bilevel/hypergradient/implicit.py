@@ -15,6 +15,7 @@ from bilevel.linear.base import LinearSolver
 from bilevel.linear.cg import CG
 from bilevel.operators import Hessian, Operator, slice_batch
 from bilevel.problem import Problem
+from bilevel.settings import check_settings
 from bilevel.traced import depends
 
 
@@ -53,6 +54,9 @@ class Implicit:
     operator: Operator = Hessian()
     warm_start: bool = dataclasses.field(default=True, metadata={"static": True})
     fresh_batches: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> Vector | None:
         """A zero warm start, shaped like ``params`` in the accumulator dtype, or ``None``."""

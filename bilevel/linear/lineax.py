@@ -88,6 +88,11 @@ class Lineax:
     ) -> LinearSolution:
         """Solve from ``x0``, or from a steepest-descent step for ``None``; no ``key``."""
         lx = require_extra("lineax", "lineax", "The adapter `Lineax(...)`")
+        if not isinstance(self.solver, lx.AbstractLinearSolver):
+            raise TypeError(
+                "`response.solver.solver` must be a lineax solver, such as `lineax.CG(rtol=1e-6, "
+                f"atol=0.0)`, got {self.solver!r}."
+            )
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
         require_fixed(amap, "Lineax")

@@ -7,7 +7,7 @@ import optax
 from bilevel.aliases import Loss
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
-from bilevel.hypergradient.reach import InnerTx, check_inner_tx
+from bilevel.inner.optimizer import InnerTx, check_inner_tx
 from bilevel.outer.alternation import Alternation
 from bilevel.outer.base import Algorithm, own_params
 from bilevel.outer.constrain import Space

@@ -11,8 +11,8 @@ from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar, Stats
 from bilevel.checks import check_inner, check_problem, check_same_tree
 from bilevel.hypergradient.base import Hypergradient, Response
-from bilevel.hypergradient.reach import InnerTx, build_tx, refresh_injected
 from bilevel.hypergradient.transform import hypergrad_init, hypergrad_solve
+from bilevel.inner.optimizer import InnerTx, build_tx, refresh_injected
 from bilevel.linear.base import loop
 from bilevel.operators import wants_straight_line
 from bilevel.outer.base import own, same_type

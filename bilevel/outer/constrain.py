@@ -125,7 +125,10 @@ class Space:
             if not isinstance(x, Tracer):
                 value = np.asarray(x)
                 if not np.all(np.isfinite(value)):
-                    raise ValueError(f"{name} is not finite: {value}.")
+                    raise ValueError(
+                        f"{name} is not finite: {value}. Start from a finite value inside its "
+                        "bounds."
+                    )
                 bound.check(value, name)
             return bound.unconstrain(x)
 
@@ -188,6 +191,7 @@ class Space:
             node, place = child, f"{place}[{key!r}]"
         if not _is_bound(node):
             raise ValueError(
-                f"{name} is an array, but `Space` has a container with names of its own there."
+                f"{name} is an array, but `Space` has a container with names of its own there: "
+                "give the bounds the structure of `hparams`."
             )
         return node, place

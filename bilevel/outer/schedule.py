@@ -39,6 +39,11 @@ class HyperSchedule:
     values: Hparams
 
     def __post_init__(self) -> None:
+        if isinstance(self.steps, (str, bytes, list, tuple, dict)):
+            raise TypeError(
+                f"`steps` must be an array of whole numbers, got {self.steps!r}: pass "
+                "`jnp.array([...])`."
+            )
         if type(self.steps) is object or not hasattr(self.steps, "shape"):
             return  # a placeholder of a tree transformation
         if isinstance(self.steps, np.ndarray) or (
@@ -72,9 +77,32 @@ class HyperSchedule:
 
     def __call__(self, step: Any) -> Hparams:
         """The hyperparameters in force at ``step`` (an integer, traced or not)."""
+        self._check_used(step)
         index = jnp.searchsorted(self.steps, step, side="right") - 1
         index = jnp.clip(index, 0, self.steps.shape[0] - 1)
         return jax.tree.map(lambda x: jnp.asarray(x)[index], self.values)
+
+    def _check_used(self, step: Any) -> None:
+        """What cannot be told where JAX leaves placeholders."""
+        for name, value, ndim in (("steps", self.steps, 1), ("step", step, 0)):
+            whole = isinstance(value, int) or hasattr(value, "dtype")
+            if not whole or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+                raise TypeError(f"`{name}` must be of whole numbers, got {value!r}.")
+            if jnp.ndim(value) != ndim:
+                raise ValueError(
+                    f"`{name}` has shape {jnp.shape(value)}, expected "
+                    f"{'(K,)' if ndim else 'one number: map over several with `jax.vmap`'}."
+                )
+        entries = paths(self.values, "values")
+        if not entries or not jnp.size(self.steps):
+            raise ValueError("`values` has no entries: pass those of at least one step.")
+        for path, leaf in entries:
+            numeric = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.number)
+            if not numeric or jnp.ndim(leaf) == 0:
+                raise TypeError(
+                    f"{path} must be an array of numbers with a leading axis, one entry for each "
+                    f"of `steps`, got {leaf!r}."
+                )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file of plain arrays."""

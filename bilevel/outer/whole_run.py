@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from bilevel import tree
 from bilevel.aliases import Batch, Key, Scalar
 from bilevel.outer.base import Algorithm
+from bilevel.regularizers.strength import check_key
 from bilevel.settings import check_count
 
 
@@ -29,6 +30,33 @@ class WholeRun(NamedTuple):
     best: Any
     best_score: Scalar
     scores: jax.Array
+
+
+def _check_arguments(algorithm: Any, state: Any, sample: Any, key: Any, score: Any) -> None:
+    if not callable(getattr(algorithm, "step", None)):
+        raise TypeError(
+            f"`algorithm` must be an outer loop such as `alternate(...)`, got {algorithm!r}."
+        )
+    if not hasattr(state, "step"):
+        raise TypeError(
+            "`state` must be what `algorithm.init` returns, with its count of steps, got "
+            f"{type(state).__name__}."
+        )
+    check_key(key)
+    if not callable(sample):
+        raise TypeError(
+            "`sample` must be a function key -> (inner_batches, outer_batch), got "
+            f"{type(sample).__name__}: gather from arrays that it closes over."
+        )
+    if score is None:
+        return
+    if not callable(score):
+        raise TypeError(f"`score` must be a function state -> scalar, got {score!r}.")
+    shape = jax.eval_shape(score, state)
+    if getattr(shape, "shape", None) != () or not jnp.issubdtype(shape.dtype, jnp.floating):
+        raise TypeError(
+            f"`score` must return one real floating-point number, got {shape}: take the mean."
+        )
 
 
 def scan_run(
@@ -60,11 +88,18 @@ def scan_run(
     """
     check_count("steps", steps)
     check_count("score_every", score_every)
+    _check_arguments(algorithm, state, sample, key, score)
 
     def body(carry: Any, _: None) -> tuple[Any, Any]:
         state, best, best_score = carry
         sample_key, step_key = jax.random.split(jax.random.fold_in(key, state.step))
-        inner_batches, outer_batch = sample(sample_key)
+        batches = sample(sample_key)
+        if not isinstance(batches, (tuple, list)) or len(batches) != 2:
+            raise TypeError(
+                "`sample` must return a pair (inner_batches, outer_batch), got "
+                f"{jax.tree.structure(batches)}."
+            )
+        inner_batches, outer_batch = batches
         state, info = algorithm.step(
             state, inner_batches=inner_batches, outer_batch=outer_batch, key=step_key
         )

@@ -213,4 +213,4 @@ def weight_drop(key: Key, kernel: jax.Array, rate: jax.Array | float) -> jax.Arr
             f"`rate` of `weight_drop` must be a scalar, got shape {np.shape(rate)}: the examples "
             "of a batch share the kernel. Perturb it per batch or per group."
         )
-    return dropout(key, kernel, rate)
+    return dropout(key, floating("kernel", kernel), rate)

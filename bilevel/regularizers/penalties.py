@@ -138,7 +138,7 @@ def _chosen(params: Params, leaves: str | Sequence[str] | None) -> list[tuple[st
         raise ValueError("`leaves` is empty: name at least one leaf, or pass None for all.")
     found = select(params, leaves)
     if not found:
-        raise ValueError("`params` has no arrays: there is nothing to penalise.")
+        raise ValueError("`params` has no arrays: there is nothing to penalize. Pass the weights.")
     return found
 
 

@@ -131,7 +131,8 @@ def axes(name: str, given: Sequence[int], ndim: int) -> tuple[int, ...]:
     found = tuple(axis % ndim for axis in found)
     if len(set(found)) < len(found):
         raise ValueError(
-            f"`{name}` names an axis twice: {tuple(given)} of an array with {ndim} axes."
+            f"`{name}` names an axis twice: {tuple(given)} of an array with {ndim} axes. "
+            "Name each once."
         )
     return found
 
@@ -145,7 +146,10 @@ def real_dtype(name: str, value: Any) -> np.dtype:
     """The dtype to compute with a strength in, at least float32; refuses what is not real."""
     number = hasattr(value, "dtype") or isinstance(value, numbers.Real)
     if number and not isinstance(value, bool):
-        dtype = jnp.result_type(value)
+        try:
+            dtype = jnp.result_type(value)
+        except TypeError:  # a fraction, a date, an array of strings
+            dtype = np.dtype(object)
         if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer):
             return accumulator_dtype(dtype)
     raise TypeError(

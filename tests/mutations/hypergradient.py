@@ -113,15 +113,18 @@ MUTANTS = [
         "noise = draw_noise(jax.random.fold_in(key, i), hparams, self.groups)",
         "noise = draw_noise(key, hparams, self.groups)",
         "every training step of the response draws the same perturbation",
-        ("test_best_response.py::test_training_finds_the_slope_of_its_width",),
+        ("test_best_response.py::test_every_training_step_draws_its_own_perturbation",),
     ),
     Mutant(
         "with_response_differentiates_its_start",
         "hypergradient/with_response.py",
-        "w = jax.lax.stop_gradient(solve(start, fixed, batch))",
-        "w = solve(params, hparams, inner_batch)",
+        "start, fixed, batch = jax.lax.stop_gradient((params, hparams, inner_batch))",
+        "start, fixed, batch = params, hparams, inner_batch",
         "the user's solver is differentiated too",
-        ("test_transforms.py::test_with_response_is_differentiable_everywhere",),
+        (
+            "test_transforms.py::test_with_response_accepts_a_solver_in_plain_python",
+            "test_with_response.py",
+        ),
     ),
     Mutant(
         "argnums_off_by_one",

@@ -13,21 +13,15 @@ MUTANTS = [
     ),
     Mutant(
         "best_pair_after_the_update",
-        "fit.py",
-        """\
-        before = state.hparams
-        state, info = _step(alg, state, batches, key, i)
-""",
-        """\
-        state, info = _step(alg, state, batches, key, i)
-        before = state.hparams
-""",
+        "run/step.py",
+        "best = keep_best(best, point_of(alg, state, old.hparams), value, i, min_delta)",
+        "best = keep_best(best, point_of(alg, state, state.hparams), value, i, min_delta)",
         "the best hyperparameters are those after the step that was measured",
         ("test_fit.py::test_fit_is_the_plain_loop_and_keeps_the_pair_that_was_measured",),
     ),
     Mutant(
         "nan_is_the_best",
-        "fit.py",
+        "run/best.py",
         "    better = value < best.value\n",
         "    better = ~(value >= best.value)\n",
         "a NaN replaces the best point",
@@ -35,7 +29,7 @@ MUTANTS = [
     ),
     Mutant(
         "fit_same_key_each_step",
-        "fit.py",
+        "run/step.py",
         "key = None if key is None else jax.random.fold_in(key, i)",
         "key = None if key is None else jax.random.fold_in(key, 0)",
         "every step of a run draws the same numbers",
@@ -43,11 +37,9 @@ MUTANTS = [
     ),
     Mutant(
         "patience_one_step_longer",
-        "fit.py",
-        "                if patience is not None and i - mark >= patience:\n"
-        '                    reason = "patience"',
-        "                if patience is not None and i - mark > patience:\n"
-        '                    reason = "patience"',
+        "run/report.py",
+        "i - self._mark >= self._patience:\n                self.stopped",
+        "i - self._mark > self._patience:\n                self.stopped",
         "a run stops a step late",
         ("test_fit.py::test_patience_stops_exactly_and_stays_stopped",),
     ),
@@ -57,7 +49,7 @@ MUTANTS = [
         "status = Status(int(results.max()))",
         "status = Status(int(results.min()))",
         "`raise_for_status` is silent unless every lane of a vmapped solve failed",
-        ("test_hypergrad.py",),
+        ("test_errors.py::test_raise_for_status_of_many_lanes_tells_of_the_gravest",),
     ),
     Mutant(
         "count_accepts_true",
@@ -101,5 +93,13 @@ MUTANTS = [
         "for name, tree in variables.items()}",
         "the parameters are also part of the model state",
         ("test_adapters.py",),
+    ),
+    Mutant(
+        "nonfinite_step_is_taken",
+        "run/step.py",
+        "moves = finite & ~halted",
+        "moves = ~halted",
+        "a step that is not finite enters the state",
+        ("test_faults.py",),
     ),
 ]

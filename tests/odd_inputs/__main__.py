@@ -1,8 +1,8 @@
 """``python tests/odd_inputs``: every case, the table, and what is not as it should be.
 
 Options: ``--area NAME`` (several), ``--only WORD`` (in the label), ``--sample N``, ``--all`` (show
-the good ones too), ``--write-known`` (see ``known.py``; only without ``--only`` and ``--sample``).
-Exit status 1 if anything is bad and not in the list of known failures.
+the good ones too), ``--write-known`` (see
+``known.py``). Exit status 1 if anything is bad and not in the list of known failures.
 """
 
 import argparse
@@ -55,8 +55,8 @@ def main() -> int:
     if options.write_known:
         bad = [row for row in rows if row.verdict.what not in GOOD]
         write(
-            {row.case.area for row in rows},
-            [(r.case.area, r.case.label, r.verdict.what) for r in bad],
+            [row.case.label for row in rows],
+            [(row.case.area, row.case.label, row.verdict.what) for row in bad],
         )
     return int(any(row.verdict.what not in GOOD and not row.known for row in rows))
 

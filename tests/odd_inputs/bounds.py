@@ -51,7 +51,16 @@ def _ends() -> Iterator[Case]:
         ("integers swapped", lambda: b.Integer(5, 1)), ("one integer", lambda: b.Integer(3, 3)),
         ("no float between", lambda: b.Interval(1.0, float(np.nextafter(1.0, 2.0)))),
     ):  # fmt: skip
-        yield _add(kind, f"ends {kind}", lambda m=make: m().constrain(jnp.zeros(())), "lo", "hi")
+        yield _add(
+            kind,
+            f"ends {kind}",
+            lambda m=make: m().constrain(jnp.zeros(())),
+            "lo",
+            "hi",
+            "Interval",
+            "Integer",
+            "the hyperparameter",
+        )
 
 
 def _spaces() -> Iterator[Case]:

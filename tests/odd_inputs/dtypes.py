@@ -57,6 +57,7 @@ def _call(name: str, dtypes: tuple[str, str, str]) -> Number:
 
 def _narrow(name: str, dtype: str) -> Number:
     """As most users run JAX; NumPy's float64 arrays come in all the same."""
+    jax.clear_caches()  # what was traced with wide types must not serve here
     with jax.enable_x64(False):
         if name == "unroll":
             response: Any = b.Unroll(__import__("optax").sgd(p.RATE), p.STEPS)

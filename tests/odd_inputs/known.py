@@ -1,6 +1,6 @@
 """Failures that are known, one per line of ``known.txt``: a list to be emptied.
 
-``python tests/odd_inputs --write-known`` writes it anew (for the areas it ran), with what came back
+``python tests/odd_inputs --write-known`` writes it anew (for the cases it ran), with what came back
 in place of an answer. A line whose case no longer fails makes the slow tier fail.
 """
 
@@ -19,10 +19,11 @@ def read() -> dict[str, tuple[str, str]]:
     return {label: (area, what) for area, label, what in lines}
 
 
-def write(areas: Iterable[str], found: Iterable[tuple[str, str, str]]) -> None:
-    """Replace the lines of these areas by ``(area, label, what)``."""
-    kept = [(a, label, what) for label, (a, what) in read().items() if a not in set(areas)]
-    lines = sorted(SEPARATOR.join(entry) for entry in [*kept, *found])
+def write(ran: Iterable[str], failed: Iterable[tuple[str, str, str]]) -> None:
+    """Replace the lines of the cases that ran by ``(area, label, what)`` of those that failed."""
+    ran = set(ran)
+    kept = [(a, label, what) for label, (a, what) in read().items() if label not in ran]
+    lines = sorted(SEPARATOR.join(entry) for entry in [*kept, *failed])
     FILE.write_text("".join(f"{line}\n" for line in lines))
 
 

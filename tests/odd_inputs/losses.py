@@ -69,7 +69,7 @@ def cases() -> Iterator[Case]:
                     hparams = {"decay": p.LAM, "odd": jnp.asarray(0.3)}
                     found = p.solve(response, inner=inner, outer=outer, hparams=hparams,
                                     params=p.W + 0.5)  # fmt: skip
-                    return Number(found.value["odd"], 0)  # whatever the solve says
+                    return _of_odd(found)
 
                 # Samplers see every way in which a value moves w; only the derivative is missing.
                 samples = name in ("evolution", "best_response") and moves
@@ -77,8 +77,13 @@ def cases() -> Iterator[Case]:
                     samples = True  # the derivative is truly zero, by the user's own operation
                 expect = ANY if samples else REFUSE
                 label = f"{name}: {kind}{wrap}"
-                yield Case("losses", kind + wrap, label, call, ("hparams['odd']", "odd"), expect)
+                yield Case("losses", kind, label, call, ("hparams['odd']", "odd"), expect)
     yield from _optimizers()
+
+
+def _of_odd(found: Number) -> Number:
+    """The odd one's part, whatever the solve says (nothing, where it was only traced)."""
+    return Number(found.value["odd"] if found.value else (), 0)
 
 
 def _wrapped(term: Way, wrap: str) -> Way:
@@ -134,6 +139,6 @@ def _optimizers() -> Iterator[Case]:
                 hparams = {"decay": p.LAM, "odd": jnp.asarray(0.125)}
                 found = p.solve(make(tx), inner=inner, outer=outer, hparams=hparams,
                                 params=p.W + 0.5)  # fmt: skip
-                return Number(found.value["odd"], 0)
+                return _of_odd(found)
 
             yield Case("losses", kind, f"{name}: {kind}", call, ("hparams['odd']", "odd"))

@@ -70,7 +70,7 @@ def points() -> dict[str, Point]:
     """By what is odd about them."""
     truth = p.exact() - 0.25 * p.LAM
     strength = np.asarray(-2.0)
-    lasso = _ista(np.asarray(-0.7))
+    lasso = _ista(np.asarray(-2.5))
     bounded = _ista(strength, nonnegative=True)
     flat = np.array([1.0, 1.0, 0.0])
     blind = np.array([1.0, 1.0, 0.0])  # validation that does not look where training is flat
@@ -106,7 +106,7 @@ def points() -> dict[str, Point]:
         "loss times 1e-150": _scaled(1e-150),
         "lasso": Point(
             lambda w, lam, bt: _outer(w, lam, bt) + jnp.exp(lam) * jnp.sum(jnp.abs(w)),
-            _outer, lasso, np.asarray(-0.7), lambda: _resolved(_ista, np.asarray(-0.7)),
+            _outer, lasso, np.asarray(-2.5), lambda: _resolved(_ista, np.asarray(-2.5)),
         ),
         "non-negative": Point(
             lambda w, lam, bt: _outer(w, lam, bt) + 0.5 * jnp.exp(lam) * jnp.sum(w**2),

@@ -174,8 +174,8 @@ def _higher() -> Iterator[Case]:
                 solve = b.with_response(_exact, p.inner, r)
                 return Number(jax.jit(lambda: o(lambda lam: value(lam, solve)))())
 
-            yield _add("with_response", f"{kind}, {name}", "order", call, "with_response",
-                       "response", "solver", expect=truth)  # fmt: skip
+            yield Case("tools", f"order: {kind}", f"with_response({kind}, {name})", call,
+                       ("with_response", "response", "solver"), truth, rtol=1e-4)  # fmt: skip
 
 
 def _statuses() -> Iterator[Case]:
