@@ -63,6 +63,16 @@ def check_response(response: Any) -> None:
 
 def check_batch(batch: Batch, name: str) -> None:
     """Refuse what is no array, and an array of size zero: its mean loss would be NaN."""
+    check_leaves(batch, name)
+    for path, leaf in paths(batch, name):
+        if 0 in jnp.shape(leaf):
+            raise ValueError(
+                f"{path} is empty (shape {jnp.shape(leaf)}): expected at least one example."
+            )
+
+
+def check_leaves(batch: Batch, name: str) -> None:
+    """Refuse what is no array of numbers and no key."""
     for path, leaf in paths(batch, name):
         try:
             _dtype(leaf)
@@ -73,10 +83,6 @@ def check_batch(batch: Batch, name: str) -> None:
                 "key: encode it as numbers (tokens, labels) before it enters a batch, or let the "
                 "loss close over it."
             ) from None
-        if 0 in jnp.shape(leaf):
-            raise ValueError(
-                f"{path} is empty (shape {jnp.shape(leaf)}): expected at least one example."
-            )
 
 
 def check_scalar(shape: Any, name: str, has_aux_hint: bool) -> None:
@@ -181,6 +187,14 @@ def check_problem(
     problem: Problem, params: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
 ) -> None:
     """All checks that need no response: trees, dtypes, batches, and the two losses' outputs."""
+    check_point(params, hparams)
+    check_batch(inner_batch, "inner_batch")
+    check_batch(outer_batch, "outer_batch")
+    check_scalar(_raw_shape(problem, "outer", params, hparams, outer_batch), "outer", True)
+
+
+def check_point(params: Params, hparams: Hparams) -> None:
+    """Refuse parameters and hyperparameters that are not trees of real floating-point arrays."""
     check_inexact(
         params,
         "params",
@@ -193,12 +207,15 @@ def check_problem(
         "through `BestResponse`, which samples it.",
     )
     if not jax.tree.leaves(params):
-        raise ValueError("`params` has no leaves: there is no inner variable to respond.")
+        raise ValueError(
+            "`params` has no leaves: there is no inner variable to respond. "
+            "Pass the weights of the model."
+        )
     if not jax.tree.leaves(hparams):
-        raise ValueError("`hparams` has no leaves: there is no hyperparameter to differentiate.")
-    check_batch(inner_batch, "inner_batch")
-    check_batch(outer_batch, "outer_batch")
-    check_scalar(_raw_shape(problem, "outer", params, hparams, outer_batch), "outer", True)
+        raise ValueError(
+            "`hparams` has no leaves: there is no hyperparameter to differentiate. Pass the "
+            "numbers to be tuned."
+        )
 
 
 def check_inner(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> None:

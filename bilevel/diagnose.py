@@ -119,8 +119,16 @@ def diagnose(
     check_inexact(hparams, "hparams", "Hyperparameters are real numbers.")
     check_batch(inner_batch, "inner_batch")
     if not tree.size(params):
-        raise ValueError("`params` has no numbers: there is no inner variable to diagnose.")
+        raise ValueError(
+            "`params` has no numbers: there is no inner variable to diagnose. Pass the weights."
+        )
+    if not callable(inner):
+        raise TypeError(f"`inner` must be a function loss(params, hparams, batch), got {inner!r}.")
     operator = Hessian() if operator is None else operator
+    if isinstance(operator, type) or not hasattr(operator, "bind"):
+        raise TypeError(
+            f"`operator` must be `Hessian(...)` or `GaussNewton(...)`, got {operator!r}."
+        )
     steps = min(num_steps, tree.size(params))
     key = jax.random.key(0) if key is None else key
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.settings import check_real
+from bilevel.settings import check_one_real
 
 RESIDUAL = 0.1
 """A solve whose residual is above this part of its right side has not converged."""
@@ -156,6 +156,11 @@ def raise_for_status(
       TypeError: if called inside ``jit`` (``result`` is not concrete there).
       ValueError: a threshold for a number that ``stats`` does not have.
     """
+    if not hasattr(solution, "result") or not hasattr(solution, "stats"):
+        raise TypeError(
+            "`solution` must be what `hypergrad_solve` or a solver returned, with `result` and "
+            f"`stats`, got {type(solution).__name__}."
+        )
     if isinstance(solution.result, Tracer):
         raise TypeError(
             "raise_for_status needs concrete values: call it on the result of a jitted function, "
@@ -163,13 +168,13 @@ def raise_for_status(
         )
     results = np.atleast_1d(np.asarray(solution.result))
     if residual is not None:
-        check_real("residual", residual, 0)
+        check_one_real("residual", residual, 0)
         left = _stat(solution, "residual_norm", "residual") / _stat(
             solution, "rhs_norm", "residual"
         )
         results = _judged(results, left > residual, Status.truncated)
     if stationarity is not None:
-        check_real("stationarity", stationarity, 0)
+        check_one_real("stationarity", stationarity, 0)
         distance = _stat(solution, "relative_stationarity", "stationarity")
         results = _judged(results, ~(distance <= stationarity), Status.not_stationary)
     status = Status(int(results.max()))

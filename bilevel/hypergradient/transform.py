@@ -223,7 +223,7 @@ def _check_argnums(argnums: int | Sequence[int]) -> tuple[int, ...]:
             "variable, whose derivative the response supplies."
         )
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"`argnums` repeats a position: {argnums!r}.")
+        raise ValueError(f"`argnums` repeats a position: {argnums!r}. Name each once.")
     return numbers
 
 
@@ -251,7 +251,8 @@ def _pack(
     if max(numbers) > len(hparams):
         raise ValueError(
             f"`argnums`={argnums!r} names position {max(numbers)}, but the losses receive "
-            f"params and {len(hparams)} hyperparameter argument(s): the highest is {len(hparams)}."
+            f"params and {len(hparams)} hyperparameter argument(s): the highest is {len(hparams)}. "
+            "Pass one of them."
         )
     if len(hparams) == 1:
         several = not isinstance(argnums, int)

@@ -45,6 +45,15 @@ class Algorithm(NamedTuple):
     deploy: Callable[..., Params] = own_params
 
 
+def check_state(state: Any, kind: type) -> None:
+    """Refuse the state of another loop, or what is none."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"`state` must be the {kind.__name__} that `init` of this loop returns, got "
+            f"{type(state).__name__}."
+        )
+
+
 def own(tree: Any) -> Any:
     """A copy of every leaf as a strongly typed array, so that donating it harms nobody else's."""
 

@@ -16,7 +16,7 @@ from bilevel.outer.cycle import deploy, init, step
 from bilevel.outer.training import check_fixed_tx, check_loss, check_tx
 from bilevel.outer.tuning import Tuning
 from bilevel.outer.tuning_state import GlobalResponseState, SelfTuningState, weights_at
-from bilevel.settings import check_count, check_real
+from bilevel.settings import check_count, check_one_real, check_real, check_seed
 
 
 def self_tuning(
@@ -149,7 +149,16 @@ def self_tuning(
         check_count(name, count, low)
     for leaf in jax.tree.leaves(scale):
         check_real("scale", leaf, 0, strict=True)
-    check_real("entropy", entropy, 0)
+    check_one_real("entropy", entropy, 0)
+    check_seed(seed)
+    shared = (shared,) if isinstance(shared, str) else shared
+    if not isinstance(shared, Sequence) or not all(isinstance(part, str) for part in shared):
+        raise TypeError(f"`shared` must be parts of names of hyperparameters, got {shared!r}.")
+    if linearize is not None and not isinstance(linearize, GaussNewton):
+        raise TypeError(
+            "`linearize` must be a `GaussNewton(model, output_loss, ...)` or None, got "
+            f"{linearize!r}."
+        )
     for name, loss in (("outer", outer), ("inner", inner)):
         check_loss(name, loss)
     response_tx = inner_tx if response_tx is None else response_tx

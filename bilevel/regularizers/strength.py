@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.settings import concrete
+from bilevel.settings import check_key as check_key
+from bilevel.settings import concrete, describe
 from bilevel.tree import accumulator_dtype
 
 
@@ -73,19 +74,6 @@ def strengths(
 def rates(name: str, value: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """Probabilities in ``[0, 1)``: at 1 nothing is left to rescale."""
     return strengths(name, value, x, 0.0, 1.0, open_high=True)
-
-
-def check_key(key: Any) -> None:
-    """Refuse what is not one PRNG key."""
-    dtype, shape = getattr(key, "dtype", None), jnp.shape(key) if hasattr(key, "shape") else None
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not typed and not (dtype == np.uint32 and shape is not None and len(shape) >= 1):
-        raise TypeError(f"`key` must be a PRNG key such as jax.random.key(0), got {describe(key)}.")
-    if len(shape or ()) != (0 if typed else 1):
-        raise ValueError(
-            f"`key` has shape {shape}, expected one key: pick one, or map over them with "
-            "`jax.vmap`."
-        )
 
 
 def floating(name: str, x: Any, least_ndim: int = 0, shape: str = "(B, ...)") -> jax.Array:
@@ -155,13 +143,6 @@ def real_dtype(name: str, value: Any) -> np.dtype:
     raise TypeError(
         f"`{name}` must be a real number or an array of real numbers, got {describe(value)}."
     )
-
-
-def describe(value: Any) -> str:
-    """What a message says of an argument of the wrong kind."""
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"an array of dtype {value.dtype} and shape {value.shape}"
-    return f"{value!r} of type {type(value).__name__}"
 
 
 def _inside(value: Any, low: float, high: float | None, open_high: bool) -> Any:

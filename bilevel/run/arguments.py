@@ -23,6 +23,14 @@ def check_run(alg: Any, state: Any, key: Any) -> None:
             f"`state` must be what `alg.init` returns; it has no {', '.join(missing)}: "
             f"{type(state).__name__}."
         )
+    step = state.step
+    whole = hasattr(step, "dtype") and jnp.issubdtype(step.dtype, jnp.integer)
+    if not (whole or type(step) is int) or np.ndim(step):
+        raise TypeError(
+            f"`state.step` must be one whole number, as `alg.init` returns it, got {_short(step)}."
+        )
+    if not (callable(alg.init) and callable(alg.step)):
+        raise TypeError("`alg` must hold two functions (init, step), as `alternate(...)` makes it.")
     if jax.process_count() > 1:
         raise ValueError(
             "`fit` drives one process. In several, call `jax.jit(alg.step)` in a loop of your own "

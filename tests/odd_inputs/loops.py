@@ -172,7 +172,7 @@ def _steps(door: str) -> Iterator[Case]:
         own = kind in ("none", "a list of batches", "string beside", "objects beside")
         yield _case(door, kind, "inner_batches",
                     lambda v=batches: run(door, step={"inner_batches": v}), expect=expect,
-                    own=own)  # fmt: skip
+                    names=("inner_batches", "inner_batch"), own=own)  # fmt: skip
     for kind, batch, expect in (
         ("none", None, REFUSE), ("string", "data", REFUSE), ("empty", (ox[:0], oy[:0]), REFUSE),
         ("nan", (ox * np.nan, oy), REFUSE), ("x only", (ox,), REFUSE),
