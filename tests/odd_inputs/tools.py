@@ -54,6 +54,7 @@ def _with_response(solve: Any = _exact, inner: Any = p.inner, response: Any = No
                    batch: Any = p.TRAIN) -> Number:  # fmt: skip
     response = b.Implicit(b.Dense()) if response is None else response
     solved = b.with_response(solve, inner, response)
+    solved(params, hparams, batch)  # `jax.grad` has its own words for what it cannot take
     value = jax.grad(lambda lam: p.outer(solved(params, lam, batch), lam, p.VALID))(hparams)
     return Number(value)
 
