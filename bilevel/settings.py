@@ -79,16 +79,18 @@ def check_settings_used(value: Any, name: str) -> None:
         return
     limits_of = dict(_ranged(value))
     for field in dataclasses.fields(value):
-        given, path = getattr(value, field.name), f"{name}.{field.name}"
+        given: Any = getattr(value, field.name)
+        path = f"{name}.{field.name}"
         limits = limits_of.get(field.name)
         if limits is None:
             _check_kind(path, given, field.type)
             check_settings_used(given, path)
         elif not (given is None and limits.optional or limits.whole):
             check_number(path, given)
-            if jnp.shape(given) != ():
+            shape = np.shape(given)
+            if shape != ():
                 raise ValueError(
-                    f"`{path}` has shape {jnp.shape(given)}, expected one number for all: map over "
+                    f"`{path}` has shape {shape}, expected one number for all: map over "
                     "several with `jax.vmap`, or write a term of its own for each parameter into "
                     "the inner loss."
                 )
