@@ -87,7 +87,7 @@ def check_settings_used(value: Any, name: str) -> None:
             check_settings_used(given, path)
         elif not (given is None and limits.optional or limits.whole):
             check_number(path, given)
-            shape = np.shape(given)
+            shape = getattr(given, "shape", ())  # a Python number has none
             if shape != ():
                 raise ValueError(
                     f"`{path}` has shape {shape}, expected one number for all: map over "
