@@ -11,12 +11,14 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Vector
+from bilevel.checks import check_batch, check_key, check_point, check_response
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.linear.cg import CG
 from bilevel.operators import Hessian
+from bilevel.outer.training import check_loss
 from bilevel.problem import Problem
-from bilevel.settings import check_count, check_real
+from bilevel.settings import check_count, check_number, check_real
 
 NEWTON_STEPS = 50
 LINE_SEARCH = 25
@@ -107,6 +109,18 @@ def check_hypergrad(
     Newton's method finds from ``params``: look at ``distance``.
     """
     check_count("directions", directions)
+    for name, loss in (("outer", outer), ("inner", inner)):
+        check_loss(name, loss)
+    check_response(response)
+    check_point(params, hparams)
+    check_batch(inner_batch, "inner_batch")
+    check_batch(outer_batch, "outer_batch")
+    check_key(key)
+    for name, given in (("step", step), ("tolerance", tolerance)):
+        if given is not None:
+            check_number(name, given)
+    if solve is not None and not callable(solve):
+        raise TypeError(f"`solve` must be a function solve(params, hparams, batch), got {solve!r}.")
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params), *jax.tree.leaves(hparams))
     eps = float(jnp.finfo(dtype).eps)
     single = eps > 1e-10

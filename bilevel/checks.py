@@ -63,6 +63,16 @@ def check_response(response: Any) -> None:
 
 def check_batch(batch: Batch, name: str) -> None:
     """Refuse what is no array, and an array of size zero: its mean loss would be NaN."""
+    check_entries(batch, name)
+    for path, leaf in paths(batch, name):
+        if 0 in jnp.shape(leaf):
+            raise ValueError(
+                f"{path} is empty (shape {jnp.shape(leaf)}): expected at least one example."
+            )
+
+
+def check_entries(batch: Batch, name: str) -> None:
+    """Refuse what is no array of numbers and no key."""
     for path, leaf in paths(batch, name):
         try:
             _dtype(leaf)
@@ -73,10 +83,6 @@ def check_batch(batch: Batch, name: str) -> None:
                 "key: encode it as numbers (tokens, labels) before it enters a batch, or let the "
                 "loss close over it."
             ) from None
-        if 0 in jnp.shape(leaf):
-            raise ValueError(
-                f"{path} is empty (shape {jnp.shape(leaf)}): expected at least one example."
-            )
 
 
 def check_scalar(shape: Any, name: str, has_aux_hint: bool) -> None:
@@ -111,6 +117,12 @@ def _raw_shape(problem: Problem, which: str, *args: Any) -> Any:
 
     def call(*args: Any) -> Any:
         out = loss(*args)
+        for leaf in jax.tree.leaves(out):
+            if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+                raise TypeError(
+                    f"`{which}` must return a scalar, got {leaf!r} of type {type(leaf).__name__}: "
+                    "return JAX arrays only."
+                )
         numbers.append(out[0] if pair and isinstance(out, tuple) and out else out)
         return out
 
@@ -181,6 +193,14 @@ def check_problem(
     problem: Problem, params: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
 ) -> None:
     """All checks that need no response: trees, dtypes, batches, and the two losses' outputs."""
+    check_point(params, hparams)
+    check_batch(inner_batch, "inner_batch")
+    check_batch(outer_batch, "outer_batch")
+    check_scalar(_raw_shape(problem, "outer", params, hparams, outer_batch), "outer", True)
+
+
+def check_point(params: Params, hparams: Hparams) -> None:
+    """Refuse parameters and hyperparameters that are not trees of real floating-point arrays."""
     check_inexact(
         params,
         "params",
@@ -193,12 +213,34 @@ def check_problem(
         "through `BestResponse`, which samples it.",
     )
     if not jax.tree.leaves(params):
-        raise ValueError("`params` has no leaves: there is no inner variable to respond.")
+        raise ValueError(
+            "`params` has no leaves: there is no inner variable to respond. Pass the parameters of "
+            "the model."
+        )
     if not jax.tree.leaves(hparams):
-        raise ValueError("`hparams` has no leaves: there is no hyperparameter to differentiate.")
-    check_batch(inner_batch, "inner_batch")
-    check_batch(outer_batch, "outer_batch")
-    check_scalar(_raw_shape(problem, "outer", params, hparams, outer_batch), "outer", True)
+        raise ValueError(
+            "`hparams` has no leaves: there is no hyperparameter to differentiate. Pass at least "
+            "one number."
+        )
+
+
+def check_key(key: Any) -> None:
+    """Refuse what is not one PRNG key, typed or raw; ``None`` passes."""
+    if key is None:
+        return
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    raw = dtype == np.uint32 and np.shape(key) in ((2,), (4,))
+    if not (raw or typed):
+        raise TypeError(
+            f"`key` must be a JAX random key, got {key!r} of type {type(key).__name__}: pass "
+            "`key=jax.random.key(0)`."
+        )
+    if typed and np.shape(key) != ():
+        raise ValueError(
+            f"`key` has shape {np.shape(key)}, expected one key: pass one of them, or map over "
+            "several with `jax.vmap`."
+        )
 
 
 def check_inner(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> None:

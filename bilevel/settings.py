@@ -62,6 +62,9 @@ def check_settings(value: Any) -> None:
         given = getattr(value, field)
         if given is None and limits.optional:
             continue
+        # A predicate mapped over a tree leaves booleans; they are refused where they are used.
+        if not limits.whole and getattr(given, "dtype", type(given)) in (bool, np.bool_):
+            continue
         if limits.whole:
             check_count(field, given, int(limits.low or 0))
         else:
@@ -192,8 +195,6 @@ def check_real(
     if np.ndim(value) and np.size(value) == 0:
         raise ValueError(f"`{name}` is empty (shape {np.shape(value)}): pass a real number.{hint}")
     array = np.asarray(value)
-    if array.dtype == bool:
-        return  # what a predicate mapped over a tree leaves; refused where it is used
     if not (np.issubdtype(array.dtype, np.integer) or _is_floating(array)):
         raise TypeError(
             f"`{name}` must be a real number, got {value!r} of type {type(value).__name__}.{hint}"

@@ -18,7 +18,7 @@ from bilevel.inner.network import Network, StructuredResponse
 from bilevel.linear.base import loop, status_of
 from bilevel.operators import GaussNewton, wants_straight_line
 from bilevel.problem import Problem
-from bilevel.settings import check_number, check_real, check_settings, count
+from bilevel.settings import check_count, check_number, check_real, check_settings, count
 from bilevel.status import Status
 from bilevel.traced import depends
 
@@ -168,6 +168,7 @@ class BestResponse:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_count("seed", self.seed, 0)
         for leaf in jax.tree.leaves(self.scale):
             check_real("scale", leaf, 0, strict=True)
         if self.steps and self.tx is None:

@@ -14,6 +14,7 @@ from bilevel.checks import (
     check_batch,
     check_inexact,
     check_inner,
+    check_key,
     check_response,
     check_same_tree,
 )
@@ -137,6 +138,7 @@ def with_response(
         params: Params, hparams: Hparams, inner_batch: Batch, *, key: Key | None = None
     ) -> Any:
         _check_arguments(params, hparams, inner_batch)
+        check_key(key)
         hparams = jax.tree.map(jnp.asarray, hparams)
         if not getattr(response, "fresh_batches", False):
             check_inner(problem, params, hparams, inner_batch)

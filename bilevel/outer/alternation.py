@@ -9,13 +9,13 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar, Stats
-from bilevel.checks import check_inner, check_problem, check_same_tree
+from bilevel.checks import check_inner, check_point, check_problem, check_same_tree
 from bilevel.hypergradient.base import Hypergradient, Response
 from bilevel.hypergradient.transform import hypergrad_init, hypergrad_solve
 from bilevel.inner.optimizer import InnerTx, build_tx, refresh_injected
 from bilevel.linear.base import loop
 from bilevel.operators import wants_straight_line
-from bilevel.outer.base import own, same_type
+from bilevel.outer.base import check_state, own, same_type
 from bilevel.outer.constrain import Space
 from bilevel.outer.frozen import Trained, trained_leaves
 from bilevel.outer.training import (
@@ -108,6 +108,7 @@ class Alternation:
                 "`has_state=True` needs the first statistics: pass `init(params, hparams, "
                 "model_state)`."
             )
+        check_point(params, hparams)
         params, hparams = own(params), own(hparams)
         raw = None if self.constrain is None else self.constrain.unconstrain(hparams)
         opt_state = build_tx(self.inner_tx, hparams).init(params)
@@ -146,6 +147,7 @@ class Alternation:
         key: Key | None = None,
     ) -> tuple[AlternateState, AlternateInfo]:
         """One step; see :func:`~bilevel.alternate`."""
+        check_state(state, AlternateState)
         first, response_batch = self._split_batches(inner_batches, response_batch)
         problem = Problem(self.outer, self.inner, self.has_aux, self.has_state, state.model_state)
         check_problem(problem, state.params, state.hparams, first, outer_batch)

@@ -57,6 +57,15 @@ def own(tree: Any) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def check_state(state: Any, expected: type) -> None:
+    """Refuse what is not the state of this loop."""
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"`state` must be what `init` returns, a {expected.__name__}, got "
+            f"{type(state).__name__}."
+        )
+
+
 def same_type(new: Any, old: Any, name: str, remedy: str) -> Any:
     """``new`` in the strong dtypes of ``old``; refuses a tree, shape or dtype that changed.
 

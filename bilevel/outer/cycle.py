@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar
-from bilevel.checks import check_inner, check_problem
+from bilevel.checks import check_inner, check_key, check_point, check_problem
 from bilevel.hypergradient.best_response import check_responds, scale_like
 from bilevel.inner.groups import fold_keys
 from bilevel.linear.base import loop, status_of
 from bilevel.operators import wants_straight_line
-from bilevel.outer.base import own, same_type
+from bilevel.outer.base import check_state, own, same_type
 from bilevel.outer.training import batch_at, check_stack, no_line_search, update
 from bilevel.outer.tuning import Moved, Trained, Tuning
 from bilevel.outer.tuning_state import SelfTuningInfo, SelfTuningState, inverse_softplus
@@ -45,10 +45,12 @@ def init(
             "`has_state=True` needs the first statistics: pass `init(params, hparams, "
             "model_state)`."
         )
+    check_point(params, hparams)
     params, hparams = own(params), own(hparams)
     tuning = tuning.for_params(params)
     tuning.shared_flags(hparams)
     raw = hparams if tuning.constrain is None else tuning.constrain.unconstrain(hparams)
+    check_key(key)
     key = jax.random.key(tuning.seed) if key is None else key
     response = tuning.network.init(key, params, raw)
     raw_scales = jax.tree.map(inverse_softplus, scale_like(tuning.scale, raw))
@@ -92,6 +94,8 @@ def step(
     """One cycle; see :func:`~bilevel.self_tuning`."""
     if key is None:
         raise ValueError("`key` is missing: a cycle draws perturbations.")
+    check_key(key)
+    check_state(state, SelfTuningState)
     tuning = tuning.for_params(state.params)
     straight = _check_step(tuning, state, inner_batches, outer_batch)
     trained, inner_value, response_value = train(tuning, state, inner_batches, key, straight)

@@ -10,12 +10,12 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar
-from bilevel.checks import check_inner, check_problem
+from bilevel.checks import check_inner, check_key, check_point, check_problem
 from bilevel.hypergradient.best_response import check_responds
 from bilevel.inner.network import Network
 from bilevel.linear.base import loop, status_of
 from bilevel.operators import wants_straight_line
-from bilevel.outer.base import Algorithm, own, same_type
+from bilevel.outer.base import Algorithm, check_state, own, same_type
 from bilevel.outer.training import (
     batch_at,
     check_fixed_tx,
@@ -104,6 +104,7 @@ def global_response(
     check_tx("outer_tx", outer_tx)
     check_count("inner_steps", inner_steps)
     check_count("draws", draws)
+    check_count("seed", seed, 0)
     if not callable(sample):
         raise TypeError(f"`sample` must be a function (key, hparams) -> hparams, got {sample!r}.")
     if not isinstance(network, Network) or isinstance(network, type):
@@ -143,7 +144,9 @@ class _GlobalResponse:
         """The first state; see :func:`global_response`."""
         if model_state is not None:
             raise ValueError("`model_state` has no place in `global_response`: leave it out.")
+        check_point(params, hparams)
         params, hparams = own(params), own(hparams)
+        check_key(key)
         key = jax.random.key(self.seed) if key is None else key
         response = self.network.init(key, params, hparams)
         state = GlobalResponseState(
@@ -168,6 +171,8 @@ class _GlobalResponse:
         """One step; see :func:`global_response`."""
         if key is None:
             raise ValueError("`key` is missing: a step draws hyperparameters.")
+        check_key(key)
+        check_state(state, GlobalResponseState)
         reads = f"one batch for each of the inner_steps={self.inner_steps} steps"
         check_stack(inner_batches, self.inner_steps, "inner_batches", reads)
         first = batch_at(inner_batches, 0)

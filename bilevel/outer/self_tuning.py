@@ -16,7 +16,7 @@ from bilevel.outer.cycle import deploy, init, step
 from bilevel.outer.training import check_fixed_tx, check_loss, check_tx
 from bilevel.outer.tuning import Tuning
 from bilevel.outer.tuning_state import GlobalResponseState, SelfTuningState, weights_at
-from bilevel.settings import check_count, check_real
+from bilevel.settings import check_count, check_number, check_real
 
 
 def self_tuning(
@@ -149,7 +149,19 @@ def self_tuning(
         check_count(name, count, low)
     for leaf in jax.tree.leaves(scale):
         check_real("scale", leaf, 0, strict=True)
+    check_number("entropy", entropy)
     check_real("entropy", entropy, 0)
+    check_count("seed", seed, 0)
+    if linearize is not None and not isinstance(linearize, GaussNewton):
+        raise TypeError(
+            "`linearize` must be `GaussNewton(model, output_loss, penalty=...)` or None, got "
+            f"{linearize!r}."
+        )
+    if not isinstance(shared, (str, tuple, list)) or not all(isinstance(s, str) for s in shared):
+        raise TypeError(
+            "`shared` must be parts of the names of hyperparameters (a string or several), got "
+            f"{shared!r}."
+        )
     for name, loss in (("outer", outer), ("inner", inner)):
         check_loss(name, loss)
     response_tx = inner_tx if response_tx is None else response_tx

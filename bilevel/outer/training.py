@@ -9,6 +9,7 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Params, Scalar
+from bilevel.checks import check_entries
 from bilevel.inner.descend import is_single_key, select_batch
 
 
@@ -50,6 +51,7 @@ def check_stack(batches: Batch, count: int, name: str, reads: str) -> None:
     leaves = tree.paths(batches, name)
     if not leaves and count:
         raise ValueError(f"`{name}` has no arrays: pass batches stacked on a leading axis.")
+    check_entries(batches, name)
     for path, leaf in leaves:
         if is_single_key(leaf):
             continue
