@@ -76,8 +76,8 @@ def test_examples_and_columns_stay_where_they_are():
         cwd=ROOT,
         env={
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-            "--xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
         },
