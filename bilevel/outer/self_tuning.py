@@ -170,20 +170,7 @@ def self_tuning(
     check_fixed_tx("response_tx", response_tx)
     check_tx("outer_tx", outer_tx)
     check_tx("scale_tx", scale_tx)
-    if not isinstance(network, Network) or isinstance(network, type):
-        raise TypeError(
-            f"`network` must be a network such as `StructuredResponse()`, got {network!r}."
-        )
-    if not network.centred and linearize is not None:
-        raise ValueError(
-            "`linearize` expands around no displacement, which an uncentred network has no use "
-            "for: pass `StructuredResponse(centred=True)` or leave `linearize` out."
-        )
-    if not network.centred and has_state:
-        raise ValueError(
-            "`has_state=True` needs a centred network: statistics advance in the step that is "
-            "not perturbed, which an uncentred one has not."
-        )
+    _check_network(network, linearize, has_state)
     if constrain is not None and not isinstance(constrain, Space):
         raise TypeError(
             "`constrain` must be a `Space`, such as `Space({'rate': Interval(0, 0.95)})`, or "
@@ -215,6 +202,23 @@ def self_tuning(
         functools.partial(step, tuning),
         functools.partial(deploy, tuning),
     )
+
+
+def _check_network(network: Any, linearize: GaussNewton | None, has_state: bool) -> None:
+    if not isinstance(network, Network) or isinstance(network, type):
+        raise TypeError(
+            f"`network` must be a network such as `StructuredResponse()`, got {network!r}."
+        )
+    if not network.centred and linearize is not None:
+        raise ValueError(
+            "`linearize` expands around no displacement, which an uncentred network has no use "
+            "for: pass `StructuredResponse(centred=True)` or leave `linearize` out."
+        )
+    if not network.centred and has_state:
+        raise ValueError(
+            "`has_state=True` needs a centred network: statistics advance in the step that is "
+            "not perturbed, which an uncentred one has not."
+        )
 
 
 def tuned_params(network: Network, state: SelfTuningState | GlobalResponseState) -> Params:
