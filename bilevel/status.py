@@ -156,6 +156,11 @@ def raise_for_status(
       TypeError: if called inside ``jit`` (``result`` is not concrete there).
       ValueError: a threshold for a number that ``stats`` does not have.
     """
+    if not hasattr(solution, "result") or not hasattr(solution, "stats"):
+        raise TypeError(
+            "`solution` must be what `hypergrad_solve` or a solver returned, with `result` and "
+            f"`stats`, got {type(solution).__name__}."
+        )
     if isinstance(solution.result, Tracer):
         raise TypeError(
             "raise_for_status needs concrete values: call it on the result of a jitted function, "

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,16 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)  # this file is also the program that gets killed
 
-from bilevel import CG, Implicit, Interval, Positive, Space, alternate, fit  # noqa: E402
+from bilevel import (  # noqa: E402
+    CG,
+    Algorithm,
+    Implicit,
+    Interval,
+    Positive,
+    Space,
+    alternate,
+    fit,
+)
 
 INNER_STEPS = 3
 
@@ -415,3 +425,30 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     leaves = jax.tree.leaves((final := run(target)) and (final.state, final[1:6]))
     np.savez(target / "outcome.npz", **{str(i): np.asarray(x) for i, x in enumerate(leaves)})
+
+
+class Count(NamedTuple):
+    params: jax.Array
+    hparams: jax.Array
+    step: jax.Array
+
+
+class Drawn(NamedTuple):
+    value: jax.Array
+    inner_value: jax.Array
+    hypergrad_norm: jax.Array
+    result: jax.Array
+    stats: dict
+
+
+def test_every_step_draws_with_its_own_number_folded_into_the_key():
+    def step(state, *, inner_batches, outer_batch, key):
+        drawn = jax.random.uniform(key)
+        info = Drawn(drawn, drawn, drawn, jnp.zeros((), jnp.int32), {})
+        return state._replace(step=state.step + 1), info
+
+    state = Count(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
+    key, alg = jax.random.key(5), Algorithm(lambda *args: state, step)
+    result = fit(alg, state, jnp.ones(1), jnp.ones(1), steps=4, key=key, progress=False)
+    expected = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(4)]
+    assert [record["outer_loss"] for record in result.history] == expected

@@ -347,7 +347,11 @@ def mean_over_groups(
 def check_responds(
     problem: Problem, params: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
 ) -> None:
-    """Refuse hyperparameters that neither loss reads, in value: no response can follow them."""
+    """Refuse hyperparameters that no response can follow, in value.
+
+    Those that neither the outer loss nor the *gradient* of the inner loss reads: a term that is
+    only added to the loss moves no weight.
+    """
     leaves, treedef = jax.tree.flatten(hparams)
 
     def dead_in(loss: Any, batch: Batch) -> list[bool]:
@@ -361,8 +365,11 @@ def check_responds(
 
         return [not reads(i) for i in range(len(leaves))]
 
-    def inner(leaves: Any, params: Params, batch: Batch) -> Scalar:
-        return problem.inner_loss(params, jax.tree.unflatten(treedef, leaves), batch)
+    def inner(leaves: Any, params: Params, batch: Batch) -> list[Any]:
+        lam = jax.tree.unflatten(treedef, leaves)
+        # In whatever the network gives as weights, which may hold more than floats.
+        grads = jax.grad(problem.inner_loss, allow_int=True)(params, lam, batch)
+        return [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
 
     def outer(leaves: Any, params: Params, batch: Batch) -> Scalar:
         return problem.outer_loss(params, jax.tree.unflatten(treedef, leaves), batch)[0]
@@ -374,7 +381,8 @@ def check_responds(
         named = [n for n, *dead in zip(names, unread, in_outer, strict=True) if all(dead)]
         if named:
             raise ValueError(
-                f"Neither loss reads {', '.join(named)}: the weights that minimise the inner loss "
-                "do not respond to it. A learning rate, a momentum or another setting of the "
-                "inner optimizer needs `Unroll(inner_tx=lambda hparams: ..., steps=...)`."
+                f"Neither loss reads {', '.join(named)} in a way that moves weights: those that "
+                "minimize the inner loss do not respond to it. A learning rate, a momentum or "
+                "another setting of the inner optimizer needs `Unroll(inner_tx=lambda hparams: "
+                "..., steps=...)`."
             )

@@ -177,7 +177,7 @@ MUTANTS = [
         "(flat & (least > eps * gg), Status.singular),",
         "",
         "a direction without curvature is not told",
-        ("test_linear.py",),
+        ("test_trust.py::test_semi_definite_is_not_negative_curvature_and_indefinite_is",),
     ),
     Mutant(
         "worse_than_zero_not_told",
@@ -185,7 +185,7 @@ MUTANTS = [
         "(left > 1.001 * right, Status.worse_than_zero),",
         "",
         "a solve that is worse than none is only `truncated`",
-        ("test_linear.py",),
+        ("test_linear.py::test_nystrom_is_within_its_bound", "test_trust.py"),
     ),
     Mutant(
         "truncated_not_told",
@@ -193,6 +193,6 @@ MUTANTS = [
         "(left > RESIDUAL * right, Status.truncated),",
         "",
         "a spent budget passes for convergence",
-        ("test_linear.py",),
+        ("test_trust.py::test_a_spent_budget_is_not_convergence",),
     ),
 ]

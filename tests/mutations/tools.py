@@ -33,7 +33,7 @@ MUTANTS = [
         "key = None if key is None else jax.random.fold_in(key, i)",
         "key = None if key is None else jax.random.fold_in(key, 0)",
         "every step of a run draws the same numbers",
-        ("test_fit.py::test_fit_is_the_plain_loop_and_keeps_the_pair_that_was_measured",),
+        ("test_fit.py::test_every_step_draws_with_its_own_number_folded_into_the_key",),
     ),
     Mutant(
         "patience_one_step_longer",
