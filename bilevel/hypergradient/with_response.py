@@ -179,7 +179,7 @@ def _check_arguments(params: Params, hparams: Hparams, inner_batch: Batch) -> No
     ):
         if not jax.tree.leaves(value):
             got = "is None" if value is None else f"has no leaves (it is {value!r})"
-            raise ValueError(f"`{name}` {got}: pass {remedy}.")
+            raise ValueError(f"`{name}` {got}. `with_response` needs it: pass {remedy}.")
     check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
     check_inexact(
         hparams,
@@ -214,7 +214,7 @@ def _unpacked(returned: Any, params: Params, has_aux: bool) -> tuple[Params, Any
             hint += "; a list is a tree of its own: return `jnp.asarray(...)` of it for an array"
         elif isinstance(returned, tuple) and not has_aux:
             hint += "; if it returns (params, aux), pass `has_aux=True`"
-        raise ValueError(f"{error} {hint}.") from None
+        raise ValueError(f"`solve` returned another tree than expected: {error} {hint}.") from None
     check_inexact(returned, name, "Return the solution as floating-point arrays.")
     return returned, aux
 
