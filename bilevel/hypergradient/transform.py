@@ -224,7 +224,7 @@ def _check_argnums(argnums: int | Sequence[int]) -> tuple[int, ...]:
             "variable, whose derivative the response supplies."
         )
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"`argnums` repeats a position: {argnums!r}. Name each once.")
+        raise ValueError(f"`argnums` repeats a position: {argnums!r}. Use each once.")
     return numbers
 
 

@@ -139,7 +139,7 @@ def with_response(
     ) -> Any:
         _check_arguments(params, hparams, inner_batch)
         check_key(key)
-        hparams = jax.tree.map(jnp.asarray, hparams)
+        hparams, inner_batch = jax.tree.map(_as_array, (hparams, inner_batch))
         if not getattr(response, "fresh_batches", False):
             check_inner(problem, params, hparams, inner_batch)
         # Cut here and not around the call: `solve` then runs on plain values, is never
@@ -157,6 +157,11 @@ def with_response(
         return out if len(out) > 1 else out[0]
 
     return solved
+
+
+def _as_array(x: Any) -> Any:
+    """Numbers and NumPy arrays as JAX's own: transformations keep no others as constants."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _no_outer(*_: Any) -> Any:

@@ -93,7 +93,9 @@ def step(
 ) -> tuple[SelfTuningState, SelfTuningInfo]:
     """One cycle; see :func:`~bilevel.self_tuning`."""
     if key is None:
-        raise ValueError("`key` is missing: a cycle draws perturbations.")
+        raise ValueError(
+            "`key` is missing: a cycle draws perturbations. Pass `key=jax.random.key(...)`."
+        )
     check_key(key)
     check_state(state, SelfTuningState)
     tuning = tuning.for_params(state.params)

@@ -170,7 +170,9 @@ class _GlobalResponse:
     ) -> tuple[GlobalResponseState, GlobalResponseInfo]:
         """One step; see :func:`global_response`."""
         if key is None:
-            raise ValueError("`key` is missing: a step draws hyperparameters.")
+            raise ValueError(
+                "`key` is missing: a step draws hyperparameters. Pass `key=jax.random.key(...)`."
+            )
         check_key(key)
         check_state(state, GlobalResponseState)
         reads = f"one batch for each of the inner_steps={self.inner_steps} steps"

@@ -163,7 +163,7 @@ def _penalty(
         unknown = sorted(str(path) for path in set(log_strength) - set(chosen))
         if unknown:
             raise ValueError(
-                f"`log_strength` names {', '.join(unknown)}, but the parameters have "
+                f"`log_strength` names {', '.join(unknown)}, but the parameters have only "
                 f"{', '.join(sorted(chosen))}."
             )
         if not log_strength:

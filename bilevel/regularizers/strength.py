@@ -132,7 +132,7 @@ def axes(name: str, given: Sequence[int], ndim: int) -> tuple[int, ...]:
     if len(set(found)) < len(found):
         raise ValueError(
             f"`{name}` names an axis twice: {tuple(given)} of an array with {ndim} axes. "
-            "Name each once."
+            "Use each once."
         )
     return found
 
