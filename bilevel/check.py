@@ -11,13 +11,14 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Vector
-from bilevel.checks import check_point, check_response
+from bilevel.checks import check_batch, check_key, check_point, check_response
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.linear.cg import CG
 from bilevel.operators import Hessian
+from bilevel.outer.training import check_loss
 from bilevel.problem import Problem
-from bilevel.settings import check_count, check_one_real
+from bilevel.settings import check_count, check_number, check_real
 
 NEWTON_STEPS = 50
 LINE_SEARCH = 25
@@ -109,23 +110,23 @@ def check_hypergrad(
     """
     check_count("directions", directions)
     for name, loss in (("outer", outer), ("inner", inner)):
-        if not callable(loss):
-            raise TypeError(
-                f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
-            )
+        check_loss(name, loss)
     check_response(response)
     check_point(params, hparams)
-    if step is not None:
-        check_one_real("step", step, 0, strict=True)
-    if tolerance is not None:
-        check_one_real("tolerance", tolerance, 0, strict=True)
+    check_batch(inner_batch, "inner_batch")
+    check_batch(outer_batch, "outer_batch")
+    check_key(key)
+    for name, given in (("step", step), ("tolerance", tolerance)):
+        if given is not None:
+            check_number(name, given)
+    if solve is not None and not callable(solve):
+        raise TypeError(f"`solve` must be a function solve(params, hparams, batch), got {solve!r}.")
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params), *jax.tree.leaves(hparams))
     eps = float(jnp.finfo(dtype).eps)
     single = eps > 1e-10
     scale = max(1.0, float(tree.norm(hparams)))
-    if not np.isfinite(scale):
-        raise ValueError("`hparams` has entries that are NaN or infinite: pass finite numbers.")
     half = float(eps ** (1 / 3) * scale if step is None else step)
+    check_real("step", half, 0, strict=True)
     if half < np.sqrt(eps) * scale:
         raise ValueError(
             f"`step`={half:.1e} is below {np.sqrt(eps) * scale:.1e}, where differences in {dtype} "
@@ -133,6 +134,7 @@ def check_hypergrad(
             "(`jax.config.update('jax_enable_x64', True)` and float64 inputs)."
         )
     tolerance = (5e-2 if single else 1e-4) if tolerance is None else tolerance
+    check_real("tolerance", tolerance, 0, strict=True)
     key = jax.random.key(0) if key is None else key
     problem = Problem(outer, inner)
 

@@ -63,7 +63,7 @@ def check_response(response: Any) -> None:
 
 def check_batch(batch: Batch, name: str) -> None:
     """Refuse what is no array, and an array of size zero: its mean loss would be NaN."""
-    check_leaves(batch, name)
+    check_entries(batch, name)
     for path, leaf in paths(batch, name):
         if 0 in jnp.shape(leaf):
             raise ValueError(
@@ -71,7 +71,7 @@ def check_batch(batch: Batch, name: str) -> None:
             )
 
 
-def check_leaves(batch: Batch, name: str) -> None:
+def check_entries(batch: Batch, name: str) -> None:
     """Refuse what is no array of numbers and no key."""
     for path, leaf in paths(batch, name):
         try:
@@ -117,6 +117,12 @@ def _raw_shape(problem: Problem, which: str, *args: Any) -> Any:
 
     def call(*args: Any) -> Any:
         out = loss(*args)
+        for leaf in jax.tree.leaves(out):
+            if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+                raise TypeError(
+                    f"`{which}` must return a scalar, got {leaf!r} of type {type(leaf).__name__}: "
+                    "return JAX arrays only."
+                )
         numbers.append(out[0] if pair and isinstance(out, tuple) and out else out)
         return out
 
@@ -208,13 +214,32 @@ def check_point(params: Params, hparams: Hparams) -> None:
     )
     if not jax.tree.leaves(params):
         raise ValueError(
-            "`params` has no leaves: there is no inner variable to respond. "
-            "Pass the weights of the model."
+            "`params` has no leaves: there is no inner variable to respond. Pass the parameters of "
+            "the model."
         )
     if not jax.tree.leaves(hparams):
         raise ValueError(
-            "`hparams` has no leaves: there is no hyperparameter to differentiate. Pass the "
-            "numbers to be tuned."
+            "`hparams` has no leaves: there is no hyperparameter to differentiate. Pass at least "
+            "one number."
+        )
+
+
+def check_key(key: Any) -> None:
+    """Refuse what is not one PRNG key, typed or raw; ``None`` passes."""
+    if key is None:
+        return
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    raw = dtype == np.uint32 and np.shape(key) in ((2,), (4,))
+    if not (raw or typed):
+        raise TypeError(
+            f"`key` must be a JAX random key, got {key!r} of type {type(key).__name__}: pass "
+            "`key=jax.random.key(0)`."
+        )
+    if typed and np.shape(key) != ():
+        raise ValueError(
+            f"`key` has shape {np.shape(key)}, expected one key: pass one of them, or map over "
+            "several with `jax.vmap`."
         )
 
 

@@ -10,15 +10,16 @@ import jax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
-from bilevel.checks import check_batch, check_inexact, check_inner
+from bilevel.checks import check_batch, check_inexact, check_inner, check_key
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.lanczos import Extremes, Tridiagonal, extremes, lanczos
 from bilevel.linear.neumann import Neumann
 from bilevel.operators import GaussNewton, Hessian, Operator
+from bilevel.outer.training import check_loss
 from bilevel.problem import Problem
-from bilevel.settings import check_count
+from bilevel.settings import check_count, check_settings_used
 
 STATIONARY = 1e-3
 CONDITION = 1e4  # beyond it a float32 solve loses four of its seven digits
@@ -115,20 +116,19 @@ def diagnose(
     Hessian eigenvalue density", ICML 2019.
     """
     check_count("num_steps", num_steps)
+    check_loss("inner", inner)
+    check_key(key)
     check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
     check_inexact(hparams, "hparams", "Hyperparameters are real numbers.")
     check_batch(inner_batch, "inner_batch")
     if not tree.size(params):
-        raise ValueError(
-            "`params` has no numbers: there is no inner variable to diagnose. Pass the weights."
-        )
-    if not callable(inner):
-        raise TypeError(f"`inner` must be a function loss(params, hparams, batch), got {inner!r}.")
+        raise ValueError("`params` has no numbers: there is nothing to diagnose. Pass the weights.")
     operator = Hessian() if operator is None else operator
     if isinstance(operator, type) or not hasattr(operator, "bind"):
         raise TypeError(
-            f"`operator` must be `Hessian(...)` or `GaussNewton(...)`, got {operator!r}."
+            f"`operator` must be `Hessian()`, `GaussNewton(...)` or None, got {operator!r}."
         )
+    check_settings_used(operator, "operator")
     steps = min(num_steps, tree.size(params))
     key = jax.random.key(0) if key is None else key
 

@@ -189,7 +189,7 @@ class GaussNewton:
     def __post_init__(self) -> None:
         check_settings(self)
         for name in ("model", "output_loss"):
-            if not callable(getattr(self, name)):
+            if not callable(getattr(self, name)) or isinstance(getattr(self, name), type):
                 raise TypeError(f"`{name}` must be callable, got {getattr(self, name)!r}.")
 
     def loss(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:

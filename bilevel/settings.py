@@ -62,6 +62,9 @@ def check_settings(value: Any) -> None:
         given = getattr(value, field)
         if given is None and limits.optional:
             continue
+        # A predicate mapped over a tree leaves booleans; they are refused where they are used.
+        if not limits.whole and getattr(given, "dtype", type(given)) in (bool, np.bool_):
+            continue
         if limits.whole:
             check_count(field, given, int(limits.low or 0))
         else:
@@ -79,16 +82,18 @@ def check_settings_used(value: Any, name: str) -> None:
         return
     limits_of = dict(_ranged(value))
     for field in dataclasses.fields(value):
-        given, path = getattr(value, field.name), f"{name}.{field.name}"
+        given: Any = getattr(value, field.name)
+        path = f"{name}.{field.name}"
         limits = limits_of.get(field.name)
         if limits is None:
             _check_kind(path, given, field.type)
             check_settings_used(given, path)
         elif not (given is None and limits.optional or limits.whole):
             check_number(path, given)
-            if jnp.shape(given) != ():
+            shape = getattr(given, "shape", ())  # a Python number has none
+            if shape != ():
                 raise ValueError(
-                    f"`{path}` has shape {jnp.shape(given)}, expected one number for all: map over "
+                    f"`{path}` has shape {shape}, expected one number for all: map over "
                     "several with `jax.vmap`, or write a term of its own for each parameter into "
                     "the inner loss."
                 )
@@ -96,8 +101,8 @@ def check_settings_used(value: Any, name: str) -> None:
 
 def check_number(name: str, given: Any) -> None:
     """Refuse what is no real number nor an array of them, traced or not."""
-    real = isinstance(given, (int, float)) and not isinstance(given, bool)
-    if not real and not jnp.issubdtype(getattr(given, "dtype", np.dtype(object)), jnp.number):
+    number = hasattr(given, "dtype") or isinstance(given, numbers.Real)
+    if not number or not jnp.issubdtype(jnp.result_type(given), jnp.number):
         raise TypeError(f"`{name}` must be a real number, got {given!r}.")
 
 
@@ -170,9 +175,7 @@ def _ranged(value: Any) -> Iterator[tuple[str, _Range]]:
 def concrete(value: Any) -> bool:
     """Whether ``value`` is a number, or an array of them, that can be compared now."""
     if isinstance(value, jax.Array):
-        if isinstance(value, Tracer) or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            return False
-        return value.is_fully_addressable
+        return not isinstance(value, Tracer) and value.is_fully_addressable
     return isinstance(value, (numbers.Number, np.ndarray, np.generic))
 
 
@@ -192,8 +195,6 @@ def check_real(
     if np.ndim(value) and np.size(value) == 0:
         raise ValueError(f"`{name}` is empty (shape {np.shape(value)}): pass a real number.{hint}")
     array = np.asarray(value)
-    if array.dtype == bool:
-        return  # what a predicate mapped over a tree leaves; refused where it is used
     if not (np.issubdtype(array.dtype, np.integer) or _is_floating(array)):
         raise TypeError(
             f"`{name}` must be a real number, got {value!r} of type {type(value).__name__}.{hint}"
@@ -210,39 +211,6 @@ def _is_floating(array: np.ndarray) -> bool:
     return bool(jnp.issubdtype(array.dtype, jnp.floating))  # bfloat16 too, which NumPy denies
 
 
-def check_one_real(
-    name: str, value: Any, low: float | None = None, *, strict: bool = False
-) -> None:
-    """Refuse what is not one real number, for an argument that is used at once."""
-    if isinstance(value, (str, bytes, list, tuple, dict)):
-        check_real(name, value)  # refuses them
-    real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-    array = jnp.issubdtype(getattr(value, "dtype", np.dtype(object)), jnp.number)
-    if not (real or array) or np.ndim(value):
-        raise TypeError(f"`{name}` must be one real number, got {value!r}.")
-    check_real(name, value, low, strict=strict)
-
-
-def check_key(key: Any) -> None:
-    """Refuse what is not one PRNG key."""
-    dtype, shape = getattr(key, "dtype", None), jnp.shape(key) if hasattr(key, "shape") else None
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not typed and not (dtype == np.uint32 and shape is not None and len(shape) >= 1):
-        raise TypeError(f"`key` must be a PRNG key such as jax.random.key(0), got {describe(key)}.")
-    if len(shape or ()) != (0 if typed else 1):
-        raise ValueError(
-            f"`key` has shape {shape}, expected one key: pick one, or map over them with "
-            "`jax.vmap`."
-        )
-
-
-def describe(value: Any) -> str:
-    """What a message says of an argument of the wrong kind."""
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"an array of dtype {value.dtype} and shape {value.shape}"
-    return f"{value!r} of type {type(value).__name__}"
-
-
 def check_count(name: str, value: Any, low: int = 1) -> None:
     """Refuse anything but a Python integer of at least ``low`` (counts are static)."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -252,14 +220,6 @@ def check_count(name: str, value: Any, low: int = 1) -> None:
         )
     if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
-
-
-def check_seed(seed: Any) -> None:
-    """Refuse what `jax.random.key` cannot begin from, and what it would round to a whole number."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"`seed` must be a Python int, got {seed!r}.")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"`seed` must be a number of at most 64 bits, got {seed}.")
 
 
 def require_extra(module: str, extra: str, who: str) -> ModuleType:

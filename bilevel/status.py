@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.settings import check_one_real
+from bilevel.settings import check_number, check_real
 
 RESIDUAL = 0.1
 """A solve whose residual is above this part of its right side has not converged."""
@@ -168,13 +168,15 @@ def raise_for_status(
         )
     results = np.atleast_1d(np.asarray(solution.result))
     if residual is not None:
-        check_one_real("residual", residual, 0)
+        check_number("residual", residual)
+        check_real("residual", residual, 0)
         left = _stat(solution, "residual_norm", "residual") / _stat(
             solution, "rhs_norm", "residual"
         )
         results = _judged(results, left > residual, Status.truncated)
     if stationarity is not None:
-        check_one_real("stationarity", stationarity, 0)
+        check_number("stationarity", stationarity)
+        check_real("stationarity", stationarity, 0)
         distance = _stat(solution, "relative_stationarity", "stationarity")
         results = _judged(results, ~(distance <= stationarity), Status.not_stationary)
     status = Status(int(results.max()))

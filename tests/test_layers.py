@@ -138,7 +138,9 @@ def test_self_tuning_of_layers_perturbs_every_example(linearised):
         return net(dropout(batch["key"], batch["x"], h["rate"]), d)
 
     def error(z, h, batch):
-        return jnp.mean(jnp.exp(h["decay"]) * 0.01) + jnp.mean((z - batch["y"]) ** 2)
+        return 0.01 * jnp.mean(jnp.exp(h["decay"])) * jnp.mean(z**2) + jnp.mean(
+            (z - batch["y"]) ** 2
+        )
 
     def outer(params, h, batch):
         net, d = network.merge(params)

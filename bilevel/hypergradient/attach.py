@@ -257,7 +257,8 @@ def _closed(
         args = (vector, w, hparams, rest.inner_batch, rest.key, rest.response)
         return call(*rest.closed_over, *jax.tree.leaves(args))
 
-    return run, _Rest(inner_batch, key, carried, closed.consts)
+    consts = [c if isinstance(c, jax.Array) else jnp.asarray(c) for c in closed.consts]
+    return run, _Rest(inner_batch, key, carried, consts)
 
 
 def _is_zero(x: Any) -> bool:

@@ -18,7 +18,7 @@ from bilevel.inner.network import Network, StructuredResponse
 from bilevel.linear.base import loop, status_of
 from bilevel.operators import GaussNewton, wants_straight_line
 from bilevel.problem import Problem
-from bilevel.settings import check_key, check_number, check_real, check_seed, check_settings, count
+from bilevel.settings import check_count, check_number, check_real, check_settings, count
 from bilevel.status import Status
 from bilevel.traced import depends
 
@@ -168,7 +168,7 @@ class BestResponse:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_seed(self.seed)
+        check_count("seed", self.seed, 0)
         for leaf in jax.tree.leaves(self.scale):
             check_real("scale", leaf, 0, strict=True)
         if self.steps and self.tx is None:
@@ -228,11 +228,7 @@ class BestResponse:
         stats: Stats = {}
         if self.steps:
             if key is None:
-                raise ValueError(
-                    "`key` is missing: training a BestResponse draws perturbations."
-                    " Pass `key=jax.random.key(...)`."
-                )
-            check_key(key)
+                raise ValueError("`key` is missing: training a BestResponse draws perturbations.")
             state, loss = self._train(problem, params, hparams, inner_batch, state, key)
             stats["response_loss"] = loss
         centre = jax.lax.stop_gradient(hparams)
@@ -351,9 +347,10 @@ def mean_over_groups(
 def check_responds(
     problem: Problem, params: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
 ) -> None:
-    """Refuse hyperparameters that move no weight and no outer loss: no response follows them.
+    """Refuse hyperparameters that no response can follow, in value.
 
-    A term of the inner loss that only adds to it moves no weight: its gradient is asked.
+    Those that neither the outer loss nor the *gradient* of the inner loss reads: a term that is
+    only added to the loss moves no weight.
     """
     leaves, treedef = jax.tree.flatten(hparams)
 
@@ -368,8 +365,11 @@ def check_responds(
 
         return [not reads(i) for i in range(len(leaves))]
 
-    def inner(leaves: Any, params: Params, batch: Batch) -> Vector:
-        return problem.inner_grad(params, jax.tree.unflatten(treedef, leaves), batch)
+    def inner(leaves: Any, params: Params, batch: Batch) -> list[Any]:
+        lam = jax.tree.unflatten(treedef, leaves)
+        # In whatever the network gives as weights, which may hold more than floats.
+        grads = jax.grad(problem.inner_loss, allow_int=True)(params, lam, batch)
+        return [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
 
     def outer(leaves: Any, params: Params, batch: Batch) -> Scalar:
         return problem.outer_loss(params, jax.tree.unflatten(treedef, leaves), batch)[0]
@@ -381,8 +381,8 @@ def check_responds(
         named = [n for n, *dead in zip(names, unread, in_outer, strict=True) if all(dead)]
         if named:
             raise ValueError(
-                f"Neither loss reads {', '.join(named)}, but for terms without parameters: the "
-                "weights that minimize the inner loss do not respond to it. A learning rate, a "
-                "momentum or another setting of the inner optimizer needs `Unroll(inner_tx=lambda "
-                "hparams: ..., steps=...)`."
+                f"Neither loss reads {', '.join(named)} in a way that moves weights: those that "
+                "minimize the inner loss do not respond to it. A learning rate, a momentum or "
+                "another setting of the inner optimizer needs `Unroll(inner_tx=lambda hparams: "
+                "..., steps=...)`."
             )

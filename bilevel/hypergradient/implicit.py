@@ -142,4 +142,8 @@ def _responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch
 
     Where it does not, the leaf's rows of H and B are zero by structure.
     """
-    return depends(lambda point, b: problem.inner_grad(*point, b), (params, hparams), batch)
+
+    def gradient(point: tuple[Params, Hparams], batch: Batch) -> Vector:
+        return problem.inner_grad(point[0], point[1], batch)
+
+    return depends(gradient, (params, hparams), batch)

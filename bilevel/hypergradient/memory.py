@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
-from bilevel.checks import check_inexact, check_response
+from bilevel.checks import check_entries, check_key
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.hypergradient.unroll import Unroll
@@ -102,14 +102,16 @@ def memory_report(
       >>> report.row("unrolled").arguments
       316
     """
-    for name, loss in (("outer", outer), ("inner", inner)):
-        if not callable(loss):
-            raise TypeError(
-                f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
-            )
-    for one in response.values() if isinstance(response, Mapping) else (response,):
-        check_response(one)
-    check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
+    for name, value in (
+        ("params", params),
+        ("hparams", hparams),
+        ("inner_batch", inner_batch),
+        ("outer_batch", outer_batch),
+        ("state", state),
+        ("model_state", model_state),
+    ):
+        check_entries(value, name)
+    check_key(key)
     responses, left_out = _rows(response, hparams)
     arrays = (params, hparams, inner_batch, outer_batch, state, key, model_state)
     arrays = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, (int, float)) else x, arrays)

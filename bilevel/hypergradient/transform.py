@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
-from bilevel.checks import check_problem, check_response
+from bilevel.checks import check_key, check_problem, check_response
 from bilevel.hypergradient.base import Hypergradient, Response
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.judge import not_stationary
@@ -72,6 +72,7 @@ def hypergrad_solve(
     params = jax.tree.map(_as_array, params)
     hparams_in = jax.tree.map(_as_array, hparams_in)
     check_settings_used(response, "response")
+    check_key(key)
     check_problem(problem, params, hparams_in, inner_batch, outer_batch)
     check = getattr(response, "check", None)
     if check is not None:
@@ -223,7 +224,7 @@ def _check_argnums(argnums: int | Sequence[int]) -> tuple[int, ...]:
             "variable, whose derivative the response supplies."
         )
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"`argnums` repeats a position: {argnums!r}. Name each once.")
+        raise ValueError(f"`argnums` repeats a position: {argnums!r}. Use each once.")
     return numbers
 
 
@@ -251,8 +252,7 @@ def _pack(
     if max(numbers) > len(hparams):
         raise ValueError(
             f"`argnums`={argnums!r} names position {max(numbers)}, but the losses receive "
-            f"params and {len(hparams)} hyperparameter argument(s): the highest is {len(hparams)}. "
-            "Pass one of them."
+            f"params and {len(hparams)} hyperparameter argument(s): use at most {len(hparams)}."
         )
     if len(hparams) == 1:
         several = not isinstance(argnums, int)

@@ -14,6 +14,7 @@ from bilevel.checks import (
     check_batch,
     check_inexact,
     check_inner,
+    check_key,
     check_response,
     check_same_tree,
 )
@@ -137,7 +138,8 @@ def with_response(
         params: Params, hparams: Hparams, inner_batch: Batch, *, key: Key | None = None
     ) -> Any:
         _check_arguments(params, hparams, inner_batch)
-        hparams = jax.tree.map(jnp.asarray, hparams)
+        check_key(key)
+        hparams, inner_batch = jax.tree.map(_as_array, (hparams, inner_batch))
         if not getattr(response, "fresh_batches", False):
             check_inner(problem, params, hparams, inner_batch)
         # Cut here and not around the call: `solve` then runs on plain values, is never
@@ -155,6 +157,11 @@ def with_response(
         return out if len(out) > 1 else out[0]
 
     return solved
+
+
+def _as_array(x: Any) -> Any:
+    """Numbers and NumPy arrays as JAX's own: transformations keep no others as constants."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _no_outer(*_: Any) -> Any:
@@ -177,7 +184,7 @@ def _check_arguments(params: Params, hparams: Hparams, inner_batch: Batch) -> No
     ):
         if not jax.tree.leaves(value):
             got = "is None" if value is None else f"has no leaves (it is {value!r})"
-            raise ValueError(f"`{name}` {got}: pass {remedy}.")
+            raise ValueError(f"`{name}` {got}. `with_response` needs it: pass {remedy}.")
     check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
     check_inexact(
         hparams,
@@ -212,7 +219,7 @@ def _unpacked(returned: Any, params: Params, has_aux: bool) -> tuple[Params, Any
             hint += "; a list is a tree of its own: return `jnp.asarray(...)` of it for an array"
         elif isinstance(returned, tuple) and not has_aux:
             hint += "; if it returns (params, aux), pass `has_aux=True`"
-        raise ValueError(f"{error} {hint}.") from None
+        raise ValueError(f"`solve` returned another tree than expected: {error} {hint}.") from None
     check_inexact(returned, name, "Return the solution as floating-point arrays.")
     return returned, aux
 

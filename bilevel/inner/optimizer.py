@@ -19,7 +19,7 @@ def check_inner_tx(inner_tx: Any) -> None:
     """Refuse what is neither an optax transformation nor a function of hyperparameters."""
     if hasattr(inner_tx, "init") and hasattr(inner_tx, "update"):
         return
-    if not callable(inner_tx):
+    if not callable(inner_tx) or isinstance(inner_tx, type):
         raise TypeError(
             "`inner_tx` must be an optax transformation, or a function hparams -> transformation, "
             f"got {inner_tx!r}."

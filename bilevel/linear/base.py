@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec
 from bilevel import tree
 from bilevel.aliases import Key, MatVec, Scalar, Stats, Vector
 from bilevel.linear_map import LinearMap
-from bilevel.settings import check_key
 from bilevel.status import RESIDUAL, Status, code, worst
 
 
@@ -127,7 +126,6 @@ def require_key(key: Key | None, who: str) -> Key:
     """Refuse a missing key where randomness is needed."""
     if key is None:
         raise ValueError(f"{who} draws random numbers: pass `key=jax.random.key(...)`.")
-    check_key(key)
     return key
 
 

@@ -45,15 +45,6 @@ class Algorithm(NamedTuple):
     deploy: Callable[..., Params] = own_params
 
 
-def check_state(state: Any, kind: type) -> None:
-    """Refuse the state of another loop, or what is none."""
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"`state` must be the {kind.__name__} that `init` of this loop returns, got "
-            f"{type(state).__name__}."
-        )
-
-
 def own(tree: Any) -> Any:
     """A copy of every leaf as a strongly typed array, so that donating it harms nobody else's."""
 
@@ -64,6 +55,15 @@ def own(tree: Any) -> Any:
         return jnp.array(x, dtype=dtype, copy=True)
 
     return jax.tree.map(leaf, tree)
+
+
+def check_state(state: Any, expected: type) -> None:
+    """Refuse what is not the state of this loop."""
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"`state` must be what `init` returns, a {expected.__name__}, got "
+            f"{type(state).__name__}."
+        )
 
 
 def same_type(new: Any, old: Any, name: str, remedy: str) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar
-from bilevel.checks import check_inner, check_point, check_problem
+from bilevel.checks import check_inner, check_key, check_point, check_problem
 from bilevel.hypergradient.best_response import check_responds, scale_like
 from bilevel.inner.groups import fold_keys
 from bilevel.linear.base import loop, status_of
@@ -16,7 +16,6 @@ from bilevel.outer.base import check_state, own, same_type
 from bilevel.outer.training import batch_at, check_stack, no_line_search, update
 from bilevel.outer.tuning import Moved, Trained, Tuning
 from bilevel.outer.tuning_state import SelfTuningInfo, SelfTuningState, inverse_softplus
-from bilevel.settings import check_key
 from bilevel.status import Status, code
 
 _KEEP = "Losses and optimizers must return every array in the shape and dtype they received it in."
@@ -51,6 +50,7 @@ def init(
     tuning = tuning.for_params(params)
     tuning.shared_flags(hparams)
     raw = hparams if tuning.constrain is None else tuning.constrain.unconstrain(hparams)
+    check_key(key)
     key = jax.random.key(tuning.seed) if key is None else key
     response = tuning.network.init(key, params, raw)
     raw_scales = jax.tree.map(inverse_softplus, scale_like(tuning.scale, raw))
@@ -92,12 +92,12 @@ def step(
     key: Key | None = None,
 ) -> tuple[SelfTuningState, SelfTuningInfo]:
     """One cycle; see :func:`~bilevel.self_tuning`."""
-    check_state(state, SelfTuningState)
     if key is None:
         raise ValueError(
             "`key` is missing: a cycle draws perturbations. Pass `key=jax.random.key(...)`."
         )
     check_key(key)
+    check_state(state, SelfTuningState)
     tuning = tuning.for_params(state.params)
     straight = _check_step(tuning, state, inner_batches, outer_batch)
     trained, inner_value, response_value = train(tuning, state, inner_batches, key, straight)

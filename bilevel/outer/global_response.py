@@ -10,7 +10,7 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar
-from bilevel.checks import check_inner, check_point, check_problem
+from bilevel.checks import check_inner, check_key, check_point, check_problem
 from bilevel.hypergradient.best_response import check_responds
 from bilevel.inner.network import Network
 from bilevel.linear.base import loop, status_of
@@ -26,7 +26,7 @@ from bilevel.outer.training import (
 )
 from bilevel.outer.tuning_state import GlobalResponseState
 from bilevel.problem import Problem
-from bilevel.settings import check_count, check_key, check_seed
+from bilevel.settings import check_count
 from bilevel.status import Status, code
 
 
@@ -104,7 +104,7 @@ def global_response(
     check_tx("outer_tx", outer_tx)
     check_count("inner_steps", inner_steps)
     check_count("draws", draws)
-    check_seed(seed)
+    check_count("seed", seed, 0)
     if not callable(sample):
         raise TypeError(f"`sample` must be a function (key, hparams) -> hparams, got {sample!r}.")
     if not isinstance(network, Network) or isinstance(network, type):
@@ -146,6 +146,7 @@ class _GlobalResponse:
             raise ValueError("`model_state` has no place in `global_response`: leave it out.")
         check_point(params, hparams)
         params, hparams = own(params), own(hparams)
+        check_key(key)
         key = jax.random.key(self.seed) if key is None else key
         response = self.network.init(key, params, hparams)
         state = GlobalResponseState(
@@ -168,12 +169,12 @@ class _GlobalResponse:
         key: Key | None = None,
     ) -> tuple[GlobalResponseState, GlobalResponseInfo]:
         """One step; see :func:`global_response`."""
-        check_state(state, GlobalResponseState)
         if key is None:
             raise ValueError(
                 "`key` is missing: a step draws hyperparameters. Pass `key=jax.random.key(...)`."
             )
         check_key(key)
+        check_state(state, GlobalResponseState)
         reads = f"one batch for each of the inner_steps={self.inner_steps} steps"
         check_stack(inner_batches, self.inner_steps, "inner_batches", reads)
         first = batch_at(inner_batches, 0)

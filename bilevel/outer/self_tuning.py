@@ -16,7 +16,7 @@ from bilevel.outer.cycle import deploy, init, step
 from bilevel.outer.training import check_fixed_tx, check_loss, check_tx
 from bilevel.outer.tuning import Tuning
 from bilevel.outer.tuning_state import GlobalResponseState, SelfTuningState, weights_at
-from bilevel.settings import check_count, check_one_real, check_real, check_seed
+from bilevel.settings import check_count, check_number, check_real
 
 
 def self_tuning(
@@ -149,15 +149,18 @@ def self_tuning(
         check_count(name, count, low)
     for leaf in jax.tree.leaves(scale):
         check_real("scale", leaf, 0, strict=True)
-    check_one_real("entropy", entropy, 0)
-    check_seed(seed)
-    shared = (shared,) if isinstance(shared, str) else shared
-    if not isinstance(shared, Sequence) or not all(isinstance(part, str) for part in shared):
-        raise TypeError(f"`shared` must be parts of names of hyperparameters, got {shared!r}.")
+    check_number("entropy", entropy)
+    check_real("entropy", entropy, 0)
+    check_count("seed", seed, 0)
     if linearize is not None and not isinstance(linearize, GaussNewton):
         raise TypeError(
-            "`linearize` must be a `GaussNewton(model, output_loss, ...)` or None, got "
+            "`linearize` must be `GaussNewton(model, output_loss, penalty=...)` or None, got "
             f"{linearize!r}."
+        )
+    if not isinstance(shared, (str, tuple, list)) or not all(isinstance(s, str) for s in shared):
+        raise TypeError(
+            "`shared` must be parts of the names of hyperparameters (a string or several), got "
+            f"{shared!r}."
         )
     for name, loss in (("outer", outer), ("inner", inner)):
         check_loss(name, loss)
@@ -167,20 +170,7 @@ def self_tuning(
     check_fixed_tx("response_tx", response_tx)
     check_tx("outer_tx", outer_tx)
     check_tx("scale_tx", scale_tx)
-    if not isinstance(network, Network) or isinstance(network, type):
-        raise TypeError(
-            f"`network` must be a network such as `StructuredResponse()`, got {network!r}."
-        )
-    if not network.centred and linearize is not None:
-        raise ValueError(
-            "`linearize` expands around no displacement, which an uncentred network has no use "
-            "for: pass `StructuredResponse(centred=True)` or leave `linearize` out."
-        )
-    if not network.centred and has_state:
-        raise ValueError(
-            "`has_state=True` needs a centred network: statistics advance in the step that is "
-            "not perturbed, which an uncentred one has not."
-        )
+    _check_network(network, linearize, has_state)
     if constrain is not None and not isinstance(constrain, Space):
         raise TypeError(
             "`constrain` must be a `Space`, such as `Space({'rate': Interval(0, 0.95)})`, or "
@@ -212,6 +202,23 @@ def self_tuning(
         functools.partial(step, tuning),
         functools.partial(deploy, tuning),
     )
+
+
+def _check_network(network: Any, linearize: GaussNewton | None, has_state: bool) -> None:
+    if not isinstance(network, Network) or isinstance(network, type):
+        raise TypeError(
+            f"`network` must be a network such as `StructuredResponse()`, got {network!r}."
+        )
+    if not network.centred and linearize is not None:
+        raise ValueError(
+            "`linearize` expands around no displacement, which an uncentred network has no use "
+            "for: pass `StructuredResponse(centred=True)` or leave `linearize` out."
+        )
+    if not network.centred and has_state:
+        raise ValueError(
+            "`has_state=True` needs a centred network: statistics advance in the step that is "
+            "not perturbed, which an uncentred one has not."
+        )
 
 
 def tuned_params(network: Network, state: SelfTuningState | GlobalResponseState) -> Params:

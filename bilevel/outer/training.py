@@ -9,7 +9,7 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Params, Scalar
-from bilevel.checks import check_leaves
+from bilevel.checks import check_entries
 from bilevel.inner.descend import is_single_key, select_batch
 
 
@@ -48,10 +48,10 @@ def check_stack(batches: Batch, count: int, name: str, reads: str) -> None:
     A single typed key (``jax.random.key``) may come without the axis: it is split by step.
     ``reads`` says in the message what the ``count`` slices are for.
     """
-    check_leaves(batches, name)
     leaves = tree.paths(batches, name)
     if not leaves and count:
         raise ValueError(f"`{name}` has no arrays: pass batches stacked on a leading axis.")
+    check_entries(batches, name)
     for path, leaf in leaves:
         if is_single_key(leaf):
             continue

@@ -43,7 +43,7 @@ def mixup(key: Key, x: Any, targets: Any, alpha: jax.Array | float) -> tuple[Any
     targets = _arrays("targets", targets)
     leaves = paths(x, "x")
     if not leaves:
-        raise ValueError("`x` has no arrays: there is nothing to mix.")
+        raise ValueError("`x` has no arrays: there is nothing to mix. Pass inputs.")
     first, batch = leaves[0][0], leaves[0][1].shape[0]
     for path, leaf in leaves[1:] + paths(targets, "targets"):
         if leaf.shape[0] != batch:

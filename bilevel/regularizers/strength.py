@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.settings import check_key as check_key
-from bilevel.settings import concrete, describe
+from bilevel.settings import concrete
 from bilevel.tree import accumulator_dtype
 
 
@@ -76,6 +75,19 @@ def rates(name: str, value: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Arr
     return strengths(name, value, x, 0.0, 1.0, open_high=True)
 
 
+def check_key(key: Any) -> None:
+    """Refuse what is not one PRNG key."""
+    dtype, shape = getattr(key, "dtype", None), jnp.shape(key) if hasattr(key, "shape") else None
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and not (dtype == np.uint32 and shape is not None and len(shape) >= 1):
+        raise TypeError(f"`key` must be a PRNG key such as jax.random.key(0), got {describe(key)}.")
+    if len(shape or ()) != (0 if typed else 1):
+        raise ValueError(
+            f"`key` has shape {shape}, expected one key: pick one, or map over them with "
+            "`jax.vmap`."
+        )
+
+
 def floating(name: str, x: Any, least_ndim: int = 0, shape: str = "(B, ...)") -> jax.Array:
     """``x`` as a JAX array of real floating-point numbers with at least ``least_ndim`` axes."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
@@ -120,7 +132,7 @@ def axes(name: str, given: Sequence[int], ndim: int) -> tuple[int, ...]:
     if len(set(found)) < len(found):
         raise ValueError(
             f"`{name}` names an axis twice: {tuple(given)} of an array with {ndim} axes. "
-            "Name each once."
+            "Use each once."
         )
     return found
 
@@ -143,6 +155,13 @@ def real_dtype(name: str, value: Any) -> np.dtype:
     raise TypeError(
         f"`{name}` must be a real number or an array of real numbers, got {describe(value)}."
     )
+
+
+def describe(value: Any) -> str:
+    """What a message says of an argument of the wrong kind."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"an array of dtype {value.dtype} and shape {value.shape}"
+    return f"{value!r} of type {type(value).__name__}"
 
 
 def _inside(value: Any, low: float, high: float | None, open_high: bool) -> Any:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.checks import check_key
+
 ON_NONFINITE = ("raise", "skip", "stop")
 
 
@@ -23,33 +25,20 @@ def check_run(alg: Any, state: Any, key: Any) -> None:
             f"`state` must be what `alg.init` returns; it has no {', '.join(missing)}: "
             f"{type(state).__name__}."
         )
-    step = state.step
-    whole = hasattr(step, "dtype") and jnp.issubdtype(step.dtype, jnp.integer)
-    if not (whole or type(step) is int) or np.ndim(step):
-        raise TypeError(
-            f"`state.step` must be one whole number, as `alg.init` returns it, got {_short(step)}."
-        )
-    if not (callable(alg.init) and callable(alg.step)):
-        raise TypeError("`alg` must hold two functions (init, step), as `alternate(...)` makes it.")
     if jax.process_count() > 1:
         raise ValueError(
             "`fit` drives one process. In several, call `jax.jit(alg.step)` in a loop of your own "
             "and write logs and checkpoints where `jax.process_index() == 0`."
         )
-    if key is None:
-        return
-    dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    raw = dtype == np.uint32 and np.shape(key) in ((2,), (4,))
-    if not (raw or typed):
+    if not callable(alg.step):
+        raise TypeError(f"`alg.step` must be a function, got {_short(alg.step)}.")
+    step = state.step
+    if not jnp.issubdtype(getattr(step, "dtype", type(step)), np.integer) or np.shape(step) != ():
         raise TypeError(
-            f"`key` must be a JAX random key, got {_short(key)}: pass `key=jax.random.key(0)`."
+            f"`state` must be what `alg.init` returns, one run with its count of steps; its `step` "
+            f"is {_short(step)}."
         )
-    if typed and np.shape(key) != ():
-        raise ValueError(
-            f"`key` has shape {np.shape(key)}, expected one key: every step folds its number into "
-            "it."
-        )
+    check_key(key)
 
 
 def check_count(name: str, value: Any, low: int, what: str) -> None:
@@ -73,6 +62,8 @@ def check_path(name: str, value: Any, *, folder: bool) -> Path | None:
         raise TypeError(f"`{name}` must be {example} (str or pathlib.Path), got {_short(value)}.")
     if not text:
         raise ValueError(f"`{name}` is empty: pass {example}, or leave it out.")
+    if "\0" in text:
+        raise ValueError(f"`{name}` holds a null character: pass {example}.")
     path = Path(text)
     if folder and path.exists() and not path.is_dir():
         raise NotADirectoryError(f"`{name}` {path} is a file: pass {example}.")

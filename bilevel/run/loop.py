@@ -15,7 +15,7 @@ from bilevel.run.data import Data
 from bilevel.run.record import Record
 from bilevel.run.report import Report
 from bilevel.run.step import Carry, check_step, compiled_step, stays_finite
-from bilevel.settings import check_one_real
+from bilevel.settings import check_number, check_real
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Options:
             counts["patience"] = (1, "steps to wait for a better value")
         for name, (low, what) in counts.items():
             arguments.check_count(name, getattr(self, name), low, what)
-        check_one_real("min_delta", self.min_delta, 0)
+        check_number("min_delta", self.min_delta)
+        if jnp.ndim(self.min_delta):
+            raise TypeError(f"`min_delta` must be one real number, got {self.min_delta!r}.")
+        check_real("min_delta", self.min_delta, 0)
         arguments.check_callbacks(self.callbacks)
 
     def patience_note(self) -> list[Any]:
