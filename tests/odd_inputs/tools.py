@@ -157,7 +157,7 @@ def _higher() -> Iterator[Case]:
         "third": lambda f: jax.jvp(
             lambda t: jax.jvp(jax.grad(f), (t,), (np.ones(p.N),))[1], (p.LAM,), (np.ones(p.N),)
         )[1],
-        "vmap": lambda f: jax.vmap(jax.grad(f))(jnp.asarray(np.stack([p.LAM, p.LAM + 1]))),
+        "vmap": lambda f: jax.vmap(jax.grad(f))(np.stack([p.LAM, p.LAM + 1])),
     }  # fmt: skip
     through = dict(p.responses())
     import lineax
