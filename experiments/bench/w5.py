@@ -17,6 +17,7 @@ from flax import nnx
 
 import bilevel
 from bilevel.inner.layers import split_layers
+from bilevel.outer import cycle
 from bilevel.regularizers import dropout
 from experiments.bench import inputs
 from experiments.bench.config import Config
@@ -75,7 +76,7 @@ class Workload:
         return Drop(hparams["rates"], keys, rule, self.net.locked)
 
     def tuning(self, *, layered: bool = False, centred: bool = False, groups: int = 1) -> Any:
-        """The cycle of one training and one validation step."""
+        """The algorithm of one training and one validation step."""
         network = bilevel.StructuredResponse(centred=centred, gain_scale=0.01)
         inner, outer, linearize = self.inner, self.outer, None
         if layered:
@@ -85,7 +86,7 @@ class Workload:
             linearize = bilevel.GaussNewton(
                 self.logits, lambda z, hparams, batch: _cross_entropy(z, batch["y"])
             )
-        algorithm = bilevel.self_tuning(
+        return bilevel.self_tuning(
             outer,
             inner,
             optax.sgd(LEARNING_RATE, MOMENTUM),
@@ -97,7 +98,6 @@ class Workload:
             linearize=linearize,
             constrain=bilevel.Space({"rates": bilevel.Interval(0, HIGHEST)}),
         )
-        return algorithm.step.__self__  # the cycle, whose parts are measured one by one
 
 
 @functools.lru_cache(maxsize=1)
@@ -127,13 +127,19 @@ def _prepared(name: str, tiny: bool, seed: int) -> tuple[Workload, Any, str]:
     return workload, (params, hparams, (train, states), held_out, key), source
 
 
+def _settings(algorithm: bilevel.Algorithm) -> Any:
+    """Those that its step is bound to: the parts of a cycle are measured one by one."""
+    step: Any = algorithm.step
+    return step.args[0]
+
+
 def _training(workload: Workload, which: str, **settings: Any) -> Any:
-    cycle = workload.tuning(**settings)
+    tuning = _settings(workload.tuning(**settings))
 
     def function(params: Any, hparams: Any, inner: Any, held_out: Any, key: Any) -> Any:
         batch, states = inner
         batches = jax.tree.map(lambda a: a[None], batch)
-        trained, *_ = cycle.train(states[which], batches, key, not workload.net.locked)
+        trained, *_ = cycle.train(tuning, states[which], batches, key, not workload.net.locked)
         return (
             trained.params,
             trained.inner_opt_state[0].trace,
@@ -145,11 +151,11 @@ def _training(workload: Workload, which: str, **settings: Any) -> Any:
 
 
 def _validation(workload: Workload, which: str, **settings: Any) -> Any:
-    cycle = workload.tuning(**settings)
+    tuning = _settings(workload.tuning(**settings))
 
     def function(params: Any, hparams: Any, inner: Any, held_out: Any, key: Any) -> Any:
         state = inner[1][which]
-        moved, *_ = cycle.tune(state, state, held_out, key)
+        moved, *_ = cycle.tune(tuning, state, state, held_out, key)
         return moved.raw, moved.raw_scales
 
     return function
