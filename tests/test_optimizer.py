@@ -11,6 +11,7 @@ import pytest
 
 import bilevel
 from bilevel import Evolution, FiniteDifference, Status, Unroll
+from bilevel.inner.optimizer import compute_updates
 from bilevel.inner.roots import flat_roots
 
 STEPS = 4
@@ -124,6 +125,19 @@ def test_the_loss_keeps_its_own_derivatives():
     )
     assert not np.isfinite(sol.grads["rate"])
     assert sol.result in (Status.nonfinite_input, Status.nonfinite_output)
+
+
+def test_a_loss_that_the_update_evaluates_keeps_its_own_derivatives_too():
+    def update(updates, state, params=None, *, value_fn, **_):
+        return updates * value_fn(params), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+    def moved(w, value_fn):
+        return compute_updates(tx, 1.0, (), w, value=0.0, value_fn=value_fn)[0]
+
+    rooted = jax.grad(moved)(0.0, lambda w: jnp.sqrt(w**2))
+    assert np.isnan(rooted)
 
 
 def test_roots_in_loops_branches_and_calls_are_flat_at_zero_and_else_unchanged():
