@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Params, Stats, Vector
+from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
 from bilevel.checks import check_inner, check_same_tree
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.reach import check_reaches
@@ -19,6 +19,7 @@ from bilevel.inner.optimizer import (
     build_tx,
     check_inner_tx,
     compute_updates,
+    reads_value,
     refresh_injected,
 )
 from bilevel.linear.base import status_of
@@ -61,7 +62,8 @@ class FiniteDifference:
     ``inner_batch`` is one batch, without a leading axis. The optimizer's state is carried, so
     a step is not paid twice. Model state is advanced by the step and not differentiated.
 
-    Cost: one inner gradient and two gradients in the hyperparameters; two vectors of memory.
+    Cost: one inner gradient and two gradients in the hyperparameters (a third where ``inner_tx``
+    reads the loss, as ``optax.polyak_sgd``); two vectors of memory.
     Stats as :class:`~bilevel.Unroll`, and ``epsilon``.
 
     Reference: Liu, Simonyan, Yang, "DARTS: Differentiable architecture search", ICLR 2019;
@@ -137,7 +139,7 @@ class FiniteDifference:
         def value_fn(params: Params) -> Any:
             return problem.inner_loss(params, hparams, inner_batch)
 
-        def update(lam: Hparams, grads: Vector) -> tuple[Params, Any]:
+        def update(lam: Hparams, grads: Vector, loss: Scalar) -> tuple[Params, Any]:
             carry = self._carry(problem, params, lam, state)
             tx = build_tx(self.inner_tx, lam)
             updates, opt_state = compute_updates(
@@ -146,16 +148,17 @@ class FiniteDifference:
             moved = optax.apply_updates(params, updates)
             return moved, keep_types(opt_state, carry.opt_state)
 
-        moved, transpose, opt_state = jax.vjp(update, hparams, grads, has_aux=True)
+        moved, transpose, opt_state = jax.vjp(update, hparams, grads, loss, has_aux=True)
         if self.lookahead:
             end = InnerState(moved, opt_state, model_state)
         else:
             end = carry
         new_state = UnrollState(end.opt_state, end.model_state)
+        told_the_loss = reads_value(build_tx(self.inner_tx, hparams), params, loss)
 
         def pullback(g: Any) -> tuple[Hparams, UnrollState, jax.Array, Stats]:
             g = g.params if isinstance(g, Advanced) else g
-            of_settings, through_grads = transpose(g)
+            of_settings, through_grads, through_loss = transpose(g)
             v = tree.scale(-1, tree.accumulate(through_grads))
             length = tree.norm(v)
             epsilon = self.radius / jnp.where(length > 0, length, 1)
@@ -169,6 +172,8 @@ class FiniteDifference:
             low, high = shifted(-1), shifted(1)
             difference = tree.sub(hparams_grad(low), hparams_grad(high))
             indirect = tree.axpy(1 / (2 * epsilon), difference, of_settings)
+            if told_the_loss:
+                indirect = tree.axpy(through_loss, hparams_grad(params), indirect)
             # The distance that the two points really have, in the dtype of the parameters.
             apart = tree.sub(tree.accumulate(high), tree.accumulate(low))
             lost = tree.norm(tree.sub(tree.scale(1 / (2 * epsilon), apart), v))
