@@ -52,7 +52,7 @@ CASES = {
 }  # fmt: skip
 SCALARS = {  # those that give one number, and those that take one strength
     "weight_drop": (
-        lambda x, s, key=KEY: reg.weight_drop(key, x, s), ROWS, "x", "rate", 0.3, 1.0, False
+        lambda x, s, key=KEY: reg.weight_drop(key, x, s), ROWS, "kernel", "rate", 0.3, 1.0, False
     ),
     "activation_penalty": (
         lambda x, s: reg.activation_penalty(x, s),

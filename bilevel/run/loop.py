@@ -43,9 +43,9 @@ class Options:
             counts["patience"] = (1, "steps to wait for a better value")
         for name, (low, what) in counts.items():
             arguments.check_count(name, getattr(self, name), low, what)
-        check_number("min_delta", self.min_delta)
-        if jnp.ndim(self.min_delta):
+        if self.min_delta is None or getattr(self.min_delta, "ndim", 0):
             raise TypeError(f"`min_delta` must be one real number, got {self.min_delta!r}.")
+        check_number("min_delta", self.min_delta)
         check_real("min_delta", self.min_delta, 0)
         arguments.check_callbacks(self.callbacks)
 
