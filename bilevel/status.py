@@ -144,8 +144,8 @@ def raise_for_status(
       solution: anything with ``result`` (int32, any shape: a vmapped solve has one per lane)
         and ``stats``, such as the record of ``hypergrad_solve`` or of a linear solver.
       residual: largest ``residual_norm / rhs_norm`` to accept. ``None`` leaves the judgement to
-        the status (a tenth); a number replaces it: a larger one accepts a ``truncated`` solve,
-        a smaller one refuses an ``ok`` one.
+        the status (a tenth, or the solver's tolerance); a number replaces it: a larger one
+        accepts a ``truncated`` or ``max_steps`` solve, a smaller one refuses an ``ok`` one.
       stationarity: largest ``relative_stationarity`` to accept, likewise (``None``: 0.05, and
         the same for ``predicted_change`` relative to the outer loss); a number accepts
         ``not_stationary`` up to it.
@@ -170,10 +170,9 @@ def raise_for_status(
     if residual is not None:
         check_number("residual", residual)
         check_real("residual", residual, 0)
-        left = _stat(solution, "residual_norm", "residual") / _stat(
-            solution, "rhs_norm", "residual"
-        )
-        results = _judged(results, left > residual, Status.truncated)
+        left = _stat(solution, "residual_norm", "residual")
+        right = _stat(solution, "rhs_norm", "residual")
+        results = _judged(results, ~(left <= residual * right), Status.truncated, Status.max_steps)
     if stationarity is not None:
         check_number("stationarity", stationarity)
         check_real("stationarity", stationarity, 0)

@@ -200,6 +200,11 @@ def test_thresholds_replace_the_judgement():
     with pytest.raises(bilevel.HypergradientError, match="truncated: .*spent its budget"):
         bilevel.raise_for_status(rough)
     bilevel.raise_for_status(rough, residual=1.0)
+    unmet = solve(ridge, w, STRENGTH, Implicit(CG(3, rtol=1e-12)))
+    assert status(unmet) == Status.max_steps
+    bilevel.raise_for_status(unmet, residual=1.0)
+    nothing = CG().solve(lambda v: v, jnp.zeros(3))  # 0 of 0 is no residual
+    bilevel.raise_for_status(nothing, residual=0.0)
     with pytest.raises(bilevel.HypergradientError, match="truncated"):
         bilevel.raise_for_status(rough, residual=part(rough) / 2)
     fine = solve(ridge, w, STRENGTH)
@@ -385,6 +390,25 @@ def test_smoothed_iterates_are_those_of_minres():
         best = np.linalg.norm(g - matrix @ (basis[:, :k] @ least))
         plain = left <= np.linalg.norm(g) and left > best * (1 + 1e-6)
         assert plain or left == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-17, 1e17])
+def test_singular_systems_are_solved_at_every_scale_of_the_right_side(size):
+    """In float32, where squares of such residuals come near to the ends of its range."""
+    outer, inner, w, h, train, valid, _ = embedding()
+    hessian = jax.hessian(lambda v: inner({"emb": v[:-1], "bias": v[-1]}, h, train))
+    matrix = np.asarray(hessian(jnp.zeros(31)), np.float32)
+    g = np.random.default_rng(0).standard_normal(31).astype(np.float32)
+    one = CG().solve(lambda v: jnp.asarray(matrix) @ v, g)
+    scaled = CG().solve(lambda v: jnp.asarray(matrix) @ v, np.float32(size) * g)
+    assert status(one) == status(scaled) == Status.singular
+    # Least squares: the image is the part of g that the batch sees. Where float32 stops, a
+    # direction has curvature eps, hence a part of sqrt(eps) = 3e-4 in the range, times cond = 60.
+    values, vectors = np.linalg.eigh(matrix.astype(np.float64))
+    seen = vectors[:, values > 1e-6 * values[-1]]
+    for solution, scale in ((one, 1.0), (scaled, size)):
+        image = matrix.astype(np.float64) @ np.asarray(solution.value, np.float64) / scale
+        assert relative_error(image, seen @ (seen.T @ g)) < 2e-2
 
 
 def test_a_stale_warm_start_is_dropped_and_said():

@@ -131,7 +131,7 @@ class Implicit:
             q, result, stats = self.solver.solve(mv, g, start, key=key)
             b_transpose_q = problem.cross_vjp(params, hparams, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
-            stats = {**stationarity_stats(inner_grad, params, q, stats), **stats}
+            stats = {**stationarity_stats(inner_grad, params, g, q, stats), **stats}
             return indirect, (q if self._carries_start() else None), result, stats
 
         return params, pullback

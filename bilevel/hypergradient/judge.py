@@ -25,13 +25,15 @@ SOLVED = 0.5
 """A solve with a larger relative residual predicts nothing."""
 
 
-def stationarity_stats(inner_grad: Vector, params: Params, q: Vector, solve_stats: Stats) -> Stats:
+def stationarity_stats(
+    inner_grad: Vector, params: Params, g: Vector, q: Vector, solve_stats: Stats
+) -> Stats:
     """``stationarity``, ``relative_stationarity`` and ``predicted_change`` of a solved point."""
     length = tree.norm(inner_grad)
     curvature = solve_stats.get("max_curvature")
     if curvature is None:
         size = tree.norm(q)
-        curvature = solve_stats["rhs_norm"] / jnp.where(size > 0, size, 1)
+        curvature = tree.norm(g) / jnp.where(size > 0, size, 1)
     scale = jnp.abs(curvature) * tree.norm(params)
     return {
         "stationarity": length,

@@ -178,13 +178,16 @@ def _refuse_untrained(response: Response) -> None:
 
 
 def _check_arguments(params: Params, hparams: Hparams, inner_batch: Batch) -> None:
-    for name, value, remedy in (
-        ("params", params, "the start of the search, shaped like what `solve` returns"),
-        ("hparams", hparams, "the real numbers that `inner` reads and derivatives are taken in"),
-    ):
-        if not jax.tree.leaves(value):
-            got = "is None" if value is None else f"has no leaves (it is {value!r})"
-            raise ValueError(f"`{name}` {got}. `with_response` needs it: pass {remedy}.")
+    if not jax.tree.leaves(params):
+        raise ValueError(
+            f"`params` {_empty(params)}: pass the start of the search, shaped like what `solve` "
+            "returns."
+        )
+    if not jax.tree.leaves(hparams):
+        raise ValueError(
+            f"`hparams` {_empty(hparams)}: pass the real numbers that `inner` reads and "
+            "derivatives are taken in."
+        )
     check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
     check_inexact(
         hparams,
@@ -193,6 +196,10 @@ def _check_arguments(params: Params, hparams: Hparams, inner_batch: Batch) -> No
         "float. What is not differentiated may be closed over by `solve` and `inner`.",
     )
     check_batch(inner_batch, "inner_batch")
+
+
+def _empty(tree: Any) -> str:
+    return "is None" if tree is None else f"has no leaves (it is {tree!r})"
 
 
 def _unpacked(returned: Any, params: Params, has_aux: bool) -> tuple[Params, Any]:

@@ -60,8 +60,10 @@ def one_batch(batches: Batch) -> Batch:
     return jax.eval_shape(lambda b: select_batch(b, 0), batches)
 
 
-def check_batches(batches: Batch, steps: int, name: str = "inner_batch") -> None:
-    """Refuse a leaf that is not a stack of exactly ``steps`` batches.
+def check_batches(
+    batches: Batch, steps: int, name: str = "inner_batch", reads: str = "one batch per step"
+) -> None:
+    """Refuse a leaf that is not a stack of exactly ``steps`` batches, which ``reads`` explains.
 
     The one rule for every stack: equality tells it from a single batch of as many examples.
     """
@@ -70,8 +72,8 @@ def check_batches(batches: Batch, steps: int, name: str = "inner_batch") -> None
             continue
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != steps:
             raise ValueError(
-                f"{path} has shape {jnp.shape(leaf)}, expected a leading axis of {steps}: one "
-                "batch per step. Stack the batches (to use one batch in every step: "
+                f"{path} has shape {jnp.shape(leaf)}, expected a leading axis of {steps}: {reads}. "
+                "Stack the batches (to use one batch in every step: "
                 f"`jnp.broadcast_to(x, ({steps}, *x.shape))`), and cut a longer stack, "
                 f"`x[:{steps}]`. Only a key made by `jax.random.key` may come alone; it is then "
                 "split by step."

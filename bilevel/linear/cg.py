@@ -30,7 +30,7 @@ class _Carry(NamedTuple):
     curvature: jax.Array  # (2,), the least and greatest met; as one buffer XLA packs tighter
     rr: Scalar
     smooth: Vector  # the point of least residual among the iterates' weighted means
-    weight: Scalar  # sum of 1 / |r|^2 over the iterates: 1 / (its residual)^2
+    weight: Scalar  # sum of |r_0|^2 / |r|^2 over the iterates: |r_0|^2 / (its residual)^2
     stuck: jax.Array  # a direction without positive curvature was met
 
 
@@ -122,7 +122,7 @@ class CG:
             curvature=jnp.asarray([jnp.inf, -jnp.inf], rr.dtype),
             rr=rr,
             smooth=x,
-            weight=1 / jnp.where(rr > 0, rr, 1),
+            weight=jnp.ones_like(rr),
             stuck=jnp.asarray(False),
         )
 
@@ -132,7 +132,7 @@ class CG:
             return (c.step < self.max_steps) & unmet & ~c.stuck & ~jnp.isnan(c.rr)
 
         def advance(c: _Carry) -> _Carry:
-            return _advance(amap, inverse, c)
+            return _advance(amap, inverse, first.rr, c)
 
         if unroll:
             last = first
@@ -150,7 +150,7 @@ class CG:
         indefinite = last.stuck & (low < -10 * eps * high) | (high <= 0) & (low < 0)
         flat = last.stuck & ~indefinite
         value = tree.where((last.rr > gg) | flat, last.smooth, last.x)
-        least = jnp.minimum(last.rr, 1 / last.weight)
+        least = jnp.minimum(last.rr, first.rr / last.weight)
         result = status_of(
             Status.ok,
             (indefinite, Status.negative_curvature),
@@ -204,7 +204,7 @@ def _apply(inverse: Vector | None, r: Vector) -> Vector:
     return r if inverse is None else jax.tree.map(jnp.multiply, inverse, r)
 
 
-def _advance(mv: LinearMap, inverse: Vector | None, c: _Carry) -> _Carry:
+def _advance(mv: LinearMap, inverse: Vector | None, first_rr: Scalar, c: _Carry) -> _Carry:
     image = mv(c.p)
     pp, pap = tree.vdot(c.p, c.p), tree.vdot(c.p, image)
     curvature = pap / pp
@@ -221,7 +221,9 @@ def _advance(mv: LinearMap, inverse: Vector | None, c: _Carry) -> _Carry:
     beta = jnp.where(c.rz > 0, rz / jnp.where(c.rz > 0, c.rz, 1), 0)
     p, bounds = tree.axpy(beta, c.p, z), jnp.stack([low, high])
     # Where the residual is zero the mean is the iterate itself.
-    share = jnp.where(stuck, 0, 1 / (1 + c.weight * rr))
+    # Relative to the first residual, or the squares of small ones overflow when inverted.
+    first_rr = jnp.where(first_rr > 0, first_rr, 1)
+    share = jnp.where(stuck, 0, 1 / (1 + c.weight * (rr / first_rr)))
     smooth = tree.axpy(share, tree.sub(x, c.smooth), c.smooth)
-    weight = jnp.where(stuck | (rr == 0), c.weight, c.weight + 1 / jnp.where(rr > 0, rr, 1))
+    weight = jnp.where(stuck | (rr == 0), c.weight, c.weight + first_rr / jnp.where(rr > 0, rr, 1))
     return _Carry(c.step + 1, x, r, p, rz, bounds, rr, smooth, weight, stuck)

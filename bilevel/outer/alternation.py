@@ -15,7 +15,7 @@ from bilevel.hypergradient.transform import hypergrad_init, hypergrad_solve
 from bilevel.inner.optimizer import InnerTx, build_tx, refresh_injected
 from bilevel.linear.base import loop
 from bilevel.operators import wants_straight_line
-from bilevel.outer.base import check_state, own, same_type
+from bilevel.outer.base import check_model_state, check_state, own, same_type
 from bilevel.outer.constrain import Space
 from bilevel.outer.frozen import Trained, trained_leaves
 from bilevel.outer.training import (
@@ -103,11 +103,7 @@ class Alternation:
         self, params: Params, hparams: Hparams, model_state: ModelState = None
     ) -> AlternateState:
         """The first state; see :func:`~bilevel.alternate`."""
-        if self.has_state and model_state is None:
-            raise ValueError(
-                "`has_state=True` needs the first statistics: pass `init(params, hparams, "
-                "model_state)`."
-            )
+        check_model_state(self.has_state, model_state)
         check_point(params, hparams)
         params, hparams = own(params), own(hparams)
         raw = None if self.constrain is None else self.constrain.unconstrain(hparams)

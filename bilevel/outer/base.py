@@ -57,6 +57,15 @@ def own(tree: Any) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def check_model_state(has_state: bool, model_state: Any) -> None:
+    """Refuse to begin without the statistics that ``has_state`` promises."""
+    if has_state and model_state is None:
+        raise ValueError(
+            "`has_state=True` needs the first statistics: pass `init(params, hparams, "
+            "model_state)`."
+        )
+
+
 def check_state(state: Any, expected: type) -> None:
     """Refuse what is not the state of this loop."""
     if not isinstance(state, expected):

@@ -12,7 +12,7 @@ from bilevel.hypergradient.best_response import check_responds, scale_like
 from bilevel.inner.groups import fold_keys
 from bilevel.linear.base import loop, status_of
 from bilevel.operators import wants_straight_line
-from bilevel.outer.base import check_state, own, same_type
+from bilevel.outer.base import check_model_state, check_state, own, same_type
 from bilevel.outer.training import batch_at, check_stack, no_line_search, update
 from bilevel.outer.tuning import Moved, Trained, Tuning
 from bilevel.outer.tuning_state import SelfTuningInfo, SelfTuningState, inverse_softplus
@@ -40,11 +40,7 @@ def init(
     key: Key | None = None,
 ) -> SelfTuningState:
     """The first state; see :func:`~bilevel.self_tuning`."""
-    if tuning.has_state and model_state is None:
-        raise ValueError(
-            "`has_state=True` needs the first statistics: pass `init(params, hparams, "
-            "model_state)`."
-        )
+    check_model_state(tuning.has_state, model_state)
     check_point(params, hparams)
     params, hparams = own(params), own(hparams)
     tuning = tuning.for_params(params)

@@ -217,7 +217,7 @@ def _check_network(network: Any, linearize: GaussNewton | None, has_state: bool)
     if not network.centred and has_state:
         raise ValueError(
             "`has_state=True` needs a centred network: statistics advance in the step that is "
-            "not perturbed, which an uncentred one has not."
+            "not perturbed, which an uncentred network does not have."
         )
 
 

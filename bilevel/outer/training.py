@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Params, Scalar
 from bilevel.checks import check_entries
-from bilevel.inner.descend import is_single_key, select_batch
+from bilevel.inner.descend import check_batches, is_single_key, select_batch
 
 
 def check_loss(name: str, loss: Any) -> None:
@@ -43,24 +42,11 @@ def check_fixed_tx(name: str, tx: Any) -> None:
 
 
 def check_stack(batches: Batch, count: int, name: str, reads: str) -> None:
-    """Refuse leaves whose leading axis is not ``count``, one slice for each step.
-
-    A single typed key (``jax.random.key``) may come without the axis: it is split by step.
-    ``reads`` says in the message what the ``count`` slices are for.
-    """
-    leaves = tree.paths(batches, name)
-    if not leaves and count:
+    """The rule of :func:`~bilevel.inner.descend.check_batches`, and that there are batches."""
+    if not jax.tree.leaves(batches) and count:
         raise ValueError(f"`{name}` has no arrays: pass batches stacked on a leading axis.")
     check_entries(batches, name)
-    for path, leaf in leaves:
-        if is_single_key(leaf):
-            continue
-        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != count:
-            raise ValueError(
-                f"{path} has shape {jnp.shape(leaf)}, expected a leading axis of {count}: {reads}. "
-                f"Stack the batches (a full batch: `jnp.broadcast_to(x, ({count}, *x.shape))`); "
-                "only a key made by `jax.random.key` may come alone, and is then split by step."
-            )
+    check_batches(batches, count, name, reads)
 
 
 def part_of_stack(batches: Batch, first: int, count: int) -> Batch:

@@ -51,7 +51,7 @@ def color_jitter(
       have a traced strength out of range.
 
     Raises:
-      TypeError: integer images, or a key that is none.
+      TypeError: integer images, or a `key` that is not a PRNG key.
       ValueError: known strengths out of range, or images without three channels.
 
     Cost: nine multiplications a pixel, whatever the strengths.

@@ -101,7 +101,7 @@ def cutout(
       is out of range.
 
     Raises:
-      TypeError: integer images, or a key that is none.
+      TypeError: integer images, or a `key` that is not a PRNG key.
       ValueError: a known number of holes outside ``[0, max_holes + 1)`` or a negative length.
 
     Cost: ``max_holes`` masked rows and columns an image, no loop.

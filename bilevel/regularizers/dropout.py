@@ -44,7 +44,7 @@ def dropout_mask(
       mask to drop two arrays together. NaN where a traced rate is outside [0, 1).
 
     Raises:
-      TypeError: a dtype that cannot hold :math:`1/(1-r)`, or a key that is none.
+      TypeError: a dtype that cannot hold :math:`1/(1-r)`, or a `key` that is not a PRNG key.
       ValueError: a known rate outside [0, 1), or of a shape that does not lead ``shape``; an
         axis that ``shape`` does not have.
 

@@ -28,7 +28,7 @@ def mixup(key: Key, x: Any, targets: Any, alpha: jax.Array | float) -> tuple[Any
       examples whose traced ``alpha`` is negative or not finite.
 
     Raises:
-      TypeError: inputs or targets that are not floating-point, or a key that is none.
+      TypeError: inputs or targets that are not floating-point, or a `key` that is not a PRNG key.
       ValueError: arrays of different lengths, or a known ``alpha`` out of range.
 
     Cost: two gamma draws an example (rejection sampling) and one gather of the batch.

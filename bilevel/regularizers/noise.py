@@ -20,7 +20,7 @@ def input_noise(key: Key, x: jax.Array, std: jax.Array | float) -> jax.Array:
       traced strength is negative or not finite.
 
     Raises:
-      TypeError: integer inputs, or a key that is none.
+      TypeError: integer inputs, or a `key` that is not a PRNG key.
       ValueError: a known strength out of range or of the wrong length.
 
     Reference: Bishop, "Training with Noise is Equivalent to Tikhonov Regularization", 1995.
