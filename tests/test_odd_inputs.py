@@ -79,6 +79,11 @@ def test_the_judge_tells_the_outcomes_apart():
     assert verdict(lambda: bilevel.scan_run(loss, None, None, 0, key=None), names=("steps",)) == (
         "refused"
     )
-    schedule = bilevel.HyperSchedule(np.array([0, 1]), {"a": np.ones(2)})
-    assert verdict(lambda: schedule("a")) == "raw"  # deep in somebody else's code
+
+    def mismatched(*_):
+        return jnp.zeros(2) @ jnp.zeros(3)
+
+    one = jnp.ones(1)
+    diagnosed = lambda: bilevel.diagnose(mismatched, one, one, inner_batch=None)  # noqa: E731
+    assert verdict(diagnosed) == "raw"  # deep in somebody else's code
     assert verdict(lambda: loss()) == "raw"  # not the library's

@@ -272,7 +272,7 @@ class BestResponse:
         def step(state: BestResponseState, i: Any) -> tuple[BestResponseState, Scalar]:
             def loss(response: Any) -> Scalar:
                 noise = draw_noise(jax.random.fold_in(key, i), hparams, self.groups)
-                d = jax.tree.map(lambda s, e: s * e, scale, noise)
+                d = jax.tree.map(lambda s, e: jnp.expand_dims(s, 0) * e, scale, noise)
                 return mean_over_groups(
                     lambda d, part: perturbed_loss(
                         problem,
