@@ -379,3 +379,16 @@ def test_every_training_step_draws_its_own_perturbation():
     jax.effects_barrier()
     perturbed = {round(x, 9) for x in seen} - {0.25}  # the stationarity is taken at the centre
     assert len(perturbed) == 4
+
+
+def test_groups_written_out_are_those_of_the_loop():
+    """Convolutions on CPU get one group after the other as straight-line code."""
+    x, d = jnp.arange(12.0).reshape(6, 2), jnp.array([1.0, -2.0, 0.5])
+
+    def loss(d, part):
+        return jnp.sum(jnp.sin(d * part))
+
+    parts = [loss(d[g], x[g::3]) for g in range(3)]  # group g takes every third example
+    for straight in (False, True):
+        mean = mean_over_groups(loss, d, x, 3, straight)
+        np.testing.assert_allclose(mean, sum(parts) / 3, rtol=1e-14)

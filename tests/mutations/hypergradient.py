@@ -70,7 +70,7 @@ MUTANTS = [
         "sums=jax.tree.map(lambda x: choose(0, jnp.zeros_like(x), x), state.sums),",
         "sums=state.sums,",
         "perturbations from before the horizon stay in the estimate",
-        ("test_evolution.py::test_staggered_pairs_reset_at_their_horizon",),
+        ("test_evolution.py::test_a_reset_forgets_the_perturbations_before_it",),
     ),
     Mutant(
         "pes_clock_not_reset",

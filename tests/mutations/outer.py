@@ -111,6 +111,6 @@ MUTANTS = [
         "values = [loss(*jax.tree.map(lambda x, g=g: x[g], stack)) for g in range(groups)]",
         "values = [loss(*jax.tree.map(lambda x, g=g: x[0], stack)) for g in range(groups)]",
         "written out for convolutions, every group sees the first part of the batch",
-        ("test_self_tuning.py", "test_best_response.py"),
+        ("test_best_response.py::test_groups_written_out_are_those_of_the_loop",),
     ),
 ]
