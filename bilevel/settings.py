@@ -101,8 +101,12 @@ def check_settings_used(value: Any, name: str) -> None:
 
 def check_number(name: str, given: Any) -> None:
     """Refuse what is no real number nor an array of them, traced or not."""
-    number = hasattr(given, "dtype") or isinstance(given, numbers.Real)
-    if not number or not jnp.issubdtype(jnp.result_type(given), jnp.number):
+    real = isinstance(given, (int, float)) and not isinstance(given, bool)
+    dtype = getattr(given, "dtype", None)
+    real |= dtype is not None and any(
+        jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating)
+    )
+    if not real:
         raise TypeError(f"`{name}` must be a real number, got {given!r}.")
 
 
