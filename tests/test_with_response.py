@@ -697,3 +697,23 @@ def test_lineax_solvers_survive_being_rebuilt_around_placeholders():
     assert jax.tree.structure(hollow) == jax.tree.structure(solver)
     assert len(jax.tree.leaves(hollow)) == len(jax.tree.leaves(solver)) == 2
     assert jax.tree.map(lambda _, x: x, hollow, solver) == solver
+
+
+def test_it_maps_over_numpy_arrays():
+    """What `vmap` is given may be NumPy's, and so may what the losses close over."""
+    x, y = map(np.asarray, TRAIN)
+
+    def inner(w, lam, batch):
+        return 0.5 * jnp.mean((x @ w - y) ** 2) + 0.5 * jnp.exp(lam) * jnp.sum(w**2)
+
+    def exact(w, lam, batch):
+        n = x.shape[1]
+        return jnp.linalg.solve(x.T @ x / len(y) + jnp.exp(lam) * jnp.eye(n), x.T @ y / len(y))
+
+    def total(solve):
+        return lambda lam: jnp.sum(solve(np.zeros(x.shape[1]), lam, None) ** 2)
+
+    solve = bilevel.with_response(exact, inner, bilevel.Implicit(bilevel.Dense()))
+    lams = np.array([0.0, 1.0])
+    found, wanted = (jax.vmap(jax.grad(total(f)))(lams) for f in (solve, exact))
+    np.testing.assert_allclose(found, wanted, rtol=1e-10)

@@ -140,6 +140,9 @@ def with_response(
         _check_arguments(params, hparams, inner_batch)
         check_key(key)
         hparams, inner_batch = jax.tree.map(_as_array, (hparams, inner_batch))
+        # A copy, because `vmap` of NumPy arrays leaves them in its tracers, where a custom rule
+        # would find them as they are. The compiler removes it.
+        hparams = jax.tree.map(jnp.copy, hparams)
         if not getattr(response, "fresh_batches", False):
             check_inner(problem, params, hparams, inner_batch)
         # Cut here and not around the call: `solve` then runs on plain values, is never
