@@ -11,7 +11,7 @@ from flax import nnx
 
 import bilevel
 from bilevel import CG, Dense, Implicit, Interval, Positive, Space, Stochastic, alternate
-from bilevel.traced import contains_primitive
+from bilevel.ground.traced import contains_primitive
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 DATA = jax.random.normal(KEYS[0], (64, 3))
@@ -221,7 +221,7 @@ def test_fresh_batches_come_from_the_trailing_slices():
         PARAMS, HPARAMS, inner_batch=batches(4), outer_batch=VALID, state=state.response_state
     )
     close(new.response_state, direct.state, 1e-12)
-    close(info.hypergrad_norm, bilevel.tree.norm(direct.grads), 1e-12)
+    close(info.hypergrad_norm, bilevel.ground.tree.norm(direct.grads), 1e-12)
     with pytest.raises(ValueError, match="leading axis of 6.*reads 4 batches of its own"):
         trace(make(response, inner_steps=2), state, batches(2))
 

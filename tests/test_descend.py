@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from bilevel.ground.batches import check_stack, select_batch
 from bilevel.inner import InnerState, descend
-from bilevel.inner.descend import check_batches, segment_length, select_batch, start
-from bilevel.problem import Problem
+from bilevel.inner.descend import segment_length, start
+from bilevel.problem.two_losses import Problem
 
 
 def noisy(w, lam, batch, seen):
@@ -101,9 +102,9 @@ def test_only_a_stack_of_exactly_the_steps_passes():
         with pytest.raises(
             ValueError, match=rf"inner_batch\['x'\] has shape \(9, 5, 3\).*leading axis of {steps}:"
         ):
-            check_batches({"x": X}, steps)
+            check_stack({"x": X}, steps)
     with pytest.raises(ValueError, match=r"inner_batch\[1\] has shape \(4,\).*axis of 9"):
-        check_batches((X, jnp.zeros(4)), 9)  # one leaf stacked and the other not
+        check_stack((X, jnp.zeros(4)), 9)  # one leaf stacked and the other not
     with pytest.raises(ValueError, match=r"shape \(\).*axis of 9"):
-        check_batches((X, 1.0), 9)
-    check_batches((X, jax.random.key(0)), 9)
+        check_stack((X, 1.0), 9)
+    check_stack((X, jax.random.key(0)), 9)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import bilevel
-from bilevel import tree
+from bilevel.ground import tree
 from bilevel.inner.layers import (
     Perturbed,
     TunedConv,

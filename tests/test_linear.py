@@ -24,8 +24,9 @@ from bilevel import (
 )
 from bilevel.hypergradient import Implicit
 from bilevel.linear import LinearMap
-from bilevel.operators import BLOCK, GaussNewton, Hessian
-from bilevel.problem import Problem
+from bilevel.problem.operators.gauss_newton import BLOCK, GaussNewton
+from bilevel.problem.operators.hessian import Hessian
+from bilevel.problem.two_losses import Problem
 from bilevel.testing import cases, check_solver, flatten, relative_error
 
 ALL = {case.name: case for case in cases()}

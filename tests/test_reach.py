@@ -8,8 +8,8 @@ import pytest
 
 import bilevel
 from bilevel import Evolution, FiniteDifference, Implicit, Unroll
+from bilevel.ground.traced import depends, reaching
 from bilevel.regularizers import dropout
-from bilevel.traced import depends, reaching
 
 ONE = jnp.ones(())
 

@@ -14,7 +14,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel
-from bilevel import CG, Dense, Diagonal, GaussNewton, Hessian, Implicit, Neumann, Stochastic, tree
+from bilevel import CG, Dense, Diagonal, GaussNewton, Hessian, Implicit, Neumann, Stochastic
+from bilevel.ground import tree
 
 ROOT = Path(__file__).parent.parent
 

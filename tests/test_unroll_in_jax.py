@@ -267,7 +267,7 @@ def test_too_many_steps_in_half_precision_are_marked_and_float32_masters_are_rig
 def test_rounding_costs_float32_nothing():
     """The statistics of half precision are not in the program."""
     from bilevel.inner.descend import descend, start
-    from bilevel.problem import Problem
+    from bilevel.problem.two_losses import Problem
 
     problem, tx = Problem(outer, inner), optax.sgd(0.1)
     for dtype, there in ((jnp.float32, False), (jnp.float64, False), (jnp.bfloat16, True)):

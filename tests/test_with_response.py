@@ -25,7 +25,7 @@ from bilevel import (
     Unroll,
     Woodbury,
 )
-from bilevel.status import Status
+from bilevel.ground.status import Status
 
 K = jax.random.split(jax.random.key(0), 6)
 TRAIN = jax.random.normal(K[0], (30, 4)), jax.random.normal(K[1], (30,))

@@ -8,9 +8,6 @@ from bilevel.hypergradient.best_response import BestResponseState as BestRespons
 from bilevel.hypergradient.evolution import Evolution as Evolution
 from bilevel.hypergradient.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergradient.implicit import Implicit as Implicit
-from bilevel.hypergradient.memory import MemoryReport as MemoryReport
-from bilevel.hypergradient.memory import MemoryRow as MemoryRow
-from bilevel.hypergradient.memory import memory_report as memory_report
 from bilevel.hypergradient.transform import hypergrad as hypergrad
 from bilevel.hypergradient.transform import hypergrad_init as hypergrad_init
 from bilevel.hypergradient.transform import hypergrad_solve as hypergrad_solve

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Params, Vector
-from bilevel.checks import unread_message
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Params, Vector
+from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.implicit import Implicit
-from bilevel.problem import Point, Problem
-from bilevel.traced import depends
+from bilevel.problem.two_losses import Point, Problem
+from bilevel.problem.validate import unread_message
 
 
 class _Rest(NamedTuple):

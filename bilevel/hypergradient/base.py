@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 
-from bilevel.aliases import Batch, Hparams, Key, Params, Stats, Vector
-from bilevel.problem import Problem
+from bilevel.ground.aliases import Batch, Hparams, Key, Params, Stats, Vector
+from bilevel.ground.cost import UNKNOWN, Cost
+from bilevel.problem.two_losses import Problem
 
 Pullback: TypeAlias = Callable[[Vector], tuple[Hparams, Any, jax.Array, Stats]]
 
@@ -28,9 +29,10 @@ class Response(Protocol):
 
     ``init`` returns what is carried from call to call (a warm start, an optimizer state);
     it must accept ``jax.ShapeDtypeStruct`` leaves and return the structure ``pullback``
-    gives back. Two further methods may be left out. ``check`` raises at trace time what is
+    gives back. Three further methods may be left out. ``check`` raises at trace time what is
     specific to the response. ``num_inner_batches() -> int | None`` tells outer loops the length
     of the leading axis of ``inner_batch``; None, or no such method, means one single batch.
+    ``cost(hparams, stats) -> Cost`` tells them what a call costs besides its outer gradient.
     A response that trains while it differentiates keeps the model state it has advanced in
     ``state.model_state``, where outer loops take it from.
     """
@@ -77,3 +79,9 @@ class Hypergradient(NamedTuple):
     state: Any
     result: jax.Array
     stats: Stats
+
+
+def cost_of(response: Response, hparams: Hparams, stats: Stats) -> Cost:
+    """What one call of ``response`` cost besides its outer gradient; NaN if it does not tell."""
+    cost = getattr(response, "cost", None)
+    return Cost(UNKNOWN, UNKNOWN, 0) if cost is None else cost(hparams, stats)

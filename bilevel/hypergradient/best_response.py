@@ -9,31 +9,33 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
-from bilevel.checks import check_inner, check_same_tree
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
+from bilevel.ground.cost import Cost
+from bilevel.ground.loops import loop, must_unroll
+from bilevel.ground.settings import check_count, check_number, check_real, check_settings, count
+from bilevel.ground.status import Status, status_of
+from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Pullback
+from bilevel.inner.descend import InnerState, take_step
 from bilevel.inner.groups import draw_noise, fold_keys, loop_over_groups, split_batch
-from bilevel.inner.network import Network, StructuredResponse
-from bilevel.linear.base import loop, status_of
-from bilevel.operators import GaussNewton, wants_straight_line
-from bilevel.problem import Problem
-from bilevel.settings import check_count, check_number, check_real, check_settings, count
-from bilevel.status import Status
-from bilevel.traced import depends
+from bilevel.inner.network import Network, StructuredResponse, gradient_cost
+from bilevel.problem.operators.gauss_newton import GaussNewton
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_inner, check_same_tree
 
 
 class BestResponseState(NamedTuple):
     """What a :class:`BestResponse` carries: the network's parameters and their optimiser's."""
 
-    response: Any
+    network_params: Any
     opt_state: Any
 
 
 def perturbed_loss(
     problem: Problem,
     network: Network,
-    response: Any,
+    network_params: Any,
     params: Params,
     displacement: Hparams,
     hparams: Hparams,
@@ -56,13 +58,17 @@ def perturbed_loss(
         ``None`` the loss is taken at the perturbed weights themselves.
     """
     if linearize is None:
-        return problem.inner_loss(network.apply(response, params, displacement), hparams, batch)
+        return problem.inner_loss(
+            network.apply(network_params, params, displacement), hparams, batch
+        )
     at_centre, change = _linearised_outputs(
-        linearize, problem, network, response, params, displacement, hparams, batch
+        linearize, problem, network, network_params, params, displacement, hparams, batch
     )
     loss = linearize.output_loss(tree.add(at_centre, change), hparams, batch)
     if linearize.penalty is not None:
-        loss = loss + linearize.penalty(network.apply(response, params, displacement), hparams)
+        loss = loss + linearize.penalty(
+            network.apply(network_params, params, displacement), hparams
+        )
     return loss
 
 
@@ -70,7 +76,7 @@ def _linearised_outputs(
     split: GaussNewton,
     problem: Problem,
     network: Network,
-    response: Any,
+    network_params: Any,
     params: Params,
     displacement: Hparams,
     hparams: Hparams,
@@ -82,18 +88,18 @@ def _linearised_outputs(
     if getattr(network, "per_example", False):
 
         def outputs(d: Hparams) -> Any:
-            return split.model(network.apply(response, params, d), hparams, batch, *state)
+            return split.model(network.apply(network_params, params, d), hparams, batch, *state)
 
         return jax.jvp(outputs, (centre,), (displacement,))
 
     # Through the weights rather than through d: the primal pass then does not depend on the
     # response, and its gradient needs no backward pass. Leaves that never move get no tangent.
     leaves, treedef = jax.tree.flatten(params)
-    moved = jax.tree.leaves(network.apply(response, params, displacement))
+    moved = jax.tree.leaves(network.apply(network_params, params, displacement))
     moving = [i for i, (new, old) in enumerate(zip(moved, leaves, strict=True)) if new is not old]
 
     def weights(d: Hparams) -> list[Any]:
-        at = jax.tree.leaves(network.apply(response, params, d))
+        at = jax.tree.leaves(network.apply(network_params, params, d))
         return [at[i] for i in moving]
 
     tangents = jax.jvp(weights, (centre,), (displacement,))[1]
@@ -126,7 +132,7 @@ class BestResponse:
             h\bigl(\hat w_\phi(\lambda + \sigma\varepsilon), \lambda + \sigma\varepsilon\bigr)
 
     from the previous ``state`` on; with ``steps=0`` the ``state`` is taken as trained, such as
-    that of ``self_tuning``: ``BestResponseState(response, None)``. No derivative of the inner
+    that of ``self_tuning``: ``BestResponseState(network_params, None)``. No derivative of the inner
     loss in :math:`\lambda` is taken, so sampled and discrete hyperparameters respond too;
     what the inner loss does not read cannot (a learning rate is for ``Unroll``).
 
@@ -179,10 +185,15 @@ class BestResponse:
                 "`self_tuning`, or `StructuredResponse(centred=True)`."
             )
 
+    def cost(self, hparams: Hparams, stats: Stats) -> Cost:
+        """The training steps of the network."""
+        each = gradient_cost(self.network, learns=1) if self.linearize is None else 2
+        return Cost(self.steps * each)
+
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> BestResponseState:
         """An untrained network (see ``seed``) and its optimiser's state."""
-        response = self.network.init(jax.random.key(self.seed), params, hparams)
-        return BestResponseState(response, None if self.tx is None else self.tx.init(response))
+        started = self.network.init(jax.random.key(self.seed), params, hparams)
+        return BestResponseState(started, None if self.tx is None else self.tx.init(started))
 
     def check(
         self,
@@ -200,17 +211,17 @@ class BestResponse:
             if self.steps == 0:
                 raise ValueError(
                     "`state` is None and `steps` is 0: an untrained response says that nothing "
-                    "moves. Pass `state=BestResponseState(response, None)` of a trained one, or "
+                    "moves. Pass `state=BestResponseState(network_params, None)` of a trained one, or "
                     "set `steps` and `tx` to train it in every call."
                 )
             return
         if not isinstance(state, BestResponseState):
             raise TypeError(
-                f"`state` must be a BestResponseState(response, opt_state), got "
+                f"`state` must be a BestResponseState(network_params, opt_state), got "
                 f"{type(state).__name__}."
             )
-        expected = jax.eval_shape(lambda: self.init(problem, params, hparams).response)
-        check_same_tree(state.response, expected, "state.response")
+        expected = jax.eval_shape(lambda: self.init(problem, params, hparams).network_params)
+        check_same_tree(state.network_params, expected, "state.network_params")
 
     def vjp(
         self,
@@ -235,7 +246,7 @@ class BestResponse:
 
         def point(hparams: Hparams) -> Params:
             d = tree.sub(hparams, centre) if self.network.centred else hparams
-            return self.network.apply(state.response, params, d)
+            return self.network.apply(state.network_params, params, d)
 
         w, transposed = jax.vjp(point, hparams)
 
@@ -266,18 +277,18 @@ class BestResponse:
         key: Key,
     ) -> tuple[BestResponseState, Scalar]:
         scale = scale_like(self.scale, hparams)
-        straight = wants_straight_line(problem, params, hparams, batch)
+        unroll = must_unroll(problem.inner_loss, params, hparams, batch)
         tx = optax.identity() if self.tx is None else self.tx
 
         def step(state: BestResponseState, i: Any) -> tuple[BestResponseState, Scalar]:
-            def loss(response: Any) -> Scalar:
+            def loss(network_params: Any) -> Scalar:
                 noise = draw_noise(jax.random.fold_in(key, i), hparams, self.groups)
                 d = jax.tree.map(lambda s, e: jnp.expand_dims(s, 0) * e, scale, noise)
                 return mean_over_groups(
                     lambda d, part: perturbed_loss(
                         problem,
                         self.network,
-                        response,
+                        network_params,
                         params,
                         d,
                         tree.add(hparams, d),
@@ -287,16 +298,15 @@ class BestResponse:
                     d,
                     fold_keys(batch, i),
                     self.groups,
-                    straight,
+                    unroll,
                 )
 
-            value, grads = jax.value_and_grad(loss)(state.response)
-            updates, opt_state = tx.update(grads, state.opt_state, state.response)
-            return BestResponseState(optax.apply_updates(state.response, updates), opt_state), value
+            trained, info = take_step(lambda w, _: (loss(w), None), tx, InnerState(*state))
+            return BestResponseState(trained.params, trained.opt_state), info.loss
 
         shape = jax.eval_shape(step, state, 0)[1]
         carry = (state, jnp.zeros((), shape.dtype))
-        return loop(self.steps, lambda i, carry: step(carry[0], i), carry, straight)
+        return loop(self.steps, lambda i, carry: step(carry[0], i), carry, unroll)
 
 
 def scale_like(scale: Any, hparams: Hparams) -> Hparams:
@@ -325,18 +335,18 @@ def mean_over_groups(
     perturbed: Any,
     batch: Batch,
     groups: int,
-    straight: bool = False,
+    unroll: bool = False,
 ) -> Scalar:
     """Mean of ``loss(perturbed[g], part g)``; one group takes the batch as it is.
 
     Accelerators map over the groups. XLA on CPU has no fast product with a weight matrix a
     group (measured four times slower than one group after the other), so there they are
-    looped over, or written out one by one if ``straight`` (convolutions in a loop are slow).
+    looped over, or written out one by one if ``unroll`` (convolutions in a loop are slow).
     """
     if groups == 1:
         return loss(jax.tree.map(lambda x: x[0], perturbed), batch)
     stack = (perturbed, split_batch(batch, groups))
-    if straight:
+    if unroll:
         values = [loss(*jax.tree.map(lambda x, g=g: x[g], stack)) for g in range(groups)]
         return jnp.mean(jnp.stack(values))
     if jax.default_backend() != "cpu":

@@ -6,25 +6,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
-from bilevel.checks import check_inner, check_same_tree
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
+from bilevel.ground.batches import check_stack, one_batch
+from bilevel.ground.cost import Cost
+from bilevel.ground.keys import require_key
+from bilevel.ground.settings import check_settings, count, real
+from bilevel.ground.status import Status, code
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.reach import check_reaches
 from bilevel.hypergradient.unroll import concrete
-from bilevel.inner.descend import (
-    InnerState,
-    StepInfo,
-    check_batches,
-    descend,
-    one_batch,
-    start,
-)
+from bilevel.inner.descend import InnerState, StepInfo, descend, start
 from bilevel.inner.optimizer import InnerTx, build_tx, check_inner_tx, refresh_injected
-from bilevel.linear.base import require_key
-from bilevel.problem import Point, Problem
-from bilevel.settings import check_settings, count, real
-from bilevel.status import Status, code
+from bilevel.problem.two_losses import Point, Problem
+from bilevel.problem.validate import check_inner, check_same_tree
 
 
 class EvolutionState(NamedTuple):
@@ -156,6 +151,10 @@ class Evolution:
         """Length of the leading axis of ``inner_batch``: one batch a step."""
         return self.steps
 
+    def cost(self, hparams: Hparams, stats: Stats) -> Cost:
+        """All runs; the losses at their ends are free."""
+        return Cost((2 * self.particles + 1) * self.steps)
+
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> EvolutionState:
         """The unperturbed run's optimizer state, and all pairs at ``params``."""
         params, hparams, model_state = jax.tree.map(
@@ -187,7 +186,7 @@ class Evolution:
         state: Any,
     ) -> None:
         """Raise what this response can tell is wrong, when traced."""
-        check_batches(inner_batch, self.steps)
+        check_stack(inner_batch, self.steps)
         check_inner(problem, params, hparams, one_batch(inner_batch))
         if state is not None:
             expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
@@ -196,7 +195,7 @@ class Evolution:
         def advance(lam: Hparams, in_loss: Hparams) -> Any:
             tx = build_tx(self.inner_tx, lam)
             carry = start(tx, params, problem.model_state)
-            end, _ = descend(problem, tx, carry, in_loss, inner_batch, steps=1, straight_line=False)
+            end, _ = descend(problem, tx, carry, in_loss, inner_batch, steps=1, unroll=False)
             return end.params, end.model_state
 
         one = one_batch(inner_batch)

@@ -7,13 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
-from bilevel.checks import check_inner, check_same_tree
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
+from bilevel.ground.cost import Cost
+from bilevel.ground.loops import keep_types
+from bilevel.ground.settings import check_settings, real
+from bilevel.ground.status import Status, code, status_of
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.reach import check_reaches
 from bilevel.hypergradient.unroll import Advanced, UnrollState, concrete
-from bilevel.inner.descend import InnerState, descend, keep_types, start
+from bilevel.inner.descend import KEEP, InnerState, descend, start
 from bilevel.inner.optimizer import (
     InnerTx,
     build_tx,
@@ -22,10 +25,8 @@ from bilevel.inner.optimizer import (
     reads_value,
     refresh_injected,
 )
-from bilevel.linear.base import status_of
-from bilevel.problem import Problem
-from bilevel.settings import check_settings, real
-from bilevel.status import Status, code
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_inner, check_same_tree
 
 LOST = 0.05
 """Largest part of the perturbation that the parameters' dtype may lose: it errs by as much."""
@@ -78,6 +79,10 @@ class FiniteDifference:
         check_inner_tx(self.inner_tx)
         check_settings(self)
 
+    def cost(self, hparams: Hparams, stats: Stats) -> Cost:
+        """The gradient of the step, and two in the hyperparameters."""
+        return Cost(3)
+
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:
         """A fresh optimizer's state, and the model state."""
         params, hparams, model_state = jax.tree.map(
@@ -112,7 +117,7 @@ class FiniteDifference:
             carry = self._carry(problem, params, lam, state)
             stack = jax.tree.map(lambda x: x[None], inner_batch)
             tx = build_tx(self.inner_tx, lam)
-            end, _ = descend(problem, tx, carry, in_loss, stack, steps=1, straight_line=False)
+            end, _ = descend(problem, tx, carry, in_loss, stack, steps=1, unroll=False)
             return end.params
 
         check_reaches(
@@ -134,7 +139,7 @@ class FiniteDifference:
             params, hparams, inner_batch, problem.model_state
         )
         carry = self._carry(problem, params, hparams, state)
-        model_state = keep_types(model_state, carry.model_state)
+        model_state = keep_types(model_state, carry.model_state, "model_state", KEEP)
 
         def value_fn(params: Params) -> Any:
             return problem.inner_loss(params, hparams, inner_batch)
@@ -146,7 +151,7 @@ class FiniteDifference:
                 tx, grads, carry.opt_state, params, value=loss, value_fn=value_fn
             )
             moved = optax.apply_updates(params, updates)
-            return moved, keep_types(opt_state, carry.opt_state)
+            return moved, keep_types(opt_state, carry.opt_state, "opt_state", KEEP)
 
         moved, transpose, opt_state = jax.vjp(update, hparams, grads, loss, has_aux=True)
         if self.lookahead:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import tree
-from bilevel.aliases import Hparams
+from bilevel.ground import tree
+from bilevel.ground.aliases import Hparams
 from bilevel.inner.descend import InnerState
 from bilevel.inner.mixed import is_cotangent, is_float
 

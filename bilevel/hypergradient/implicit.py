@@ -6,17 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Params, Stats, Vector
-from bilevel.checks import check_inner, check_is_read, check_same_tree
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Params, Stats, Vector
+from bilevel.ground.batches import check_stack, one_batch, select_batch
+from bilevel.ground.cost import UNKNOWN, Cost
+from bilevel.ground.settings import check_settings
+from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.judge import stationarity_stats
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.cg import CG
-from bilevel.operators import Hessian, Operator, slice_batch
-from bilevel.problem import Problem
-from bilevel.settings import check_settings
-from bilevel.traced import depends
+from bilevel.problem.operators.base import Operator
+from bilevel.problem.operators.hessian import Hessian
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_inner, check_is_read, check_same_tree
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +71,10 @@ class Implicit:
         # A solver that cannot have fresh batches is refused by `check`.
         return count() + 1 if self.fresh_batches and count is not None else None
 
+    def cost(self, hparams: Hparams, stats: Stats) -> Cost:
+        """The solver's products and the mixed one."""
+        return Cost(products=stats.get("num_matvecs", UNKNOWN) + 1)
+
     def _carries_start(self) -> bool:
         return self.warm_start and getattr(self.solver, "uses_start", False)
 
@@ -84,9 +91,7 @@ class Implicit:
         batch = inner_batch
         if self.fresh_batches:
             self._check_fresh(inner_batch)
-            batch = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), inner_batch
-            )
+            batch = one_batch(inner_batch)
         check_inner(problem, params, hparams, batch)
         check_is_read(problem, params, hparams, batch, outer_batch)
         if state is not None and self._carries_start():
@@ -100,13 +105,11 @@ class Implicit:
                 f"`Stochastic(...)` or `Neumann(...)`; {type(self.solver).__name__} needs one "
                 "fixed matrix."
             )
-        for path, leaf in tree.paths(inner_batch, "inner_batch"):
-            if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != needed:
-                raise ValueError(
-                    f"{path} has shape {jnp.shape(leaf)}, but `fresh_batches=True` needs a "
-                    f"leading axis of {needed}: one batch for each of the "
-                    f"{needed - 1} products and one for the mixed product."
-                )
+        reads = (
+            f"`fresh_batches=True` reads one batch for each of the {needed - 1} products and one "
+            "for the mixed product"
+        )
+        check_stack(inner_batch, needed, "inner_batch", reads)
 
     def vjp(
         self,
@@ -122,7 +125,9 @@ class Implicit:
         inner_grad, mv = self.operator.bind(
             problem, params, hparams, inner_batch, fresh=self.fresh_batches
         )
-        mixed_batch = slice_batch(inner_batch, -1) if self.fresh_batches else inner_batch
+        mixed_batch = inner_batch
+        if self.fresh_batches:
+            mixed_batch = select_batch(inner_batch, (self.num_inner_batches() or 1) - 1)
         start = state if self._carries_start() else None
         responds = _responding(problem, params, hparams, mixed_batch)
 

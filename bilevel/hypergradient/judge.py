@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Params, Scalar, Stats, Vector
-from bilevel.status import STATIONARITY
+from bilevel.ground import tree
+from bilevel.ground.aliases import Params, Scalar, Stats, Vector
+from bilevel.ground.status import STATIONARITY
 
 SOLVED = 0.5
 """A solve with a larger relative residual predicts nothing."""
@@ -43,7 +43,7 @@ def stationarity_stats(
 
 
 def not_stationary(value: Scalar, g: Vector, params: Params, stats: Stats) -> jax.Array:
-    """Whether the point is further from a minimum than :data:`~bilevel.status.STATIONARITY`.
+    """Whether the point is further from a minimum than :data:`~bilevel.ground.status.STATIONARITY`.
 
     That much of the parameters' length, or of the outer loss ``value``. Differences at the level
     of rounding, :math:`\\sqrt\\epsilon\\,\\|g\\|\\|w\\|`, do not count where the loss is near zero.

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.aliases import Batch, Hparams, Params
+from bilevel.ground.aliases import Batch, Hparams, Params
+from bilevel.ground.traced import depends, reaching
+from bilevel.ground.tree import paths
 from bilevel.inner.mixed import is_float
 from bilevel.inner.optimizer import InnerTx, build_tx, concrete_setting, explain_search
-from bilevel.problem import Problem
-from bilevel.traced import depends, reaching
-from bilevel.tree import paths
+from bilevel.problem.two_losses import Problem
 
 
 def _loses_derivative(equation: Any) -> bool:

@@ -6,16 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
-from bilevel.checks import check_key, check_problem, check_response
+from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params
 from bilevel.hypergradient.base import Hypergradient, Response
 from bilevel.hypergradient.implicit import Implicit
-from bilevel.hypergradient.judge import not_stationary
-from bilevel.linear.base import status_of
-from bilevel.problem import Point, Problem
-from bilevel.settings import check_settings_used, out_of_range
-from bilevel.status import Status, worst
+from bilevel.hypergradient.solve import check_solve, solve
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_losses, check_response
 
 
 def hypergrad_solve(
@@ -71,39 +67,15 @@ def hypergrad_solve(
     problem = _with_model_state(problem, model_state, has_state)
     params = jax.tree.map(_as_array, params)
     hparams_in = jax.tree.map(_as_array, hparams_in)
-    check_settings_used(response, "response")
-    check_key(key)
-    check_problem(problem, params, hparams_in, inner_batch, outer_batch)
-    check = getattr(response, "check", None)
-    if check is not None:
-        check(problem, params, hparams_in, inner_batch, outer_batch, state)
-
-    w, pullback = response.vjp(problem, params, hparams_in, inner_batch, state, key=key)
-    (value, aux), (g, direct) = problem.outer_grads(w, hparams_in, outer_batch)
-    indirect, state, result, stats = pullback(g)
-    grads = tree.add(direct, indirect)
-
-    stats = {
-        **stats,
-        "direct_norm": tree.norm(direct),
-        "indirect_norm": tree.norm(indirect),
-    }
-    finite_in = jnp.isfinite(value) & tree.all_finite(g)
-    if "stationarity" in stats:
-        finite_in &= jnp.isfinite(stats["stationarity"])
-    if "predicted_change" in stats:
-        far = not_stationary(value, g, params, stats)
-        result = worst(result, status_of(Status.ok, (far, Status.not_stationary)))
-    result = worst(result, status_of(Status.ok, (out_of_range(response), Status.invalid_setting)))
-    result = status_of(
-        result,
-        (~finite_in, Status.nonfinite_input),
-        (~tree.all_finite(grads), Status.nonfinite_output),
-    )
-    out = positions if positions is not None else (lambda t: t)
-    w = w.params if isinstance(w, Point) else w
-    return Hypergradient(
-        value, aux, w, out(grads), out(direct), out(indirect), state, result, stats
+    arguments: Any = dict(inner_batch=inner_batch, outer_batch=outer_batch, state=state, key=key)
+    check_solve(problem, response, params, hparams_in, **arguments)
+    solution = solve(problem, response, params, hparams_in, **arguments)
+    if positions is None:
+        return solution
+    return solution._replace(
+        grads=positions(solution.grads),
+        direct=positions(solution.direct),
+        indirect=positions(solution.indirect),
     )
 
 
@@ -242,11 +214,7 @@ def _pack(
     not differentiated are bound into the losses.
     """
     numbers = _check_argnums(argnums)
-    for name, loss in (("outer", outer), ("inner", inner)):
-        if not callable(loss):
-            raise TypeError(
-                f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
-            )
+    check_losses(outer=outer, inner=inner)
     if not hparams:
         raise TypeError("`hparams` is missing: pass it after `params`.")
     if max(numbers) > len(hparams):
@@ -279,4 +247,4 @@ def _pack(
 def _with_model_state(problem: Problem, model_state: ModelState, has_state: bool) -> Problem:
     if not has_state and model_state is not None:
         raise ValueError("`model_state` is given but `has_state` is False: pass `has_state=True`.")
-    return Problem(problem.outer, problem.inner, problem.has_aux, has_state, model_state)
+    return problem.at(model_state)

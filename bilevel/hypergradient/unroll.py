@@ -7,30 +7,24 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
-from bilevel.checks import check_inner, check_same_tree
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
+from bilevel.ground.batches import check_stack, one_batch
+from bilevel.ground.cost import Cost
+from bilevel.ground.settings import check_settings, count
+from bilevel.ground.status import Status, code
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.forward import no_tangents, push_forward
 from bilevel.hypergradient.reach import check_reaches
-from bilevel.inner.descend import (
-    InnerState,
-    Remat,
-    StepInfo,
-    check_batches,
-    descend,
-    one_batch,
-    start,
-)
+from bilevel.inner.descend import InnerState, Remat, StepInfo, descend, start
 from bilevel.inner.optimizer import (
     InnerTx,
     build_tx,
     check_inner_tx,
     refresh_injected,
 )
-from bilevel.problem import Point, Problem
-from bilevel.settings import check_settings, count
-from bilevel.status import Status, code
+from bilevel.problem.two_losses import Point, Problem
+from bilevel.problem.validate import check_inner, check_same_tree
 
 Mode = Literal["mixed", "reverse", "forward"]
 
@@ -201,6 +195,14 @@ class Unroll:
         """Length of the leading axis of ``inner_batch``: one batch a step."""
         return self.steps
 
+    def cost(self, hparams: Hparams, stats: Stats) -> Cost:
+        """The steps, and the products of those that are differentiated."""
+        kept = self.steps if self.truncate is None else self.truncate
+        if self.mode == "forward":
+            return Cost(self.steps, kept * tree.size(hparams))
+        again = 0 if self.remat == "none" else kept
+        return Cost(self.steps + again, kept)
+
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:
         """A fresh optimizer's state, the model state, and a zero tangent if in real time."""
         params, hparams, model_state = jax.tree.map(
@@ -235,7 +237,7 @@ class Unroll:
         state: Any,
     ) -> None:
         """Raise what this response can tell is wrong, when traced."""
-        check_batches(inner_batch, self.steps)
+        check_stack(inner_batch, self.steps)
         check_inner(problem, params, hparams, one_batch(inner_batch))
         if state is not None:
             expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
@@ -257,7 +259,7 @@ class Unroll:
             tx = build_tx(self.inner_tx, lam)
             carry = carry._replace(opt_state=refresh_injected(carry.opt_state, tx, params))
             return self._read(
-                descend(problem, tx, carry, in_loss, inner_batch, steps=1, straight_line=False)[0]
+                descend(problem, tx, carry, in_loss, inner_batch, steps=1, unroll=False)[0]
             )
 
         by = "forward" if self.mode == "forward" else "reverse"

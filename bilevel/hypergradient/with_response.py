@@ -8,24 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Scalar, Stats, Vector
-from bilevel.checks import (
-    check_batch,
-    check_inexact,
-    check_inner,
-    check_key,
-    check_response,
-    check_same_tree,
-)
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Loss, Params, Scalar, Stats, Vector
+from bilevel.ground.batches import check_batch, select_batch
+from bilevel.ground.keys import check_key
+from bilevel.ground.settings import check_settings_used, concrete, out_of_range
+from bilevel.ground.status import STATIONARITY, Status, status_of
 from bilevel.hypergradient.attach import attach_implicit, attach_response, differentiates_fully
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
 from bilevel.hypergradient.implicit import Implicit
-from bilevel.linear.base import status_of
-from bilevel.problem import Problem
-from bilevel.settings import check_settings_used, concrete, out_of_range
-from bilevel.status import STATIONARITY, Status
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_inexact, check_inner, check_response, check_same_tree
 
 
 class SolveInfo(NamedTuple):
@@ -261,7 +255,10 @@ def _stationarity(
     fresh = response.fresh_batches
     gradient, mv = response.operator.bind(problem, w, hparams, batch, fresh=fresh)
     if fresh:  # that of the mean loss, or the noise of one batch would count
-        each = jax.lax.map(lambda one: problem.inner_grad(w, hparams, one), batch)
+        count = response.num_inner_batches() or 1
+        each = jax.lax.map(
+            lambda i: problem.inner_grad(w, hparams, select_batch(batch, i)), jnp.arange(count)
+        )
         gradient = jax.tree.map(lambda x: jnp.mean(x, 0), each)
     gradient, w = tree.accumulate(gradient), tree.accumulate(w)
     # The start has a share of both: `w` alone may lie in directions of little curvature.

@@ -1,6 +1,7 @@
 r"""Training: ``steps`` optax steps on the inner loss, as one loop over a stack of batches."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -9,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, ModelState, Params
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, ModelState, Params, Scalar
+from bilevel.ground.batches import select_batch
+from bilevel.ground.loops import keep_types, must_unroll, strong_types
 from bilevel.inner.mixed import close_loss, is_float, mixed_gradient
 from bilevel.inner.optimizer import compute_updates, reads_value
-from bilevel.operators import wants_straight_line
-from bilevel.problem import Problem
+from bilevel.problem.two_losses import Problem
 
 Remat: TypeAlias = Literal["none", "step", "sqrt"]
+
+KEEP = "Losses and optimizers must return every array in the shape and kind they received it in."
 
 
 class InnerState(NamedTuple):
@@ -39,68 +43,42 @@ class StepInfo(NamedTuple):
     rounded: tuple[jax.Array, jax.Array] | None = None
 
 
-def select_batch(batches: Batch, index: Any) -> Batch:
-    """Batch ``index`` of a stack; a PRNG key without the leading axis is split by the index."""
-
-    def leaf(x: Any) -> Any:
-        if is_single_key(x):
-            return jax.random.fold_in(x, index)
-        return jax.lax.dynamic_index_in_dim(x, index, axis=0, keepdims=False)
-
-    return jax.tree.map(leaf, batches)
-
-
-def is_single_key(leaf: Any) -> bool:
-    """One typed key (``jax.random.key``): a batch leaf that needs no leading axis."""
-    return jnp.ndim(leaf) == 0 and jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-
-
-def one_batch(batches: Batch) -> Batch:
-    """Shapes and dtypes of a single batch of a stack, without touching the data."""
-    return jax.eval_shape(lambda b: select_batch(b, 0), batches)
-
-
-def check_batches(
-    batches: Batch, steps: int, name: str = "inner_batch", reads: str = "one batch per step"
-) -> None:
-    """Refuse a leaf that is not a stack of exactly ``steps`` batches, which ``reads`` explains.
-
-    The one rule for every stack: equality tells it from a single batch of as many examples.
-    """
-    for path, leaf in tree.paths(batches, name):
-        if is_single_key(leaf):
-            continue
-        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != steps:
-            raise ValueError(
-                f"{path} has shape {jnp.shape(leaf)}, expected a leading axis of {steps}: {reads}. "
-                "Stack the batches (to use one batch in every step: "
-                f"`jnp.broadcast_to(x, ({steps}, *x.shape))`), and cut a longer stack, "
-                f"`x[:{steps}]`. Only a key made by `jax.random.key` may come alone; it is then "
-                "split by step."
-            )
-
-
 def start(tx: optax.GradientTransformation, params: Params, model_state: Any = None) -> InnerState:
     """The state before the first step, with dtypes that steps keep."""
-    opt_state = jax.tree.map(_strong, tx.init(params))
-    return InnerState(params, opt_state, jax.tree.map(_strong, model_state))
+    return InnerState(params, strong_types(tx.init(params)), strong_types(model_state))
 
 
-def _strong(x: Any) -> Any:
-    dtype = jnp.result_type(x)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return x
-    return jax.lax.convert_element_type(x, dtype)  # a weak type would change in the first step
+def take_step(
+    loss: Callable[[Any, ModelState], tuple[Scalar, ModelState]],
+    tx: optax.GradientTransformation,
+    state: InnerState,
+    gradient: Callable[[Any, ModelState], Any] | None = None,
+) -> tuple[InnerState, StepInfo]:
+    r"""One optimizer step, :math:`w \leftarrow w + u(\nabla_w\,\text{loss}(w))`.
 
+    Every training step of every loop and response is this one, of weights or of a network.
 
-def keep_types(new: Any, old: Any) -> Any:
-    """``new`` with every leaf in the dtype of ``old``: a loop's carry may not change its types."""
+    Args:
+      loss: ``loss(params, model_state) -> (value, model_state)``. Optimizers that ask for more
+        than its gradient receive its value and the function.
+      tx: an optax transformation.
+      state: of what is trained; every leaf keeps its type.
+      gradient: ``(params, model_state) -> ((value, model_state), grads)``, in place of automatic
+        differentiation.
 
-    def leaf(a: Any, b: Any) -> Any:
-        dtype = jnp.result_type(b)
-        return a if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.asarray(a).astype(dtype)
-
-    return jax.tree.map(leaf, new, old)
+    Cost: one gradient of ``loss``.
+    """
+    params, opt_state, model_state = state
+    if gradient is None:
+        gradient = jax.value_and_grad(loss, has_aux=True)
+    (value, new_model_state), grads = gradient(params, model_state)
+    updates, new_opt_state = compute_updates(
+        tx, grads, opt_state, params, value=value, value_fn=lambda w: loss(w, model_state)[0]
+    )
+    moved = InnerState(optax.apply_updates(params, updates), new_opt_state, new_model_state)
+    new = keep_types(moved, state, "training state", KEEP)
+    rounded = _rounded(params, updates, new.params)
+    return new, jax.lax.stop_gradient(StepInfo(value, tree.norm(grads), rounded))
 
 
 def descend(
@@ -114,7 +92,7 @@ def descend(
     first: int = 0,
     mixed: bool = False,
     remat: Remat = "none",
-    straight_line: bool | None = None,
+    unroll: bool | None = None,
 ) -> tuple[InnerState, StepInfo]:
     r"""``steps`` optax steps on the inner loss.
 
@@ -134,7 +112,7 @@ def descend(
       remat: what a backward pass recomputes. ``"none"``: nothing; ``"step"``: each step, from
         its carry; ``"sqrt"``: segments of about :math:`\sqrt{\text{steps}}`, each from its
         first carry, so that memory grows like the square root.
-      straight_line: unroll the loop; ``None`` does so for convolutions on CPU, whose
+      unroll: unroll the loop; ``None`` does so for convolutions on CPU, whose
         gradients XLA runs tens of times slower inside a loop.
 
     Returns:
@@ -143,29 +121,25 @@ def descend(
 
     Cost: one inner gradient a step.
     """
-    if straight_line is None:
+    if unroll is None:
         batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
         here = dataclasses.replace(problem, model_state=state.model_state)
-        straight_line = wants_straight_line(here, state.params, hparams, batch)
-    gradient = _gradient(problem, tx, state, hparams, batches, first, mixed)
+        unroll = must_unroll(here.inner_loss, state.params, hparams, batch)
+    gradient = None
+    if mixed:
+        gradient = _mixed(problem, tx, state, hparams, batches, first)
 
     def step(state: InnerState, index: Any) -> tuple[InnerState, StepInfo]:
-        params, opt_state, model_state = state
-        grads, loss, new_model_state = gradient(params, hparams, model_state, batches, index)
-
-        def value_fn(params: Params) -> Any:
+        def loss(params: Params, model_state: ModelState) -> tuple[Scalar, ModelState]:
             batch = select_batch(batches, index)
-            return problem.inner_loss_and_state(params, hparams, batch, model_state)[0]
+            return problem.inner_loss_and_state(params, hparams, batch, model_state)
 
-        updates, new_opt_state = compute_updates(
-            tx, grads, opt_state, params, value=loss, value_fn=value_fn
-        )
-        new_params = optax.apply_updates(params, updates)
-        new = keep_types(InnerState(new_params, new_opt_state, new_model_state), state)
-        rounded = _rounded(params, updates, new.params)
-        return new, jax.lax.stop_gradient(StepInfo(loss, tree.norm(grads), rounded))
+        here = None
+        if gradient is not None:
+            here = functools.partial(gradient, hparams=hparams, batches=batches, index=index)
+        return take_step(loss, tx, state, here)
 
-    return _loop(step, state, first, steps, remat, straight_line)
+    return _loop(step, state, first, steps, remat, unroll)
 
 
 def _rounded(params: Params, updates: Any, moved: Params) -> tuple[jax.Array, jax.Array] | None:
@@ -178,28 +152,24 @@ def _rounded(params: Params, updates: Any, moved: Params) -> tuple[jax.Array, ja
     return (tree.vdot(asked, asked), tree.vdot(lost, lost)) if half else None
 
 
-def _gradient(
+def _mixed(
     problem: Problem,
     tx: optax.GradientTransformation,
     state: InnerState,
     hparams: Hparams,
     batches: Batch,
     first: int,
-    mixed: bool,
 ) -> Callable[..., Any]:
-    if mixed:
-        batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
-        loss, consts = close_loss(problem, state.params, hparams, batch, state.model_state)
-        value = jax.eval_shape(loss, consts, state.params, hparams, batch, state.model_state)[0]
-        with_value = reads_value(tx, state.params, value)
-        primitive = mixed_gradient(loss, select_batch, problem.has_state, with_value)
-        return lambda *args: primitive(consts, *args)
+    """The loss and its gradient as the primitive of :mod:`bilevel.inner.mixed`."""
+    batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
+    loss, consts = close_loss(problem, state.params, hparams, batch, state.model_state)
+    value = jax.eval_shape(loss, consts, state.params, hparams, batch, state.model_state)[0]
+    with_value = reads_value(tx, state.params, value)
+    primitive = mixed_gradient(loss, select_batch, problem.has_state, with_value)
 
-    def gradient(params, hparams, model_state, batches, index):
-        (loss, new), grads = jax.value_and_grad(problem.inner_loss_and_state, has_aux=True)(
-            params, hparams, select_batch(batches, index), model_state
-        )
-        return grads, loss, new
+    def gradient(params: Params, model_state: ModelState, hparams: Any, batches: Any, index: Any):
+        grads, value, new = primitive(consts, params, hparams, model_state, batches, index)
+        return (value, new), grads
 
     return gradient
 
@@ -219,17 +189,17 @@ def _loop(
     first: int,
     steps: int,
     remat: Remat,
-    straight_line: bool,
+    unroll: bool,
 ) -> tuple[InnerState, StepInfo]:
     def run(step: Callable[..., Any], carry: Any, indices: jax.Array) -> tuple[Any, Any]:
         # Not `unroll=True`: a scan of length one would stay a loop.
-        return jax.lax.scan(step, carry, indices, unroll=0 if straight_line else 1)
+        return jax.lax.scan(step, carry, indices, unroll=0 if unroll else 1)
 
     # Inside a loop the recomputation cannot be merged with the first computation, so the
-    # barriers that forbid merging are only needed in straight-line code.
+    # barriers that forbid merging are only needed where it is unrolled.
     indices = first + jnp.arange(steps)
     if remat == "step":
-        step = jax.checkpoint(step, prevent_cse=straight_line)
+        step = jax.checkpoint(step, prevent_cse=unroll)
     if remat != "sqrt":
         return run(step, state, indices)
 
@@ -239,7 +209,7 @@ def _loop(
     def segment(carry: InnerState, indices: jax.Array) -> tuple[InnerState, StepInfo]:
         return run(step, carry, indices)
 
-    body = jax.checkpoint(segment, prevent_cse=straight_line)
+    body = jax.checkpoint(segment, prevent_cse=unroll)
     state, info = run(body, state, indices[:whole].reshape(-1, length))
     info = jax.tree.map(lambda x: x.reshape(whole), info)
     if whole < steps:

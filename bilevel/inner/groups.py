@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Batch, Hparams, Key, Scalar
-from bilevel.tree import accumulator_dtype, add, paths
+from bilevel.ground.aliases import Batch, Hparams, Key, Scalar
+from bilevel.ground.tree import accumulator_dtype, add, paths
 
 
 def is_key(leaf: Any) -> bool:

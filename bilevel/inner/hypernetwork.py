@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Hparams, Key, Params
+from bilevel.ground.aliases import Hparams, Key, Params
+from bilevel.ground.settings import check_count
+from bilevel.ground.tree import accumulator_dtype, paths, size
 from bilevel.inner.network import flatten_hparams
-from bilevel.settings import check_count
-from bilevel.tree import accumulator_dtype, paths, size
 
 Encoding = Literal["raw", "cos_sin", "complement"]
 
@@ -140,24 +140,24 @@ class Hypernetwork:
         drawn = self.init_scale * jax.random.normal(key, (width + 1, out), dtype)
         return drawn[:-1], (drawn[-1] if self.use_bias else jnp.zeros(out, dtype))
 
-    def features(self, response: HypernetworkParams, hparams: Hparams) -> jax.Array:
+    def features(self, network_params: HypernetworkParams, hparams: Hparams) -> jax.Array:
         """The last hidden layer, ``(width,)``."""
         x = flatten_hparams(hparams)
         to_unit = self.to_unit
         if to_unit is None:
             to_unit = (lambda x: x) if self.encoding == "raw" else jax.nn.sigmoid
         x = encode(to_unit(x), self.encoding)
-        for kernel, bias in response.hidden:
+        for kernel, bias in network_params.hidden:
             x = x.astype(kernel.dtype) @ kernel
             x = self.activation(x + bias if self.use_bias else x)
         return x
 
-    def apply(self, response: HypernetworkParams, params: Params, hparams: Hparams) -> Params:
+    def apply(self, network_params: HypernetworkParams, params: Params, hparams: Hparams) -> Params:
         """The weights at ``hparams`` (raw), a tree like ``params``."""
-        x = self.features(response, hparams)
+        x = self.features(network_params, hparams)
         leaves = []
         for path, leaf in paths(params, ""):
-            kernel, bias = response.heads[path]
+            kernel, bias = network_params.heads[path]
             value = x.astype(kernel.dtype) @ kernel
             value = (value if bias is None else value + bias).reshape(jnp.shape(leaf))
             value = value.astype(leaf.dtype)

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bilevel import tree
-from bilevel.aliases import Hparams, Key, Params
+from bilevel.ground import tree
+from bilevel.ground.aliases import Hparams, Key, Params
 from bilevel.inner.network import fan_in_uniform, flatten_hparams
 from bilevel.inner.recurrence import lstm, lstm_step
 
@@ -270,7 +270,7 @@ class Perturbed(NamedTuple):
     """
 
     base: Params
-    response: Any
+    network_params: Any
     displacement: jax.Array | None
 
 
@@ -322,28 +322,28 @@ class LayerResponse:
             leaves.append(drawn)
         return jax.tree.unflatten(jax.tree.structure(self.template), leaves)
 
-    def apply(self, response: Any, params: Params, displacement: Hparams) -> Perturbed:
+    def apply(self, network_params: Any, params: Params, displacement: Hparams) -> Perturbed:
         """Parameters at one displacement an example (leaves with a leading axis B)."""
-        return Perturbed(params, response, jax.vmap(flatten_hparams)(displacement))
+        return Perturbed(params, network_params, jax.vmap(flatten_hparams)(displacement))
 
-    def everywhere(self, response: Any, params: Params, displacement: Hparams) -> Perturbed:
+    def everywhere(self, network_params: Any, params: Params, displacement: Hparams) -> Perturbed:
         """Parameters at one displacement for all examples (leaves without the axis B)."""
-        return Perturbed(params, response, flatten_hparams(displacement)[None])
+        return Perturbed(params, network_params, flatten_hparams(displacement)[None])
 
-    def plain(self, response: Any, params: Params) -> Perturbed:
+    def plain(self, network_params: Any, params: Params) -> Perturbed:
         """Parameters of the plain model; it reads no ``response``, so ``None`` stands for any."""
-        if response is None:
-            response = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.template)
-        return Perturbed(params, response, None)
+        if network_params is None:
+            network_params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.template)
+        return Perturbed(params, network_params, None)
 
     def merge(self, params: Perturbed) -> tuple[Any, jax.Array | None]:
         """The model with these parameters, and the displacement to call it with."""
-        return nnx.merge(self.graph, params.base, params.response), params.displacement
+        return nnx.merge(self.graph, params.base, params.network_params), params.displacement
 
-    def change(self, response: Any, params: Params, displacement: Hparams) -> Any:
+    def change(self, network_params: Any, params: Params, displacement: Hparams) -> Any:
         """How the weights move for one displacement (no examples), by path."""
         d = flatten_hparams(displacement)
-        leaves = dict(tree.paths(response, ""))
+        leaves = dict(tree.paths(network_params, ""))
         moves = {}
         for path, gains in leaves.items():
             if "_gains" in path:
@@ -367,8 +367,8 @@ def split_layers(
     Raises:
       ValueError: the model has no best-response layer, or variables of another kind.
     """
-    graph, params, response, rest = nnx.split(model, nnx.Param, ResponseParam, ...)
-    if not jax.tree.leaves(response):
+    graph, params, network_params, rest = nnx.split(model, nnx.Param, ResponseParam, ...)
+    if not jax.tree.leaves(network_params):
         raise ValueError(
             "the model has no best-response layer: build it of `TunedLinear`, `TunedConv`, "
             "`TunedEmbedding` or `TunedLSTMCell`, or use `StructuredResponse`, which needs none."
@@ -379,5 +379,5 @@ def split_layers(
             f"the model has variables beside its parameters: {names}. Keep keys in the batch and "
             "statistics out of layers that are perturbed an example at a time."
         )
-    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), response)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), network_params)
     return LayerResponse(graph, template, centred, gain_scale), params

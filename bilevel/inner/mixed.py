@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, ModelState, Params
-from bilevel.problem import Problem
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, ModelState, Params
+from bilevel.problem.two_losses import Problem
 
 
 def is_float(leaf: Any) -> bool:

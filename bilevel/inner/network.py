@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Hparams, Key, Params
-from bilevel.leaves import select
-from bilevel.settings import check_real
-from bilevel.tree import accumulator_dtype, paths, size
+from bilevel.ground.aliases import Hparams, Key, Params
+from bilevel.ground.leaves import select
+from bilevel.ground.settings import check_real
+from bilevel.ground.tree import accumulator_dtype, paths, size
 
 Axes = int | tuple[int, ...]
 
@@ -34,7 +34,15 @@ class Network(Protocol):
 
     def init(self, key: Key, params: Params, hparams: Hparams) -> Any: ...
 
-    def apply(self, response: Any, params: Params, displacement: Hparams, /) -> Params: ...
+    def apply(self, network_params: Any, params: Params, displacement: Hparams, /) -> Params: ...
+
+
+def gradient_cost(network: Network, learns: int) -> float:
+    """Inner gradients that one of displaced weights is worth; see :class:`~bilevel.ground.cost.Cost`.
+
+    ``learns``: of the base weights and the network, how many it is taken in (0, 1 or 2).
+    """
+    return (4 + learns) / 3 if getattr(network, "per_example", False) else 1.0
 
 
 class StructuredParams(NamedTuple):
@@ -138,15 +146,19 @@ class StructuredResponse:
                 weights[path] = jnp.transpose(drawn, np.argsort(order).tolist())
         return StructuredParams(weights, gains)
 
-    def apply(self, response: StructuredParams, params: Params, displacement: Hparams) -> Params:
+    def apply(
+        self, network_params: StructuredParams, params: Params, displacement: Hparams
+    ) -> Params:
         """The weights at ``displacement``, a tree like the hyperparameters; ``params`` at 0."""
         d = flatten_hparams(displacement)
         leaves = []
         for path, leaf in paths(params, ""):
-            if path not in response.gains:
+            if path not in network_params.gains:
                 leaves.append(leaf)
                 continue
-            leaves.append(leaf + self._delta(path, jnp.shape(leaf), response, d).astype(leaf.dtype))
+            leaves.append(
+                leaf + self._delta(path, jnp.shape(leaf), network_params, d).astype(leaf.dtype)
+            )
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def _axes(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -164,9 +176,9 @@ class StructuredResponse:
         return tuple(sorted(axis % len(shape) for axis in axes))
 
     def _delta(
-        self, path: str, shape: tuple[int, ...], response: StructuredParams, d: jax.Array
+        self, path: str, shape: tuple[int, ...], network_params: StructuredParams, d: jax.Array
     ) -> jax.Array:
-        gains = response.gains[path]
+        gains = network_params.gains[path]
         if gains.shape[0] != d.size:
             raise ValueError(
                 f"the response of {path} was made for {gains.shape[0]} hyperparameters, got "
@@ -175,7 +187,7 @@ class StructuredResponse:
         axes = self._axes(path, shape)
         along = tuple(s if i in axes else 1 for i, s in enumerate(shape))
         gate = (d.astype(gains.dtype) @ gains).reshape(along)
-        if path not in response.weights:
+        if path not in network_params.weights:
             return gate
-        weights = response.weights[path]
+        weights = network_params.weights[path]
         return weights * gate.astype(weights.dtype)

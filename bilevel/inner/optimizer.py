@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.aliases import Hparams, Params, Scalar, Vector
+from bilevel.ground.aliases import Hparams, Params, Scalar, Vector
+from bilevel.ground.traced import contains_primitive, depends
 from bilevel.inner.roots import flat_roots
-from bilevel.traced import contains_primitive, depends
 
 InnerTx = optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]
 
@@ -24,6 +24,29 @@ def check_inner_tx(inner_tx: Any) -> None:
             "`inner_tx` must be an optax transformation, or a function hparams -> transformation, "
             f"got {inner_tx!r}."
         )
+
+
+def is_tx(tx: Any) -> bool:
+    """Whether ``tx`` is an optax gradient transformation (not a class of them)."""
+    return hasattr(tx, "init") and hasattr(tx, "update") and not isinstance(tx, type)
+
+
+def check_tx(name: str, tx: Any, hint: str = "") -> None:
+    """Refuse what is not an optax gradient transformation."""
+    if not is_tx(tx):
+        raise TypeError(f"`{name}` must be an optax gradient transformation, got {tx!r}.{hint}")
+
+
+def check_fixed_tx(name: str, tx: Any) -> None:
+    """Refuse a function of the hyperparameters where no response to an optimizer is learned."""
+    hint = (
+        " If it is a function of the hyperparameters: no response to an optimizer's settings is "
+        "learned here, tune them with `alternate` and `Unroll(inner_tx=lambda hparams: ..., "
+        "steps=...)`."
+        if callable(tx)
+        else ""
+    )
+    check_tx(name, tx, hint)
 
 
 def build_tx(inner_tx: InnerTx, hparams: Hparams) -> optax.GradientTransformation:
@@ -81,12 +104,14 @@ def compute_updates(
     *,
     value: Scalar,
     value_fn: Callable[[Params], Scalar],
+    name: str = "inner_tx",
 ) -> tuple[Vector, Any]:
     """``tx.update``, with the loss for optimizers that ask for it; differentiable at zero.
 
     Args:
       value: the loss whose gradient ``grads`` is (``polyak_sgd``, ``reduce_on_plateau``).
       value_fn: ``value_fn(params) -> loss`` on the same batch (line searches: ``lbfgs``).
+      name: of ``tx``, for messages.
 
     Roots are taken as in :mod:`bilevel.inner.roots`, except where the update evaluates the
     loss again: the user's function keeps its own derivatives.
@@ -100,14 +125,19 @@ def compute_updates(
 
     def update(grads: Vector, opt_state: Any, params: Params, value: Scalar) -> tuple[Vector, Any]:
         extra = {"value": value, "grad": grads, "value_fn": counted_value_fn}
-        return _update(tx, grads, opt_state, params, extra)
+        return _update(tx, grads, opt_state, params, extra, name)
 
     grads = _gradient_of_fast(grads, opt_state, params)
     return flat_roots(update, unless=lambda: evaluated)(grads, opt_state, params, value)
 
 
 def _update(
-    tx: optax.GradientTransformation, grads: Vector, opt_state: Any, params: Params, extra: dict
+    tx: optax.GradientTransformation,
+    grads: Vector,
+    opt_state: Any,
+    params: Params,
+    extra: dict,
+    name: str,
 ) -> tuple[Vector, Any]:
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         return tx.update(grads, opt_state, params)
@@ -120,7 +150,7 @@ def _update(
         if not any(words in str(error) for words in ("keyword-only argument", "must be provided")):
             raise
         raise TypeError(
-            "`inner_tx` needs an argument that training steps do not have: they pass `value`, "
+            f"`{name}` needs an argument that steps do not have: they pass `value`, "
             "`grad` and `value_fn`. Use an optimizer that needs the gradient alone, or bind the "
             f"argument in a transformation of your own. ({error})"
         ) from error

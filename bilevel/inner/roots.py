@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from bilevel.traced import programs_within, scan_counts
+from bilevel.ground.traced import programs_within, scan_counts
 
 
 def _flat_at_zero(

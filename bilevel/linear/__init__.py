@@ -1,5 +1,6 @@
 """The adjoint solve: ``H q = g``, by methods that see only a product and say how good it is."""
 
+from bilevel.ground.linear_map import LinearMap as LinearMap
 from bilevel.linear.base import LinearSolution as LinearSolution
 from bilevel.linear.base import LinearSolver as LinearSolver
 from bilevel.linear.cg import CG as CG
@@ -11,4 +12,3 @@ from bilevel.linear.nystrom import Nystrom as Nystrom
 from bilevel.linear.precondition import Diagonal as Diagonal
 from bilevel.linear.stochastic import Stochastic as Stochastic
 from bilevel.linear.woodbury import Woodbury as Woodbury
-from bilevel.linear_map import LinearMap as LinearMap

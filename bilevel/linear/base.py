@@ -1,23 +1,22 @@
 r"""What a linear solve is: ``solver.solve(mv, rhs, x0)`` answers :math:`A q = g`.
 
 A solver sees a function :math:`v \mapsto A v` and nothing of the bilevel problem. When the
-function is a :class:`~bilevel.linear_map.LinearMap` it may also carry what some solvers can
+function is a :class:`~bilevel.ground.linear_map.LinearMap` it may also carry what some solvers can
 use: its damping apart, a diagonal, low-rank factors, fresh batches. A plain function works
 everywhere these are not needed.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from bilevel import tree
-from bilevel.aliases import Key, MatVec, Scalar, Stats, Vector
-from bilevel.linear_map import LinearMap
-from bilevel.status import RESIDUAL, Status, code, worst
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, MatVec, Scalar, Stats, Vector
+from bilevel.ground.linear_map import LinearMap
+from bilevel.ground.status import RESIDUAL, Status, status_of, worst
 
 
 def as_map(mv: MatVec, rhs: Vector) -> LinearMap:
@@ -38,7 +37,7 @@ class LinearSolution(NamedTuple):
 
     Attributes:
       value: :math:`q`, shaped like ``rhs``, in the accumulator dtype.
-      result: int32 :class:`~bilevel.status.Status`; with ``certify`` also ``truncated`` for a
+      result: int32 :class:`~bilevel.Status`; with ``certify`` also ``truncated`` for a
         residual above a tenth of the right side, ``worse_than_zero`` for one above it.
       stats: ``rhs_norm`` :math:`\|g\|`; ``residual_norm`` :math:`\|g - A q\|`, recomputed from
         ``value``, never a recurrence; ``num_matvecs``, products the method used (the one that
@@ -104,14 +103,6 @@ def widen(low: Scalar, high: Scalar, v: Vector, av: Vector) -> tuple[Scalar, Sca
     )
 
 
-def status_of(otherwise: Any, *failures: tuple[Any, Status]) -> jax.Array:
-    """The first failure whose condition holds, else ``otherwise`` (a status or an array)."""
-    result = jnp.asarray(otherwise, jnp.int32)
-    for condition, status in reversed(failures):
-        result = jnp.where(condition, code(status), result)
-    return result
-
-
 def require_fixed(mv: LinearMap, solver: str) -> None:
     """Refuse fresh batches in a method whose theory needs one matrix."""
     if mv.fresh is not None:
@@ -120,26 +111,6 @@ def require_fixed(mv: LinearMap, solver: str) -> None:
             "it. Use `Stochastic(...)` or `Neumann(...)` with fresh batches, or set "
             "`fresh_batches=False`."
         )
-
-
-def require_key(key: Key | None, who: str) -> Key:
-    """Refuse a missing key where randomness is needed."""
-    if key is None:
-        raise ValueError(f"{who} draws random numbers: pass `key=jax.random.key(...)`.")
-    return key
-
-
-def loop(steps: int, body: Callable[[Any, Any], Any], carry: Any, unroll: bool) -> Any:
-    """``steps`` applications of ``body(i, carry)``; straight-line code if ``unroll``.
-
-    XLA on CPU runs convolution gradients inside a loop body tens of times slower than the
-    same code outside one, so an unrolled program is worth its compile time there.
-    """
-    if unroll:
-        for i in range(steps):
-            carry = body(i, carry)
-        return carry
-    return jax.lax.scan(lambda c, i: (body(i, c), None), carry, jnp.arange(steps))[0]
 
 
 def contract(a: Vector, b: Vector) -> jax.Array:

@@ -6,19 +6,13 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Key, MatVec, Scalar, Vector
-from bilevel.linear.base import (
-    LinearSolution,
-    as_map,
-    finish,
-    require_fixed,
-    status_of,
-)
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, MatVec, Scalar, Vector
+from bilevel.ground.linear_map import LinearMap
+from bilevel.ground.settings import check_settings, count, real
+from bilevel.ground.status import Status, status_of
+from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed
 from bilevel.linear.precondition import Diagonal
-from bilevel.linear_map import LinearMap
-from bilevel.settings import check_settings, count, real
-from bilevel.status import Status
 
 
 class _Carry(NamedTuple):

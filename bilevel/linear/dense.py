@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from bilevel import tree
-from bilevel.aliases import Key, MatVec, Vector
-from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, status_of
-from bilevel.settings import check_settings, count
-from bilevel.status import Status
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.settings import check_settings, count
+from bilevel.ground.status import Status, status_of
+from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed
 
 
 @jax.tree_util.register_dataclass

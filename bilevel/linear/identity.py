@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Key, MatVec, Vector
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.settings import check_settings, real
+from bilevel.ground.status import Status, code
 from bilevel.linear.base import LinearSolution, as_map, finish
-from bilevel.settings import check_settings, real
-from bilevel.status import Status, code
 
 
 @jax.tree_util.register_dataclass

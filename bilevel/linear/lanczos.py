@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import tree
-from bilevel.aliases import Key, MatVec, Vector
-from bilevel.linear.base import as_map, loop, require_fixed
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.loops import loop
+from bilevel.linear.base import as_map, require_fixed
 
 
 class Tridiagonal(NamedTuple):

@@ -5,18 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Key, MatVec, Scalar, Vector
-from bilevel.linear.base import (
-    LinearSolution,
-    as_map,
-    finish,
-    loop,
-    status_of,
-    widen,
-)
-from bilevel.settings import check_settings, count, real
-from bilevel.status import Status
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, MatVec, Scalar, Vector
+from bilevel.ground.loops import loop
+from bilevel.ground.settings import check_settings, count, real
+from bilevel.ground.status import Status, status_of
+from bilevel.linear.base import LinearSolution, as_map, finish, widen
 
 
 @jax.tree_util.register_dataclass

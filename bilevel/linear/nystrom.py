@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import tree
-from bilevel.aliases import Key, MatVec, Vector
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.keys import require_key
+from bilevel.ground.settings import check_settings, count
+from bilevel.ground.status import Status, status_of
 from bilevel.linear.base import (
     LinearSolution,
     as_map,
@@ -18,11 +21,7 @@ from bilevel.linear.base import (
     finish,
     replicated_if_explicit,
     require_fixed,
-    require_key,
-    status_of,
 )
-from bilevel.settings import check_settings, count
-from bilevel.status import Status
 
 
 @jax.tree_util.register_dataclass

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Key, Vector
-from bilevel.linear.base import loop, require_key
-from bilevel.linear_map import LinearMap
-from bilevel.settings import check_settings, count, real
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, Vector
+from bilevel.ground.keys import require_key
+from bilevel.ground.linear_map import LinearMap
+from bilevel.ground.loops import loop
+from bilevel.ground.settings import check_settings, count, real
 
 
 @jax.tree_util.register_dataclass

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import tree
-from bilevel.aliases import Key, MatVec, Vector
-from bilevel.linear.base import LinearSolution, as_map, finish, loop, status_of, widen
-from bilevel.settings import check_settings, count
-from bilevel.status import Status
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.loops import loop
+from bilevel.ground.settings import check_settings, count
+from bilevel.ground.status import Status, status_of
+from bilevel.linear.base import LinearSolution, as_map, finish, widen
 
 
 @jax.tree_util.register_dataclass

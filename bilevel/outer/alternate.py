@@ -4,15 +4,17 @@ from typing import Any
 
 import optax
 
-from bilevel.aliases import Loss
+from bilevel.ground.aliases import Loss
+from bilevel.ground.settings import check_count
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
-from bilevel.inner.optimizer import InnerTx, check_inner_tx
+from bilevel.inner.optimizer import InnerTx, check_inner_tx, check_tx
 from bilevel.outer.alternation import Alternation
 from bilevel.outer.base import Algorithm, own_params
-from bilevel.outer.constrain import Space
-from bilevel.outer.training import check_loss, check_tx
-from bilevel.settings import check_count
+from bilevel.outer.variable import Mover, check_space
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_losses
+from bilevel.space.space import Space
 
 
 def alternate(
@@ -112,28 +114,19 @@ def alternate(
       >>> bool(abs(info.value) < 0.01)  # the decay that halves the mean of the data is 1
       True
     """
-    for name, loss in (("outer", outer), ("inner", inner)):
-        check_loss(name, loss)
+    check_losses(outer=outer, inner=inner)
     check_inner_tx(inner_tx)
     check_tx("outer_tx", outer_tx)
     check_count("inner_steps", inner_steps, low=0)
-    if constrain is not None and not isinstance(constrain, Space):
-        raise TypeError(
-            "`constrain` must be a `Space`, such as `Space({'decay': Positive()})`, or None, got "
-            f"{constrain!r}."
-        )
+    check_space(constrain, "{'decay': Positive()}")
     _check_response(response, inner_steps)
     alternation = Alternation(
-        outer=outer,
-        inner=inner,
-        response=response,
-        inner_tx=inner_tx,
-        outer_tx=outer_tx,
-        inner_steps=inner_steps,
-        constrain=constrain,
-        has_aux=has_aux,
-        has_state=has_state,
-        unroll=unroll,
+        Problem(outer, inner, has_aux, has_state),
+        response,
+        inner_tx,
+        Mover(outer_tx, constrain),
+        inner_steps,
+        unroll,
     )
     return Algorithm(alternation.init, alternation.step, own_params)
 

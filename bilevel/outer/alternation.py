@@ -3,95 +3,66 @@ r"""One step of alternation: training steps, one hypergradient, one outer update
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import optax
+from jax import Array
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar, Stats
-from bilevel.checks import check_inner, check_point, check_problem, check_same_tree
-from bilevel.hypergradient.base import Hypergradient, Response
-from bilevel.hypergradient.transform import hypergrad_init, hypergrad_solve
-from bilevel.inner.optimizer import InnerTx, build_tx, refresh_injected
-from bilevel.linear.base import loop
-from bilevel.operators import wants_straight_line
-from bilevel.outer.base import check_model_state, check_state, own, same_type
-from bilevel.outer.constrain import Space
-from bilevel.outer.frozen import Trained, trained_leaves
-from bilevel.outer.training import (
-    batch_at,
-    check_stack,
-    is_tx,
-    no_line_search,
-    part_of_stack,
-    update,
-)
-from bilevel.problem import Problem
+from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scalar
+from bilevel.ground.batches import check_stack, select_batch, select_batches
+from bilevel.ground.cost import Cost
+from bilevel.ground.loops import keep_types
+from bilevel.hypergradient.base import Hypergradient, Response, cost_of
+from bilevel.hypergradient.solve import check_solve, solve
+from bilevel.inner.descend import InnerState, descend
+from bilevel.inner.optimizer import InnerTx, build_tx, is_tx, refresh_injected
+from bilevel.outer.base import KEEP, Info, check_model_state, check_state, own
+from bilevel.outer.frozen import Part, trained_leaves
+from bilevel.outer.variable import Mover, Variable
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_inner, check_point, check_problem, check_same_tree
 
 
 class AlternateState(NamedTuple):
     """Everything a run is: save this one tree and nothing is forgotten.
 
     Attributes:
-      params: inner parameters.
-      model_state: mutable statistics of the model (``None`` without ``has_state``).
-      inner_opt_state: state of ``inner_tx``: the one optimizer state of the run, which a
-        response that trains (``Unroll``) advances too.
-      hparams: what the losses read.
-      raw: what ``outer_tx`` moves, with bounds; ``None`` without them.
-      outer_opt_state: state of ``outer_tx``.
-      response_state: warm start and the like, of the response; shaped like the trained leaves
-        where ``inner_tx`` freezes others.
+      trained: inner parameters, the one state of ``inner_tx`` of the run (which a response that
+        trains, as ``Unroll``, advances too), and statistics of the model (``None`` without).
+      outer: the hyperparameters, their raw twin and the state of ``outer_tx``.
+      response: warm start and the like, of the response; shaped like the trained leaves where
+        ``inner_tx`` freezes others.
       step: int32, outer updates made.
     """
 
-    params: Params
-    model_state: ModelState
-    inner_opt_state: Any
-    hparams: Hparams
-    raw: Hparams | None
-    outer_opt_state: Any
-    response_state: Any
-    step: jax.Array
+    trained: InnerState
+    outer: Variable
+    response: Any
+    step: Array
 
+    @property
+    def params(self) -> Params:
+        """Inner parameters."""
+        return self.trained.params
 
-class AlternateInfo(NamedTuple):
-    """What a step saw.
+    @property
+    def model_state(self) -> ModelState:
+        """Statistics of the model."""
+        return self.trained.model_state
 
-    Attributes:
-      value: outer loss at the new ``params`` and the ``hparams`` *before* their update.
-      inner_value: inner loss in the last training step, before that step moved; without
-        training steps, on the batch the response reads.
-      hypergrad_norm: norm of the gradient that ``outer_tx`` received (of the raw variable
-        where there are bounds).
-      result: int32 :class:`~bilevel.Status` of the hypergradient.
-      stats: those of :class:`~bilevel.Hypergradient`, in units of ``hparams``.
-      aux: auxiliary output of the outer loss.
-      hparams: what the training steps and the outer loss of this step read.
-    """
-
-    value: Scalar
-    inner_value: Scalar
-    hypergrad_norm: Scalar
-    result: jax.Array
-    stats: Stats
-    aux: Any
-    hparams: Hparams
+    @property
+    def hparams(self) -> Hparams:
+        """What the losses read."""
+        return self.outer.hparams
 
 
 @dataclasses.dataclass(frozen=True)
 class Alternation:
     """The settings of :func:`~bilevel.alternate`, checked, and the step they make."""
 
-    outer: Loss
-    inner: Loss
+    problem: Problem
     response: Response
     inner_tx: InnerTx
-    outer_tx: optax.GradientTransformation
+    mover: Mover
     inner_steps: int
-    constrain: Space | None
-    has_aux: bool
-    has_state: bool
     unroll: bool | None
 
     @property
@@ -103,35 +74,20 @@ class Alternation:
         self, params: Params, hparams: Hparams, model_state: ModelState = None
     ) -> AlternateState:
         """The first state; see :func:`~bilevel.alternate`."""
-        check_model_state(self.has_state, model_state)
+        check_model_state(self.problem.has_state, model_state)
         check_point(params, hparams)
         params, hparams = own(params), own(hparams)
-        raw = None if self.constrain is None else self.constrain.unconstrain(hparams)
+        outer = self.mover.begin(hparams)
         opt_state = build_tx(self.inner_tx, hparams).init(params)
-        trained = self._trained(params, hparams)
-        response_state = hypergrad_init(
-            trained.loss(self.outer),
-            trained.loss(self.inner),
-            trained.response(self.response),
-            trained.part(params),
-            hparams,
-            has_aux=self.has_aux,
-            has_state=self.has_state,
-            model_state=model_state,
+        trained = InnerState(params, opt_state, model_state)
+        part = self._part(params, hparams)
+        response_state = part.response(self.response).init(
+            part.problem(self.problem.at(model_state)), part.of(params), hparams
         )
-        state = AlternateState(
-            params,
-            model_state,
-            opt_state,
-            hparams,
-            raw,
-            self.outer_tx.init(hparams if raw is None else raw),
-            self._lend(response_state, opt_state)[0],
-            jnp.zeros((), jnp.int32),
-        )
+        response_state, _ = self._lend(response_state, trained)
         # Copied again: bounds and optimizers may hand out the very arrays they were given,
         # and a buffer can be donated once only.
-        return own(state)
+        return own(AlternateState(trained, outer, response_state, jnp.zeros((), jnp.int32)))
 
     def step(
         self,
@@ -141,148 +97,113 @@ class Alternation:
         outer_batch: Batch,
         response_batch: Batch = None,
         key: Key | None = None,
-    ) -> tuple[AlternateState, AlternateInfo]:
+    ) -> tuple[AlternateState, Info]:
         """One step; see :func:`~bilevel.alternate`."""
         check_state(state, AlternateState)
         first, response_batch = self._split_batches(inner_batches, response_batch)
-        problem = Problem(self.outer, self.inner, self.has_aux, self.has_state, state.model_state)
+        problem = self.problem.at(state.model_state)
         check_problem(problem, state.params, state.hparams, first, outer_batch)
         check_inner(problem, state.params, state.hparams, first)
-        params, model_state, opt_state, inner_value = self._train(
-            problem, state, inner_batches, first
+        trained, inner_value = self._train(state, inner_batches, first)
+        solution, trained = self._solve(state, trained, response_batch, outer_batch, key)
+        grads = self.mover.pull(state.outer, solution.grads)
+        outer, norm = self.mover.move(state.outer, grads, value=solution.value)
+        cost = Cost(self.inner_steps, 0, 1).plus(
+            cost_of(self.response, state.hparams, solution.stats)
         )
-        solution, opt_state = self._solve(
-            state, params, model_state, opt_state, response_batch, outer_batch, key
-        )
-        # A response that trains (`Unroll`) has advanced the statistics along with the parameters.
-        advanced = getattr(solution.state, "model_state", None)
-        moved, outer_opt_state, norm = self._move(state, solution)
-        new = AlternateState(
-            solution.params,
-            model_state if advanced is None else advanced,
-            opt_state,
-            moved if self.constrain is None else self.constrain.constrain(moved),
-            None if self.constrain is None else moved,
-            outer_opt_state,
-            solution.state,
-            state.step + 1,
-        )
-        info = AlternateInfo(
+        new = AlternateState(trained, outer, solution.state, state.step + 1)
+        info = Info(
             solution.value,
             inner_value,
             norm,
+            state.hparams,
             solution.result,
             solution.stats,
+            cost.arrays(),
             solution.aux,
-            state.hparams,
         )
-        return AlternateState(*_like(new, state, AlternateState._fields)), info
+        return keep_types(new, state, "state", KEEP), info
 
     def _train(
-        self, problem: Problem, state: AlternateState, inner_batches: Batch, first: Batch
-    ) -> tuple[Params, ModelState, Any, Scalar]:
+        self, state: AlternateState, inner_batches: Batch, first: Batch
+    ) -> tuple[InnerState, Scalar]:
         """``inner_steps`` training steps, and the loss that the last of them saw."""
-        params, model_state, opt_state = state.params, state.model_state, state.inner_opt_state
-        hparams = state.hparams
+        trained, hparams = state.trained, state.hparams
         tx = build_tx(self.inner_tx, hparams)
         if not is_tx(self.inner_tx):  # the state of a fixed optimizer is the caller's to change
-            opt_state = refresh_injected(opt_state, tx, params)
+            opt_state = refresh_injected(trained.opt_state, tx, trained.params)
+            trained = trained._replace(opt_state=opt_state)
+        problem = self.problem.at(trained.model_state)
         if not self.inner_steps:
-            return params, model_state, opt_state, problem.inner_loss(params, hparams, first)
-        straight = self.unroll
-        if straight is None:
-            straight = wants_straight_line(problem, params, hparams, first)
-        gradient = jax.value_and_grad(problem.inner_loss_and_state, has_aux=True)
-
-        def train(k: Any, carry: Any) -> Any:
-            params, model_state, opt_state, _ = carry
-            batch = batch_at(inner_batches, k)
-            (value, new_model_state), grads = gradient(params, hparams, batch, model_state)
-            params, opt_state = update(
-                tx,
-                grads,
-                opt_state,
-                params,
-                value=value,
-                value_fn=lambda w: problem.inner_loss_and_state(w, hparams, batch, model_state)[0],
-            )
-            return _like((params, new_model_state, opt_state, value), carry)
-
-        shape = jax.eval_shape(problem.inner_loss, params, hparams, first)
-        carry = (params, model_state, opt_state, jnp.zeros((), shape.dtype))
-        return loop(self.inner_steps, train, carry, straight)
+            return trained, problem.inner_loss(trained.params, hparams, first)
+        trained, info = descend(
+            problem,
+            tx,
+            trained,
+            hparams,
+            inner_batches,
+            steps=self.inner_steps,
+            unroll=self.unroll,
+        )
+        return trained, info.loss[-1]
 
     def _solve(
         self,
         state: AlternateState,
-        params: Params,
-        model_state: ModelState,
-        opt_state: Any,
+        trained: InnerState,
         response_batch: Batch,
         outer_batch: Batch,
         key: Key | None,
-    ) -> tuple[Hypergradient, Any]:
-        """The hypergradient, with all parameters, and the optimizer state after it."""
-        trained = self._trained(params, state.hparams)
-        solution = hypergrad_solve(
-            trained.loss(self.outer),
-            trained.loss(self.inner),
-            trained.response(self.response),
-            trained.part(params),
-            state.hparams,
+    ) -> tuple[Hypergradient, InnerState]:
+        """The hypergradient, its state without what the run lent it, and what was trained."""
+        part = self._part(trained.params, state.hparams)
+        problem = part.problem(self.problem.at(trained.model_state))
+        response = part.response(self.response)
+        arguments: Any = dict(
             inner_batch=response_batch,
             outer_batch=outer_batch,
-            state=self._borrow(state.response_state, opt_state),
+            state=self._borrow(state.response, trained),
             key=key,
-            has_aux=self.has_aux,
-            has_state=self.has_state,
-            model_state=model_state,
         )
-        response_state, opt_state = self._lend(solution.state, opt_state)
-        solution = solution._replace(params=trained.whole(solution.params), state=response_state)
-        return solution, opt_state
-
-    def _move(self, state: AlternateState, solution: Hypergradient) -> tuple[Hparams, Any, Scalar]:
-        """What ``outer_tx`` moves, its state, and the norm of the gradient it received."""
-        moved, grads = state.hparams, solution.grads
-        if self.constrain is not None:
-            moved = state.raw
-            grads = jax.vjp(self.constrain.constrain, state.raw)[1](grads)[0]
-        moved, opt_state = update(
-            self.outer_tx,
-            grads,
-            state.outer_opt_state,
-            moved,
-            value=solution.value,
-            value_fn=no_line_search("outer_tx"),
+        point = (part.of(trained.params), state.hparams)
+        check_solve(problem, response, *point, **arguments)
+        solution = solve(problem, response, *point, **arguments)
+        response_state, opt_state = self._lend(solution.state, trained)
+        # A response that trains (`Unroll`) has advanced the statistics along with the parameters.
+        advanced = getattr(solution.state, "model_state", None)
+        trained = InnerState(
+            part.whole(solution.params),
+            opt_state,
+            trained.model_state if advanced is None else advanced,
         )
-        return moved, opt_state, tree.norm(grads)
+        return solution._replace(state=response_state), trained
 
-    def _trained(self, params: Params, hparams: Hparams) -> Trained:
+    def _part(self, params: Params, hparams: Hparams) -> Part:
         """The leaves that respond: those that ``inner_tx`` trains."""
         if self.trains:
-            return Trained(params, None)
-        return Trained(params, trained_leaves(build_tx(self.inner_tx, hparams), params))
+            return Part(params, None)
+        return Part(params, trained_leaves(build_tx(self.inner_tx, hparams), params))
 
-    def _borrow(self, response_state: Any, opt_state: Any) -> Any:
+    def _borrow(self, response_state: Any, trained: InnerState) -> Any:
         """The response's state with the run's optimizer state in it, if the response trains."""
         if self.trains and getattr(response_state, "opt_state", ()) is None:
-            return response_state._replace(opt_state=opt_state)
+            return response_state._replace(opt_state=trained.opt_state)
         return response_state
 
-    def _lend(self, response_state: Any, opt_state: Any) -> tuple[Any, Any]:
+    def _lend(self, response_state: Any, trained: InnerState) -> tuple[Any, Any]:
         """The response's state without an optimizer state, and that of the run after it.
 
         Raises:
           ValueError: the response trains with an optimizer of another kind.
         """
         if not self.trains or not hasattr(response_state, "opt_state"):
-            return response_state, opt_state
+            return response_state, trained.opt_state
         try:
-            check_same_tree(response_state.opt_state, opt_state, "opt_state")
+            check_same_tree(response_state.opt_state, trained.opt_state, "opt_state")
         except ValueError as error:
             if not getattr(self.response, "lookahead", True):
-                return response_state, opt_state  # it takes no step, so that its state is its own
+                # It takes no step, so that its state is its own.
+                return response_state, trained.opt_state
             raise ValueError(
                 "`inner_tx` of `alternate` and that of the response train the same parameters, so "
                 "that they share one optimizer state, but their states differ: pass the same "
@@ -311,31 +232,11 @@ class Alternation:
         )
         if not given:
             if count is None:
-                response_batch = batch_at(inner_batches, wanted - 1)
+                response_batch = select_batch(inner_batches, wanted - 1)
             else:
-                response_batch = part_of_stack(inner_batches, steps, count)
+                response_batch = select_batches(inner_batches, steps, count)
         if wanted:
-            return batch_at(inner_batches, 0), response_batch
-        return (response_batch if count is None else batch_at(response_batch, 0)), response_batch
-
-
-_REMEDIES = {
-    "inner_opt_state": "Build `inner_tx` so that its state keeps its dtypes: hyperparameters in "
-    "a wider dtype than `params` promote it.",
-    "outer_opt_state": "Choose an `outer_tx` whose state keeps its dtypes.",
-    "model_state": "The losses must return `model_state` as they received it.",
-    "response_state": "`response.init` must return what its pullback gives back.",
-    "inner_value": "The inner loss must return one dtype.",
-}
-
-
-def _like(
-    new: tuple[Any, ...],
-    old: tuple[Any, ...],
-    names: tuple[str, ...] = ("params", "model_state", "inner_opt_state", "inner_value"),
-) -> tuple[Any, ...]:
-    """Every part of ``new`` in the type of the same part of ``old``, or a named error."""
-    return tuple(
-        same_type(a, b, name, _REMEDIES.get(name, "It must keep its type."))
-        for a, b, name in zip(new, old, names, strict=True)
-    )
+            return select_batch(inner_batches, 0), response_batch
+        return (
+            response_batch if count is None else select_batch(response_batch, 0)
+        ), response_batch

@@ -6,11 +6,11 @@ r"""What an outer loop is: three pure functions, shaped like an optax transforma
     new, info = algorithm.step(state, inner_batches=..., outer_batch=..., key=...)
     params = algorithm.deploy(new, state.hparams)
 
-``state`` is a NamedTuple of arrays with at least ``params``, ``hparams`` (what the losses
-read), ``model_state`` and ``step`` (int32, updates made); ``info`` is a NamedTuple of arrays
-with at least ``value`` and ``hparams``. ``info.value`` is the outer loss at the pair
-``(deploy(new, info.hparams), info.hparams)``, where ``info.hparams`` are those of ``state``, before
-their update. That is all :func:`~bilevel.fit` knows of any algorithm.
+``state`` is a NamedTuple of arrays that can be asked for ``params``, ``hparams`` (what the losses
+read), ``model_state`` and ``step`` (int32, updates made); ``info`` is an :class:`Info`.
+``info.value`` is the outer loss at the pair ``(deploy(new, info.hparams), info.hparams)``, where
+``info.hparams`` are those of ``state``, before their update. That is all :func:`~bilevel.fit` knows
+of any algorithm.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel.aliases import Hparams, Params
-from bilevel.tree import paths
+from bilevel.ground.aliases import Hparams, Params, Scalar, Stats
+from bilevel.ground.cost import Cost
+
+
+class Info(NamedTuple):
+    r"""What a step saw: one record for every loop.
+
+    Attributes:
+      value: outer loss at the new parameters and the hyperparameters *before* their update.
+      inner_value: inner loss in the last training step, before that step moved; without training
+        steps, on the batch the response reads.
+      hypergrad_norm: norm of the gradient that ``outer_tx`` received (of the raw variable where
+        there are bounds).
+      hparams: what the training steps and the outer loss of this step read.
+      result: int32 :class:`~bilevel.Status`.
+      stats: scalars, the evidence for ``result``.
+      cost: derivatives evaluated in this step, see :class:`~bilevel.ground.cost.Cost`.
+      aux: auxiliary output of the outer loss, or what else a loop has to show.
+    """
+
+    value: Scalar
+    inner_value: Scalar
+    hypergrad_norm: Scalar
+    hparams: Hparams
+    result: jax.Array
+    stats: Stats
+    cost: Cost
+    aux: Any = None
 
 
 def own_params(state: Any, hparams: Hparams | None = None) -> Params:
@@ -41,8 +67,14 @@ class Algorithm(NamedTuple):
     """
 
     init: Callable[..., Any]
-    step: Callable[..., tuple[Any, Any]]
+    step: Callable[..., tuple[Any, Info]]
     deploy: Callable[..., Params] = own_params
+
+
+KEEP = (
+    "What a step carries keeps its type: losses must return `model_state`, optimizers their state, "
+    "and a response its own, in the shapes and kinds of numbers they received."
+)
 
 
 def own(tree: Any) -> Any:
@@ -73,28 +105,3 @@ def check_state(state: Any, expected: type) -> None:
             f"`state` must be what `init` returns, a {expected.__name__}, got "
             f"{type(state).__name__}."
         )
-
-
-def same_type(new: Any, old: Any, name: str, remedy: str) -> Any:
-    """``new`` in the strong dtypes of ``old``; refuses a tree, shape or dtype that changed.
-
-    A state that changes type in a step compiles again at the next one, or fails in ``scan``.
-    """
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        raise TypeError(
-            f"{name} changes its tree structure in a step, from {jax.tree.structure(old)} to "
-            f"{jax.tree.structure(new)}. {remedy}"
-        )
-    for (path, a), (_, b) in zip(paths(new, name), paths(old, name), strict=True):
-        if jnp.shape(a) != jnp.shape(b) or jnp.result_type(a) != jnp.result_type(b):
-            raise TypeError(
-                f"{path} changes in a step from {jnp.result_type(b)}{jnp.shape(b)} to "
-                f"{jnp.result_type(a)}{jnp.shape(a)}. {remedy}"
-            )
-
-    def strong(x: Any) -> jax.Array:
-        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
-            return x
-        return jax.lax.convert_element_type(x, jnp.result_type(x))
-
-    return jax.tree.map(strong, new)

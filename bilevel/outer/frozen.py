@@ -15,12 +15,13 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from bilevel import tree
-from bilevel.aliases import Hparams, Key, Loss, Params
+from bilevel.ground import tree
+from bilevel.ground.aliases import Hparams, Key, Params
+from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Response
 from bilevel.inner.network import Network
-from bilevel.operators import GaussNewton
-from bilevel.traced import depends
+from bilevel.problem.operators.gauss_newton import GaussNewton
+from bilevel.problem.two_losses import Problem
 
 
 def trained_leaves(tx: optax.GradientTransformation, params: Params) -> tuple[bool, ...] | None:
@@ -59,7 +60,7 @@ def _multiplies_by_zero(equation: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class Part:
     """Parameters in two parts: the trained leaves, and where the frozen ones stand.
 
     Attributes:
@@ -70,7 +71,7 @@ class Trained:
     params: Params
     flags: tuple[bool, ...] | None
 
-    def part(self, params: Params) -> Params:
+    def of(self, params: Params) -> Params:
         """The trained leaves, in a tree that has ``None`` in place of the frozen ones."""
         if self.flags is None:
             return params
@@ -89,11 +90,12 @@ class Trained:
         ]
         return jax.tree.unflatten(treedef, merged)
 
-    def loss(self, loss: Loss) -> Loss:
-        """A loss (or any function that reads parameters first) of the trained leaves."""
+    def problem(self, problem: Problem) -> Problem:
+        """``problem``, whose losses read the trained leaves."""
         if self.flags is None:
-            return loss
-        return _of_part(loss, self)
+            return problem
+        outer, inner = _of_part(problem.outer, self), _of_part(problem.inner, self)
+        return dataclasses.replace(problem, outer=outer, inner=inner)
 
     def response(self, response: Response) -> Response:
         """``response`` with every model it holds reading the trained leaves."""
@@ -111,9 +113,9 @@ class Trained:
         return dataclasses.replace(split, model=_of_part(split.model, self), penalty=penalty)
 
 
-def _of_part(function: Callable[..., Any], trained: Trained) -> Callable[..., Any]:
-    def of_part(part: Params, *rest: Any) -> Any:
-        return function(trained.whole(part), *rest)
+def _of_part(function: Callable[..., Any], part: Part) -> Callable[..., Any]:
+    def of_part(params: Params, *rest: Any) -> Any:
+        return function(part.whole(params), *rest)
 
     return of_part
 
@@ -132,12 +134,13 @@ class PartialNetwork:
 
     def init(self, key: Key, params: Params, hparams: Hparams) -> Any:
         """Parameters of the network for the trained leaves."""
-        return self.network.init(key, Trained(params, self.flags).part(params), hparams)
+        return self.network.init(key, Part(params, self.flags).of(params), hparams)
 
-    def apply(self, response: Any, params: Params, displacement: Hparams, /) -> Params:
+    def apply(self, network_params: Any, params: Params, displacement: Hparams, /) -> Params:
         """All parameters, of which the trained ones follow ``displacement``."""
-        trained = Trained(params, self.flags)
-        return trained.whole(self.network.apply(response, trained.part(params), displacement))
+        part = Part(params, self.flags)
+        moved = self.network.apply(network_params, part.of(params), displacement)
+        return part.whole(moved)
 
 
 def partial_network(network: Network, tx: optax.GradientTransformation, params: Params) -> Network:

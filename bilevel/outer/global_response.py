@@ -8,46 +8,57 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar
-from bilevel.checks import check_inner, check_key, check_point, check_problem
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar
+from bilevel.ground.batches import check_stack, select_batch
+from bilevel.ground.cost import Cost
+from bilevel.ground.keys import require_key
+from bilevel.ground.loops import keep_types, loop, must_unroll
+from bilevel.ground.settings import check_count
+from bilevel.ground.status import Status, status_of
 from bilevel.hypergradient.best_response import check_responds
+from bilevel.inner.descend import InnerState, StepInfo, take_step
 from bilevel.inner.network import Network
-from bilevel.linear.base import loop, status_of
-from bilevel.operators import wants_straight_line
-from bilevel.outer.base import Algorithm, check_state, own, same_type
-from bilevel.outer.training import (
-    batch_at,
-    check_fixed_tx,
-    check_loss,
-    check_stack,
-    check_tx,
-    update,
-)
-from bilevel.outer.tuning_state import GlobalResponseState
-from bilevel.problem import Problem
-from bilevel.settings import check_count
-from bilevel.status import Status, code
+from bilevel.inner.optimizer import check_fixed_tx, check_tx
+from bilevel.outer.base import KEEP, Algorithm, Info, check_state, own
+from bilevel.outer.variable import Mover, Variable
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_inner, check_losses, check_point, check_problem
 
 
-class GlobalResponseInfo(NamedTuple):
-    r"""What a step saw.
+class GlobalResponseState(NamedTuple):
+    r"""What :func:`global_response` carries.
 
     Attributes:
-      value: outer loss of the network's weights at the hyperparameters before their update.
-      inner_value: mean inner loss over the draws of the last training step.
-      grad_norm: norm of its gradient.
-      hypergrad_norm: norm of the gradient ``outer_tx`` received.
-      result: int32 :class:`~bilevel.Status`.
-      hparams: :math:`\lambda` of this step, before its update.
+      trained: base weights (learnt if the network is residual, otherwise only their shapes
+        count) with the parameters :math:`\phi` of the network, and the state of ``inner_tx``.
+      outer: :math:`\lambda`, the current best guess, and the state of ``outer_tx``.
+      step: int32, steps made.
     """
 
-    value: Scalar
-    inner_value: Scalar
-    grad_norm: Scalar
-    hypergrad_norm: Scalar
-    result: jax.Array
-    hparams: Hparams
+    trained: InnerState
+    outer: Variable
+    step: jax.Array
+
+    @property
+    def params(self) -> Params:
+        """Base weights; ``deploy`` gives those that the losses read."""
+        return self.trained.params[0]
+
+    @property
+    def network_params(self) -> Any:
+        r"""Parameters :math:`\phi` of the network."""
+        return self.trained.params[1]
+
+    @property
+    def hparams(self) -> Hparams:
+        """What the losses read."""
+        return self.outer.hparams
+
+    @property
+    def model_state(self) -> ModelState:
+        """``None``: there are no statistics."""
+        return None
 
 
 def global_response(
@@ -98,8 +109,7 @@ def global_response(
     Reference: Lorraine and Duvenaud, "Stochastic Hyperparameter Optimization through
     Hypernetworks", 2018.
     """
-    for name, loss in (("outer", outer), ("inner", inner)):
-        check_loss(name, loss)
+    check_losses(outer=outer, inner=inner)
     check_fixed_tx("inner_tx", inner_tx)
     check_tx("outer_tx", outer_tx)
     check_count("inner_steps", inner_steps)
@@ -115,8 +125,9 @@ def global_response(
             "current ones: use `Hypernetwork(...)` or `StructuredResponse(centred=False)`."
         )
     run = _GlobalResponse(
-        Problem(outer, inner), network, sample, inner_tx, outer_tx, inner_steps, draws, seed
-    )
+        Problem(outer, inner), network, sample, inner_tx, Mover(outer_tx, None), inner_steps,
+        draws, seed,
+    )  # fmt: skip
     return Algorithm(run.init, run.step, run.deploy)
 
 
@@ -128,7 +139,7 @@ class _GlobalResponse:
     network: Network
     sample: Callable[[Key, Hparams], Hparams]
     inner_tx: optax.GradientTransformation
-    outer_tx: optax.GradientTransformation
+    mover: Mover
     inner_steps: int
     draws: int
     seed: int
@@ -145,20 +156,13 @@ class _GlobalResponse:
         if model_state is not None:
             raise ValueError("`model_state` has no place in `global_response`: leave it out.")
         check_point(params, hparams)
+        key = require_key(jax.random.key(self.seed) if key is None else key, "`init`")
         params, hparams = own(params), own(hparams)
-        check_key(key)
-        key = jax.random.key(self.seed) if key is None else key
-        response = self.network.init(key, params, hparams)
-        state = GlobalResponseState(
-            params,
-            None,
-            response,
-            self.inner_tx.init((params, response)),
-            hparams,
-            self.outer_tx.init(hparams),
-            jnp.zeros((), jnp.int32),
+        both = (params, self.network.init(key, params, hparams))
+        trained = InnerState(both, self.inner_tx.init(both))
+        return own(
+            GlobalResponseState(trained, self.mover.begin(hparams), jnp.zeros((), jnp.int32))
         )
-        return own(state)
 
     def step(
         self,
@@ -167,79 +171,71 @@ class _GlobalResponse:
         inner_batches: Batch,
         outer_batch: Batch,
         key: Key | None = None,
-    ) -> tuple[GlobalResponseState, GlobalResponseInfo]:
+    ) -> tuple[GlobalResponseState, Info]:
         """One step; see :func:`global_response`."""
-        if key is None:
-            raise ValueError(
-                "`key` is missing: a step draws hyperparameters. Pass `key=jax.random.key(...)`."
-            )
-        check_key(key)
+        key = require_key(key, "A step")
         check_state(state, GlobalResponseState)
         reads = f"one batch for each of the inner_steps={self.inner_steps} steps"
         check_stack(inner_batches, self.inner_steps, "inner_batches", reads)
-        first = batch_at(inner_batches, 0)
+        first = select_batch(inner_batches, 0)
         check_problem(self.problem, state.params, state.hparams, first, outer_batch)
         check_inner(self.problem, state.params, state.hparams, first)
         check_responds(self.problem, state.params, state.hparams, first, outer_batch)
-        (params, response), opt_state, inner_value, grad_norm = self._train(
-            state, inner_batches, first, key
-        )
+        trained, seen = self._train(state, inner_batches, first, key)
 
         def validation(lam: Hparams) -> Scalar:
-            weights = self.network.apply(response, params, lam)
+            weights = self.network.apply(trained.params[1], trained.params[0], lam)
             return self.problem.outer_loss(weights, lam, outer_batch)[0]
 
         value, grads = jax.value_and_grad(validation)(state.hparams)
-        hparams, outer_opt_state = update(
-            self.outer_tx, grads, state.outer_opt_state, state.hparams,
-            value=value, value_fn=validation,
-        )  # fmt: skip
-        norm = tree.norm(grads)
+        outer, norm = self.mover.move(state.outer, grads, value=value, value_fn=validation)
         result = status_of(
-            code(Status.ok),
-            (~jnp.isfinite(inner_value), Status.nonfinite_input),
+            Status.ok,
+            (~jnp.isfinite(seen.loss), Status.nonfinite_input),
             (~jnp.isfinite(value + norm), Status.nonfinite_output),
         )
-        new = GlobalResponseState(
-            params, None, response, opt_state, hparams, outer_opt_state, state.step + 1
+        new = GlobalResponseState(trained, outer, state.step + 1)
+        info = Info(
+            value,
+            seen.loss,
+            norm,
+            state.hparams,
+            result,
+            {"grad_norm": seen.grad_norm},
+            Cost(self.inner_steps * self.draws, 0, 1).arrays(),
         )
-        new = same_type(new, state, "state", "Choose optimizers whose state keeps its dtypes.")
-        return new, GlobalResponseInfo(value, inner_value, grad_norm, norm, result, state.hparams)
+        return keep_types(new, state, "state", KEEP), info
 
     def deploy(self, state: GlobalResponseState, hparams: Hparams | None = None) -> Params:
         """The network's weights at ``hparams``; see :class:`~bilevel.Algorithm`."""
         at = state.hparams if hparams is None else hparams
-        return self.network.apply(state.response, state.params, at)
+        return self.network.apply(state.network_params, state.params, at)
 
     def _train(
         self, state: GlobalResponseState, inner_batches: Batch, first: Batch, key: Key
-    ) -> tuple[Any, Any, Scalar, Scalar]:
-        """``inner_steps`` training steps: weights, optimizer state, last loss and its slope."""
+    ) -> tuple[InnerState, StepInfo]:
+        """``inner_steps`` training steps, and what the last of them saw."""
 
-        def mean_loss(weights: Any, drawn: Hparams, batch: Batch) -> Scalar:
+        def mean_loss(both: Any, drawn: Hparams, batch: Batch) -> Scalar:
             def one(lam: Hparams) -> Scalar:
-                at = self.network.apply(weights[1], weights[0], lam)
+                at = self.network.apply(both[1], both[0], lam)
                 return self.problem.inner_loss(at, lam, batch)
 
             if self.draws == 1:  # products with a batch of one set of weights are slow on CPU
                 return one(jax.tree.map(lambda x: x[0], drawn))
             return jnp.mean(jax.vmap(one)(drawn))
 
-        def train(k: Any, carry: Any) -> Any:
-            weights, opt_state, loss, norm = carry
+        def train(k: Any, carry: tuple[InnerState, Any]) -> tuple[InnerState, Any]:
             keys = jax.random.split(jax.random.fold_in(key, k), self.draws)
             drawn = jax.vmap(lambda k: self.sample(k, state.hparams))(keys)
             drawn = jax.tree.map(lambda x, y: x.astype(y.dtype), drawn, state.hparams)
-            batch = batch_at(inner_batches, k)
-            value, grads = jax.value_and_grad(mean_loss)(weights, drawn, batch)
-            new = update(
-                self.inner_tx, grads, opt_state, weights,
-                value=value, value_fn=lambda w: mean_loss(w, drawn, batch),
-            )  # fmt: skip
-            new = same_type(new, (weights, opt_state), "training state", "Keep its dtypes.")
-            return *new, value.astype(loss.dtype), tree.norm(grads).astype(norm.dtype)
+            batch = select_batch(inner_batches, k)
+            trained, info = take_step(
+                lambda both, _: (mean_loss(both, drawn, batch), None), self.inner_tx, carry[0]
+            )
+            return trained, (info.loss.astype(zero.dtype), info.grad_norm.astype(zero.dtype))
 
-        straight = wants_straight_line(self.problem, state.params, state.hparams, first)
+        unroll = must_unroll(self.problem.inner_loss, state.params, state.hparams, first)
         zero = jnp.zeros((), tree.norm(state.params).dtype)
-        start = ((state.params, state.response), state.opt_state, zero, zero)
-        return loop(self.inner_steps, train, start, straight)
+        trained, seen = loop(self.inner_steps, train, (state.trained, (zero, zero)), unroll)
+        return trained, StepInfo(*seen)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.aliases import Hparams
-from bilevel.tree import paths
+from bilevel.ground.aliases import Hparams
+from bilevel.ground.tree import paths
 
 
 @jax.tree_util.register_dataclass

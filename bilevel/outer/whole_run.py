@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Batch, Key, Scalar
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Key, Scalar
+from bilevel.ground.keys import check_key
+from bilevel.ground.settings import check_count
 from bilevel.outer.base import Algorithm
-from bilevel.regularizers.strength import check_key
-from bilevel.settings import check_count
 
 
 class WholeRun(NamedTuple):

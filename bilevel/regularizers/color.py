@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Key
-from bilevel.regularizers.strength import check_key, floating, strengths, widened
+from bilevel.ground.aliases import Key
+from bilevel.ground.keys import check_key
+from bilevel.regularizers.strength import floating, strengths, widened
 
 GRAY = np.array([0.299, 0.587, 0.114])
 _TO_YIQ = np.array([GRAY, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])

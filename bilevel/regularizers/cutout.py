@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Key
-from bilevel.regularizers.strength import check_key, floating, real_dtype, strengths
-from bilevel.settings import check_count, check_real, concrete
+from bilevel.ground.aliases import Key
+from bilevel.ground.keys import check_key
+from bilevel.ground.settings import check_count, check_real, concrete
+from bilevel.regularizers.strength import floating, real_dtype, strengths
 
 
 def cutout_mask(

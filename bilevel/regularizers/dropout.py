@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Key
-from bilevel.regularizers.strength import axes, check_integers, check_key, floating, rates, widened
-from bilevel.settings import check_count, concrete
+from bilevel.ground.aliases import Key
+from bilevel.ground.keys import check_key
+from bilevel.ground.settings import check_count, concrete
+from bilevel.regularizers.strength import axes, check_integers, floating, rates, widened
 
 
 def dropout_mask(

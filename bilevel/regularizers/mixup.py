@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.aliases import Key
-from bilevel.regularizers.strength import check_key, floating, strengths, widened
-from bilevel.tree import paths
+from bilevel.ground.aliases import Key
+from bilevel.ground.keys import check_key
+from bilevel.ground.tree import paths
+from bilevel.regularizers.strength import floating, strengths, widened
 
 
 def mixup(key: Key, x: Any, targets: Any, alpha: jax.Array | float) -> tuple[Any, Any]:

@@ -2,8 +2,9 @@ r"""Noise on inputs: additive and multiplicative, differentiable in its strength
 
 import jax
 
-from bilevel.aliases import Key
-from bilevel.regularizers.strength import check_key, floating, strengths, widened
+from bilevel.ground.aliases import Key
+from bilevel.ground.keys import check_key
+from bilevel.regularizers.strength import floating, strengths, widened
 
 
 def input_noise(key: Key, x: jax.Array, std: jax.Array | float) -> jax.Array:

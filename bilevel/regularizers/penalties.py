@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Params, Scalar
-from bilevel.leaves import select
+from bilevel.ground.aliases import Params, Scalar
+from bilevel.ground.leaves import select
+from bilevel.ground.settings import check_real, concrete
+from bilevel.ground.tree import accumulate
 from bilevel.regularizers.strength import describe, real_dtype
-from bilevel.settings import check_real, concrete
-from bilevel.tree import accumulate
 
 
 def l2_penalty(

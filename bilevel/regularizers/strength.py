@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.settings import concrete
-from bilevel.tree import accumulator_dtype
+from bilevel.ground.settings import concrete
+from bilevel.ground.tree import accumulator_dtype
 
 
 def check_strength(
@@ -73,19 +73,6 @@ def strengths(
 def rates(name: str, value: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """Probabilities in ``[0, 1)``: at 1 nothing is left to rescale."""
     return strengths(name, value, x, 0.0, 1.0, open_high=True)
-
-
-def check_key(key: Any) -> None:
-    """Refuse what is not one PRNG key."""
-    dtype, shape = getattr(key, "dtype", None), jnp.shape(key) if hasattr(key, "shape") else None
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not typed and not (dtype == np.uint32 and shape is not None and len(shape) >= 1):
-        raise TypeError(f"`key` must be a PRNG key such as jax.random.key(0), got {describe(key)}.")
-    if len(shape or ()) != (0 if typed else 1):
-        raise ValueError(
-            f"`key` has shape {shape}, expected one key: pick one, or map over them with "
-            "`jax.vmap`."
-        )
 
 
 def floating(name: str, x: Any, least_ndim: int = 0, shape: str = "(B, ...)") -> jax.Array:

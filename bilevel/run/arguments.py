@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.checks import check_key
+from bilevel.ground.keys import check_key
 
 ON_NONFINITE = ("raise", "skip", "stop")
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Hparams, ModelState, Params
+from bilevel.ground import tree
+from bilevel.ground.aliases import Hparams, ModelState, Params
 from bilevel.outer.base import Algorithm, own
 
 

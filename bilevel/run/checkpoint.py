@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.tree import paths
+from bilevel.ground.tree import paths
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"

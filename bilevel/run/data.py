@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Batch
-from bilevel.tree import paths
+from bilevel.ground.aliases import Batch
+from bilevel.ground.tree import paths
 
 _RULE = (
     "Pass a function of the integer step, the same batch for the same step, so that a resumed run "

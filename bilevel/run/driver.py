@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bilevel.aliases import Batch, Key
+from bilevel.ground.aliases import Batch, Key
 from bilevel.outer.base import Algorithm, own
 from bilevel.run import arguments
 from bilevel.run.best import Point

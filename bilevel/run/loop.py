@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from bilevel.aliases import Hparams, Key
+from bilevel.ground.aliases import Hparams, Key
+from bilevel.ground.settings import check_number, check_real
 from bilevel.outer.base import Algorithm
 from bilevel.run import arguments
 from bilevel.run.best import Point, keep_best_jitted, no_best, point_of_jitted
@@ -15,7 +16,6 @@ from bilevel.run.data import Data
 from bilevel.run.record import Record
 from bilevel.run.report import Report
 from bilevel.run.step import Carry, check_step, compiled_step, stays_finite
-from bilevel.settings import check_number, check_real
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Hparams
-from bilevel.status import Status
+from bilevel.ground.aliases import Hparams
+from bilevel.ground.status import Status
 
 Record = dict[str, Any]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bilevel.aliases import Hparams, ModelState, Params
+from bilevel.ground.aliases import Hparams, ModelState, Params
 from bilevel.run.record import Record
 from bilevel.run.trust import Trust
 

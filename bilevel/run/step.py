@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Batch, Key, Scalar
-from bilevel.outer.base import Algorithm, same_type
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Key, Scalar
+from bilevel.ground.loops import keep_types
+from bilevel.outer.base import Algorithm
 from bilevel.run.best import Best, keep_best, point_of
 from bilevel.run.record import numbers_of
 
@@ -55,7 +56,7 @@ def compiled_step(alg: Algorithm, min_delta: float, by_loss: bool) -> Callable[.
     ) -> tuple[Carry, dict[str, Any], Any]:
         old, best, halted = carry
         new, info = one_step(alg, old, batches, key, i)
-        new = same_type(new, old, "state", "`alg.step` must return the state as it received it.")
+        new = keep_types(new, old, "state", "`alg.step` must return the state as it received it.")
         parts = finite_parts(new, old, info)
         finite = jnp.all(jnp.stack(list(parts.values())))
         moves = finite & ~halted

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Vector
+from bilevel.ground.aliases import Batch, Hparams, Key, Loss, Params, Vector
 from bilevel.hypergradient import Hypergradient, Response, hypergrad_solve
-from bilevel.operators import GaussNewton
-from bilevel.problem import Problem
+from bilevel.problem.operators.gauss_newton import GaussNewton
+from bilevel.problem.two_losses import Problem
 
 
 def flatten(tree: Any) -> np.ndarray:

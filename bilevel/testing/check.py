@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Hparams, Key, MatVec
+from bilevel.ground.aliases import Hparams, Key, MatVec
+from bilevel.ground.status import RESIDUAL, Status
+from bilevel.ground.tree import accumulator_dtype
 from bilevel.hypergradient import Hypergradient, Response, hypergrad_solve
 from bilevel.linear import LinearMap, LinearSolution, LinearSolver
-from bilevel.status import RESIDUAL, Status
 from bilevel.testing.case import Case, Exact, flatten, unflatten
 from bilevel.testing.cases import cases as all_cases
-from bilevel.tree import accumulator_dtype
 
 Reference: TypeAlias = Callable[[Case], np.ndarray]
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.operators import GaussNewton, LinearModel
+from bilevel.problem.operators.gauss_newton import GaussNewton
+from bilevel.problem.operators.linear_model import LinearModel
 from bilevel.testing.case import (
     Case,
     Exact,

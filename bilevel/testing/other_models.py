@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from bilevel.operators import GaussNewton
+from bilevel.problem.operators.gauss_newton import GaussNewton
 from bilevel.testing.case import (
     Case,
     Exact,

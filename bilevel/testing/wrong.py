@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from bilevel import tree
-from bilevel.aliases import Hparams
+from bilevel.ground import tree
+from bilevel.ground.aliases import Hparams
+from bilevel.ground.status import Status, code
 from bilevel.hypergradient import Implicit, hypergrad_solve
 from bilevel.linear import Dense, Identity, LinearSolution, LinearSolver
 from bilevel.linear.base import finish
-from bilevel.operators import Hessian
-from bilevel.status import Status, code
+from bilevel.problem.operators.hessian import Hessian
 from bilevel.testing.case import Case
 from bilevel.testing.check import Reference
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel
-from bilevel.linear_map import LinearMap
+from bilevel.ground.linear_map import LinearMap
 from experiments.inverse.config import Config
 from experiments.inverse.problem import Case, Exact
 

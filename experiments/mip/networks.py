@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from bilevel import tree
+from bilevel.ground import tree
 from bilevel.inner.hypernetwork import Encoding, encode
 from experiments.mip import tasks
 from experiments.mip.config import Config, Task

@@ -10,7 +10,7 @@ import pytest
 
 import bilevel
 from bilevel import CG, Diagonal, GaussNewton, Hessian, Implicit, LinearModel, Neumann, Stochastic
-from bilevel.traced import contains_primitive
+from bilevel.ground.traced import contains_primitive
 
 ROWS, FEATURES, CLASSES = 10_000, 784, 10
 

@@ -25,8 +25,8 @@ MUTANTS = [
     Mutant(
         "mixed_product_on_the_first_batch",
         "hypergradient/implicit.py",
-        "mixed_batch = slice_batch(inner_batch, -1) if self.fresh_batches else inner_batch",
-        "mixed_batch = slice_batch(inner_batch, 0) if self.fresh_batches else inner_batch",
+        "mixed_batch = select_batch(inner_batch, (self.num_inner_batches() or 1) - 1)",
+        "mixed_batch = select_batch(inner_batch, 0)",
         "the mixed product reads a batch that a solve has read: the estimate is biased",
         ("test_linear.py::test_fresh_batches_make_an_unbiased_series",),
     ),
@@ -144,7 +144,7 @@ MUTANTS = [
     ),
     Mutant(
         "select_batch_same_key",
-        "inner/descend.py",
+        "ground/batches.py",
         "return jax.random.fold_in(x, index)",
         "return x",
         "all training steps draw the same dropout mask",

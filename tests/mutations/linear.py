@@ -39,17 +39,17 @@ MUTANTS = [
     ),
     Mutant(
         "damping_dropped_when_fresh",
-        "operators.py",
-        "                image = problem.hvp(params, hparams, slice_batch(batch, i), v)\n"
+        "problem/operators/hessian.py",
+        "                image = problem.hvp(params, hparams, select_batch(batch, i), v)\n"
         "                return tree.axpy(self.damping, v, tree.cast_like(image, v))",
-        "                image = problem.hvp(params, hparams, slice_batch(batch, i), v)\n"
+        "                image = problem.hvp(params, hparams, select_batch(batch, i), v)\n"
         "                return tree.cast_like(image, v)",
         "`Hessian(damping)` is undamped under `fresh_batches`",
         ("test_linear.py::test_damping_is_part_of_every_product_with_a_fresh_batch",),
     ),
     Mutant(
         "gauss_newton_damping_dropped_when_fresh",
-        "operators.py",
+        "problem/operators/gauss_newton.py",
         "return tree.axpy(self.damping, v, tree.cast_like(mv(v), v))",
         "return tree.cast_like(mv(v), v)",
         "`GaussNewton(damping=...)` is undamped under `fresh_batches`",
@@ -57,7 +57,7 @@ MUTANTS = [
     ),
     Mutant(
         "gauss_newton_without_penalty",
-        "operators.py",
+        "problem/operators/gauss_newton.py",
         "return image if bend is None else tree.add(image, bend(v))",
         "return image",
         "the curvature of the penalty is not part of the Gauss-Newton matrix",
@@ -65,7 +65,7 @@ MUTANTS = [
     ),
     Mutant(
         "diagonal_without_damping",
-        "operators.py",
+        "problem/operators/gauss_newton.py",
         "    damping = tree.scale(op.damping, tree.accumulate(ones))\n",
         "    damping = tree.scale(0.0, tree.accumulate(ones))\n",
         "the known diagonal leaves out the damping",
@@ -73,7 +73,7 @@ MUTANTS = [
     ),
     Mutant(
         "last_block_counted_twice",
-        "operators.py",
+        "problem/operators/gauss_newton.py",
         "u = jnp.where(new.reshape(-1, *(1,) * (u.ndim - 1)), u, 0)",
         "u = jnp.where(jnp.full_like(new, True).reshape(-1, *(1,) * (u.ndim - 1)), u, 0)",
         "examples in the overlap of the last two blocks count twice in the diagonal",

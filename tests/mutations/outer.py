@@ -49,14 +49,14 @@ MUTANTS = [
     Mutant(
         "validation_batch_0_only",
         "outer/cycle.py",
-        "batch = batch_at(outer_batch, j) if tuning.outer_steps > 1 else outer_batch",
-        "batch = batch_at(outer_batch, 0) if tuning.outer_steps > 1 else outer_batch",
+        "batch = select_batch(outer_batch, j) if tuning.outer_steps > 1 else outer_batch",
+        "batch = select_batch(outer_batch, 0) if tuning.outer_steps > 1 else outer_batch",
         "every validation step reads the first batch",
         ("test_self_tuning.py::test_several_validation_steps_read_a_batch_each",),
     ),
     Mutant(
         "integer_round_without_clip",
-        "outer/bounds.py",
+        "space/bounds.py",
         "return jnp.clip(jnp.round(value), float(self.lo), float(self.hi))",
         "return jnp.round(value)",
         "`Integer(lo, hi).round` may leave its range by one",
@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     Mutant(
         "interval_check_closed",
-        "outer/bounds.py",
+        "space/bounds.py",
         "inside = (value >= low) & (value <= high)",
         "inside = (value >= low - abs(low) * 1e-3 - 1e-3) & (value <= high + 1e-3)",
         "a start at an end of the interval passes",

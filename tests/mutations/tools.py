@@ -5,7 +5,7 @@ from mutations import Mutant
 MUTANTS = [
     Mutant(
         "diagnosis_without_margin",
-        "diagnose.py",
+        "tools/diagnosis.py",
         "stationary = stationarity <= STATIONARY",
         "stationary = stationarity <= 1e3",
         "every point passes for a minimum",
@@ -45,7 +45,7 @@ MUTANTS = [
     ),
     Mutant(
         "status_of_the_best_lane",
-        "status.py",
+        "ground/status.py",
         "status = Status(int(results.max()))",
         "status = Status(int(results.min()))",
         "`raise_for_status` is silent unless every lane of a vmapped solve failed",
@@ -53,7 +53,7 @@ MUTANTS = [
     ),
     Mutant(
         "count_accepts_true",
-        "settings.py",
+        "ground/settings.py",
         "if isinstance(value, bool) or not isinstance(value, (int, np.integer)):",
         "if not isinstance(value, (int, np.integer)):",
         "`CG(max_steps=True)` makes one step",
@@ -61,7 +61,7 @@ MUTANTS = [
     ),
     Mutant(
         "empty_batch_passes",
-        "checks.py",
+        "ground/batches.py",
         "        if 0 in jnp.shape(leaf):\n",
         "        if False:\n",
         "the mean over no examples is NaN",
@@ -69,7 +69,7 @@ MUTANTS = [
     ),
     Mutant(
         "unread_hyperparameter_passes",
-        "checks.py",
+        "problem/validate.py",
         "        if not (a or b)\n",
         "        if False\n",
         "a hyperparameter that no derivative reaches gets a silent zero",
@@ -80,7 +80,7 @@ MUTANTS = [
     ),
     Mutant(
         "step_of_differences_halved",
-        "check.py",
+        "tools/differences.py",
         "NEWTON_STEPS = 50",
         "NEWTON_STEPS = 0",
         "the inner problem is not solved again",
@@ -88,7 +88,7 @@ MUTANTS = [
     ),
     Mutant(
         "linen_keeps_params_in_rest",
-        "adapters.py",
+        "tools/models.py",
         'for name, tree in variables.items() if name != "params"}',
         "for name, tree in variables.items()}",
         "the parameters are also part of the model state",

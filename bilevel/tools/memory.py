@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
-from bilevel.checks import check_entries, check_key
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params
+from bilevel.ground.batches import check_entries
+from bilevel.ground.keys import check_key
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.hypergradient.unroll import Unroll

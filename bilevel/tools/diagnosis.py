@@ -8,18 +8,22 @@ from typing import Any
 
 import jax
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
-from bilevel.checks import check_batch, check_inexact, check_inner, check_key
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params
+from bilevel.ground.batches import check_batch
+from bilevel.ground.keys import check_key
+from bilevel.ground.settings import check_count, check_settings_used
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.lanczos import Extremes, Tridiagonal, extremes, lanczos
 from bilevel.linear.neumann import Neumann
-from bilevel.operators import GaussNewton, Hessian, Operator
-from bilevel.outer.training import check_loss
-from bilevel.problem import Problem
-from bilevel.settings import check_count, check_settings_used
+
+from bilevel.problem.operators.base import Operator
+from bilevel.problem.operators.gauss_newton import GaussNewton
+from bilevel.problem.operators.hessian import Hessian
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_inexact, check_inner, check_losses
 
 STATIONARY = 1e-3
 CONDITION = 1e4  # beyond it a float32 solve loses four of its seven digits
@@ -116,7 +120,7 @@ def diagnose(
     Hessian eigenvalue density", ICML 2019.
     """
     check_count("num_steps", num_steps)
-    check_loss("inner", inner)
+    check_losses(inner=inner)
     check_key(key)
     check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
     check_inexact(hparams, "hparams", "Hyperparameters are real numbers.")

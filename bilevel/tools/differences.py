@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Loss, Params, Vector
-from bilevel.checks import check_batch, check_key, check_point, check_response
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Loss, Params, Vector
+from bilevel.ground.batches import check_batch
+from bilevel.ground.keys import check_key
+from bilevel.ground.settings import check_count, check_number, check_real
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.linear.cg import CG
-from bilevel.operators import Hessian
-from bilevel.outer.training import check_loss
-from bilevel.problem import Problem
-from bilevel.settings import check_count, check_number, check_real
+
+from bilevel.problem.operators.hessian import Hessian
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_losses, check_point, check_response
 
 NEWTON_STEPS = 50
 LINE_SEARCH = 25
@@ -109,8 +111,7 @@ def check_hypergrad(
     Newton's method finds from ``params``: look at ``distance``.
     """
     check_count("directions", directions)
-    for name, loss in (("outer", outer), ("inner", inner)):
-        check_loss(name, loss)
+    check_losses(outer=outer, inner=inner)
     check_response(response)
     check_point(params, hparams)
     check_batch(inner_batch, "inner_batch")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.aliases import Scalar, Vector
+from bilevel.ground.aliases import Scalar, Vector
 
 
 def accumulator_dtype(dtype: Any) -> jnp.dtype:

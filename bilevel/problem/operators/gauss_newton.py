@@ -1,154 +1,23 @@
-r"""Which matrix stands for the curvature of the inner problem: Hessian or Gauss–Newton.
-
-An operator is a value with one method, ``bind``: given the problem and a point it returns a
-:class:`~bilevel.linear.LinearMap`, a function :math:`v \mapsto A v`, linearised once.
-"""
+r"""The Gauss–Newton matrix of the inner loss: its product, diagonal and factors."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import tree
-from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Vector
-from bilevel.linear_map import Factors, LinearMap, SampledDiagonal
-from bilevel.problem import Problem
-from bilevel.settings import check_settings, real
-from bilevel.traced import contains_primitive
-
-
-class Bound(NamedTuple):
-    """An operator at a point: the inner gradient there, and the product."""
-
-    inner_grad: Vector
-    mv: LinearMap
-
-
-class Operator(Protocol):
-    """Anything with this method is an operator.
-
-    With ``fresh`` the batch has a leading axis; product ``i`` uses its slice ``i``.
-    """
-
-    def bind(
-        self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
-    ) -> Bound: ...
-
-
-def wants_straight_line(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> bool:
-    """Whether loops over products must be unrolled: convolutions, on the CPU back end."""
-    return jax.default_backend() == "cpu" and contains_primitive(
-        problem.inner_loss, params, hparams, batch, prefix="conv_general_dilated"
-    )
-
-
-def slice_batch(batches: Batch, i: Any) -> Batch:
-    """Batch ``i`` of a stack, by index: nothing is copied but the slice."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=0, keepdims=False), batches
-    )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Hessian:
-    r""":math:`A = \nabla^2_{ww} h + \rho I`.
-
-    Args:
-      damping: :math:`\rho \ge 0`, in units of curvature; traced, so a change never recompiles.
-
-    Symmetric but indefinite away from a minimum of a non-convex loss. Cost: one gradient to
-    bind (linearised once at this batch), about 1.2 gradients a product, and one backward
-    pass of memory; with fresh batches about 2.5 gradients a product.
-    """
-
-    damping: float | jax.Array = real(0.0, low=0)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-
-    def bind(
-        self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
-    ) -> Bound:
-        """Linearise the inner gradient at ``params``."""
-        if fresh:
-            first = slice_batch(batch, 0)
-            bound = self.bind(problem, params, hparams, first, fresh=False)
-
-            def product(v: Vector, i: Any) -> Vector:
-                image = problem.hvp(params, hparams, slice_batch(batch, i), v)
-                return tree.axpy(self.damping, v, tree.cast_like(image, v))
-
-            return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
-        inner_grad, mv = problem.linearize(params, hparams, batch)
-        unroll = wants_straight_line(problem, params, hparams, batch)
-        return Bound(inner_grad, LinearMap(mv, self.damping, unroll))
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearModel:
-    r"""The model :math:`z = X W + b` for a :class:`GaussNewton` that may use its structure.
-
-    Args:
-      features: ``features(hparams, batch) -> X``, (N, D).
-
-    ``params`` is W, (D, C) or (D,), or a pair ``(W, b)``, or a mapping with ``kernel`` and,
-    optionally, ``bias``, (C,). Knowing this form buys two things: the exact diagonal of the
-    Gauss–Newton matrix for less than a gradient (see :class:`~bilevel.Diagonal`), and products
-    that read X in the order it is stored, which XLA's own transpose of a thin product does not.
-    """
-
-    features: Callable[[Hparams, Batch], jax.Array]
-
-    def __call__(self, params: Params, hparams: Hparams, batch: Batch, *state: Any) -> jax.Array:
-        """Outputs, (N, C) or (N,)."""
-        return self.apply(params, self.features(hparams, batch))
-
-    def apply(self, params: Params, x: jax.Array) -> jax.Array:
-        """Outputs for given features."""
-        kernel, bias = _kernel_and_bias(params)
-        z = x @ kernel
-        return z if bias is None else z + jnp.broadcast_to(bias, z.shape)
-
-    def transpose(self, params: Params, x: jax.Array, u: jax.Array) -> Vector:
-        r""":math:`J^\top u`, shaped like ``params``."""
-        kernel, bias = _kernel_and_bias(params)
-        if u.ndim == 2:
-            # The barrier keeps XLA from folding the transpose back into `x.T @ u`, which
-            # walks X against its memory order and takes twice the time for few columns.
-            d_kernel = (jax.lax.optimization_barrier(u.T) @ x).T
-        else:
-            d_kernel = u @ x
-        d_bias = None if bias is None else u.sum(0)
-        return _like(params, d_kernel.astype(kernel.dtype), d_bias)
-
-
-def _kernel_and_bias(params: Params) -> tuple[jax.Array, jax.Array | None]:
-    if isinstance(params, (tuple, list)):
-        kernel, bias = params
-        return kernel, bias
-    if hasattr(params, "keys"):
-        extra = set(params.keys()) - {"kernel", "bias"}
-        if extra or "kernel" not in params:
-            raise ValueError(
-                "LinearModel expects params with the keys 'kernel' and, optionally, 'bias', got "
-                f"{sorted(map(str, params.keys()))}. Use a plain function for other models."
-            )
-        return params["kernel"], params.get("bias")
-    return params, None
-
-
-def _like(params: Params, kernel: jax.Array, bias: jax.Array | None) -> Vector:
-    leaves = [kernel] if bias is None else [kernel, bias]
-    if hasattr(params, "keys") and bias is not None:
-        # A mapping flattens in its own order: sorted for most, as inserted for some.
-        path = jax.tree_util.tree_flatten_with_path(params)[0][0][0]
-        leaves = leaves if "kernel" in jax.tree_util.keystr(path[:1]) else leaves[::-1]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Key, Params, Scalar, Vector
+from bilevel.ground.batches import select_batch
+from bilevel.ground.linear_map import Factors, LinearMap, SampledDiagonal
+from bilevel.ground.loops import must_unroll
+from bilevel.ground.settings import check_settings, real
+from bilevel.problem.operators.base import Bound
+from bilevel.problem.operators.linear_model import LinearModel
+from bilevel.problem.two_losses import Problem
 
 
 @jax.tree_util.register_dataclass
@@ -202,11 +71,11 @@ class GaussNewton:
     ) -> Bound:
         """Linearise model, output loss and penalty at ``params``."""
         if fresh:
-            first = slice_batch(batch, 0)
+            first = select_batch(batch, 0)
             bound = self.bind(problem, params, hparams, first, fresh=False)
 
             def product(v: Vector, i: Any) -> Vector:
-                mv, _ = _gauss_newton(self, problem, params, hparams, slice_batch(batch, i))
+                mv, _ = _gauss_newton(self, problem, params, hparams, select_batch(batch, i))
                 return tree.axpy(self.damping, v, tree.cast_like(mv(v), v))
 
             return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
@@ -221,7 +90,7 @@ class GaussNewton:
             LinearMap(
                 mv,
                 self.damping,
-                wants_straight_line(problem, params, hparams, batch),
+                must_unroll(problem.inner_loss, params, hparams, batch),
                 diagonal,
                 SampledDiagonal(lambda: _separable_penalty(self, params, hparams), sample),
                 lambda: _factors(self, problem, params, hparams, batch),

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.settings import check_count, concrete
-from bilevel.tree import accumulator_dtype
+from bilevel.ground.settings import check_count, concrete
+from bilevel.ground.tree import accumulator_dtype
 
 
 @runtime_checkable

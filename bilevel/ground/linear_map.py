@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bilevel import tree
-from bilevel.aliases import Key, MatVec, Vector
+from bilevel.ground import tree
+from bilevel.ground.aliases import Key, MatVec, Vector
 
 
 class Factors(NamedTuple):

@@ -7,16 +7,18 @@ from typing import Any
 import jax
 import optax
 
-from bilevel.aliases import Loss, Params
+from bilevel.ground.aliases import Loss
+from bilevel.ground.settings import check_count, check_number, check_real
 from bilevel.inner.network import Network, StructuredResponse
-from bilevel.operators import GaussNewton
+from bilevel.inner.optimizer import check_fixed_tx, check_tx
 from bilevel.outer.base import Algorithm
-from bilevel.outer.constrain import Space
-from bilevel.outer.cycle import deploy, init, step
-from bilevel.outer.training import check_fixed_tx, check_loss, check_tx
-from bilevel.outer.tuning import Tuning
-from bilevel.outer.tuning_state import GlobalResponseState, SelfTuningState, weights_at
-from bilevel.settings import check_count, check_number, check_real
+from bilevel.outer.self_tuning.cycle import deploy, init, step
+from bilevel.outer.self_tuning.losses import Tuning
+from bilevel.outer.variable import Mover, check_space
+from bilevel.problem.operators.gauss_newton import GaussNewton
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_losses
+from bilevel.space.space import Space
 
 
 def self_tuning(
@@ -99,7 +101,7 @@ def self_tuning(
 
       ``init(params, hparams, model_state=None, *, key=None) -> SelfTuningState``.
 
-      ``step(state, *, inner_batches, outer_batch, key) -> (state, SelfTuningInfo)``, one cycle.
+      ``step(state, *, inner_batches, outer_batch, key) -> (state, Info)``, one cycle.
       ``inner_batches`` has a leading axis of ``inner_steps``, ``outer_batch`` one of
       ``outer_steps`` if that is above 1 (a single ``jax.random.key`` may come without, and is
       split by step). Keys that are leaves of a batch give the losses their randomness,
@@ -162,8 +164,7 @@ def self_tuning(
             "`shared` must be parts of the names of hyperparameters (a string or several), got "
             f"{shared!r}."
         )
-    for name, loss in (("outer", outer), ("inner", inner)):
-        check_loss(name, loss)
+    check_losses(outer=outer, inner=inner)
     response_tx = inner_tx if response_tx is None else response_tx
     scale_tx = outer_tx if scale_tx is None else scale_tx
     check_fixed_tx("inner_tx", inner_tx)
@@ -171,30 +172,23 @@ def self_tuning(
     check_tx("outer_tx", outer_tx)
     check_tx("scale_tx", scale_tx)
     _check_network(network, linearize, has_state)
-    if constrain is not None and not isinstance(constrain, Space):
-        raise TypeError(
-            "`constrain` must be a `Space`, such as `Space({'rate': Interval(0, 0.95)})`, or "
-            f"None, got {constrain!r}."
-        )
+    check_space(constrain, "{'rate': Interval(0, 0.95)}")
     tuning = Tuning(
-        outer=outer,
-        inner=inner,
+        problem=Problem(outer, inner, has_state=has_state),
         inner_tx=inner_tx,
-        outer_tx=outer_tx,
+        mover=Mover(outer_tx, constrain, rounded=True),
         inner_steps=inner_steps,
         outer_steps=outer_steps,
         network=network,
         response_tx=response_tx,
-        scale_tx=scale_tx,
+        scale_mover=Mover(scale_tx, None, name="scale_tx"),
         scale=scale,
         tune_scales=tune_scales,
         entropy=entropy,
         groups=groups,
         shared=(shared,) if isinstance(shared, str) else tuple(shared),
         linearize=linearize,
-        constrain=constrain,
         warm_up=warm_up,
-        has_state=has_state,
         seed=seed,
     )
     return Algorithm(
@@ -219,16 +213,3 @@ def _check_network(network: Any, linearize: GaussNewton | None, has_state: bool)
             "`has_state=True` needs a centred network: statistics advance in the step that is "
             "not perturbed, which an uncentred network does not have."
         )
-
-
-def tuned_params(network: Network, state: SelfTuningState | GlobalResponseState) -> Params:
-    """The weights to deploy: those at the current hyperparameters, as ``deploy(state)`` gives them.
-
-    For a centred network the base weights as they are, at no cost; for an uncentred one those
-    that the response gives at the current hyperparameters. For a network of layers that is
-    uncentred, what the losses read: the weights and one displacement for every example.
-    """
-    if network.centred:
-        return state.params
-    raw = state.hparams if isinstance(state, GlobalResponseState) else state.raw
-    return weights_at(network, state.response, state.params, raw)

@@ -18,8 +18,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bilevel.aliases import ModelState, Params
-from bilevel.settings import require_extra
+from bilevel.ground.aliases import ModelState, Params
+from bilevel.ground.settings import require_extra
 
 
 class Split(NamedTuple):

@@ -8,19 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from bilevel.aliases import Batch, Hparams, Params
-from bilevel.problem import Problem
-from bilevel.traced import depends
-from bilevel.tree import paths
-
-
-def _dtype(leaf: Any) -> Any:
-    """The dtype of an array or number; ``TypeError`` for all else, names of dtypes included."""
-    if isinstance(leaf, (str, bytes, type, np.dtype)):
-        raise TypeError(f"{leaf!r} is no array")
-    return jnp.result_type(leaf)
+from bilevel.ground.aliases import Batch, Hparams, Params
+from bilevel.ground.batches import array_dtype, check_batch
+from bilevel.ground.traced import depends
+from bilevel.ground.tree import paths
+from bilevel.problem.two_losses import Problem
 
 
 def check_inexact(tree: Any, name: str, remedy: str) -> None:
@@ -30,7 +23,7 @@ def check_inexact(tree: Any, name: str, remedy: str) -> None:
     """
     for path, leaf in paths(tree, name):
         try:
-            dtype = _dtype(leaf)
+            dtype = array_dtype(leaf)
         except TypeError:
             raise TypeError(
                 f"{path} is a {type(leaf).__name__}, expected a real floating-point array. It is "
@@ -61,28 +54,13 @@ def check_response(response: Any) -> None:
         )
 
 
-def check_batch(batch: Batch, name: str) -> None:
-    """Refuse what is no array, and an array of size zero: its mean loss would be NaN."""
-    check_entries(batch, name)
-    for path, leaf in paths(batch, name):
-        if 0 in jnp.shape(leaf):
-            raise ValueError(
-                f"{path} is empty (shape {jnp.shape(leaf)}): expected at least one example."
-            )
-
-
-def check_entries(batch: Batch, name: str) -> None:
-    """Refuse what is no array of numbers and no key."""
-    for path, leaf in paths(batch, name):
-        try:
-            _dtype(leaf)
-        except TypeError:
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
+def check_losses(**losses: Any) -> None:
+    """Refuse losses that cannot be called."""
+    for name, loss in losses.items():
+        if not callable(loss):
             raise TypeError(
-                f"{path} is a {type(leaf).__name__} ({kind}), expected an array of numbers or a "
-                "key: encode it as numbers (tokens, labels) before it enters a batch, or let the "
-                "loss close over it."
-            ) from None
+                f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
+            )
 
 
 def check_scalar(shape: Any, name: str, has_aux_hint: bool) -> None:
@@ -221,25 +199,6 @@ def check_point(params: Params, hparams: Hparams) -> None:
         raise ValueError(
             "`hparams` has no leaves: there is no hyperparameter to differentiate. Pass at least "
             "one number."
-        )
-
-
-def check_key(key: Any) -> None:
-    """Refuse what is not one PRNG key, typed or raw; ``None`` passes."""
-    if key is None:
-        return
-    dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    raw = dtype == np.uint32 and np.shape(key) in ((2,), (4,))
-    if not (raw or typed):
-        raise TypeError(
-            f"`key` must be a JAX random key, got {key!r} of type {type(key).__name__}: pass "
-            "`key=jax.random.key(0)`."
-        )
-    if typed and np.shape(key) != ():
-        raise ValueError(
-            f"`key` has shape {np.shape(key)}, expected one key: pass one of them, or map over "
-            "several with `jax.vmap`."
         )
 
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import jax
 
-from bilevel.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar, Vector
-from bilevel.tree import cast_like
+from bilevel.ground.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar, Vector
+from bilevel.ground.tree import cast_like
 
 
 class Point:
@@ -69,6 +69,10 @@ class Problem:
     has_aux: bool = False
     has_state: bool = False
     model_state: ModelState = None
+
+    def at(self, model_state: ModelState) -> "Problem":
+        """The same losses, reading these statistics."""
+        return dataclasses.replace(self, model_state=model_state)
 
     def inner_loss(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
         """:math:`h(w, \\lambda)` on one batch; advanced model state is discarded."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bilevel.tree import paths
+from bilevel.ground.tree import paths
 
 
 def select(tree: Any, names: str | Sequence[str] | None) -> list[tuple[str, Any]]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.settings import check_number, check_real
+from bilevel.ground.settings import check_number, check_real
 
 RESIDUAL = 0.1
 """A solve whose residual is above this part of its right side has not converged."""
@@ -125,6 +125,14 @@ class HypergradientError(RuntimeError):
 def code(status: Status) -> jax.Array:
     """The status as an int32 scalar."""
     return jnp.asarray(int(status), jnp.int32)
+
+
+def status_of(otherwise: Any, *failures: tuple[Any, Status]) -> jax.Array:
+    """The first failure whose condition holds, else ``otherwise`` (a status or an array)."""
+    result = jnp.asarray(otherwise, jnp.int32)
+    for condition, status in reversed(failures):
+        result = jnp.where(condition, code(status), result)
+    return result
 
 
 def worst(*results: jax.Array) -> jax.Array:

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.aliases import Hparams
-from bilevel.outer.bounds import Bound, keep_inside
-from bilevel.tree import accumulator_dtype
+from bilevel.ground.aliases import Hparams
+from bilevel.ground.tree import accumulator_dtype
+from bilevel.space.bounds import Bound, keep_inside
 
 
 def _floating_dtype(leaf: Any, name: str) -> np.dtype:

@@ -1,0 +1,1 @@
+"""The ground: words, settings, trees, batches and loops, which know of no problem."""

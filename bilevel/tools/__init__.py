@@ -1,0 +1,1 @@
+"""Tools for people: models as pytrees, diagnosis, differences, memory."""
