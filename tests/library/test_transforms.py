@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 import bilevel
 from bilevel import CG, Dense, Diagonal, GaussNewton, Hessian, Implicit, Neumann, Stochastic, tree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def inner(w, lam, batch):
