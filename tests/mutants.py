@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mutations import ROOT, Mutant, all_mutants  # noqa: E402
+from mutations import ROOT, Mutant, all_mutants, path_of  # noqa: E402
 
 COPIED = ("bilevel", "tests", "docs", "pyproject.toml", "README.md", "experiments")
 
@@ -57,7 +57,7 @@ def copy_tree(root: Path, into: Path) -> None:
 def run_tests(where: Path, tests: tuple[str, ...], limit: float) -> tuple[int, str]:
     """Exit status of pytest in the copy ``where``, and the first test that failed."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "--tb=no", "-rfE", "-m", ""]
-    command += ["-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+    command += ["-p", "no:cacheprovider", *(path_of(test, where) for test in tests)]
     # The copy stands first on the path, before any installed `bilevel`.
     env = {**os.environ, "PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
@@ -66,7 +66,7 @@ def run_tests(where: Path, tests: tuple[str, ...], limit: float) -> tuple[int, s
         )
     except subprocess.TimeoutExpired:
         return 1, f"no end after {limit:.0f} s"
-    found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+.*?)(?: - .*)?$", done.stdout, re.M)
+    found = re.search(r"^(?:FAILED|ERROR) (?:tests/\w+/)?(\S+.*?)(?: - .*)?$", done.stdout, re.M)
     last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
     return done.returncode, found[1] if found else "".join(last)
 

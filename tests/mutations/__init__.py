@@ -1,8 +1,8 @@
 """Small mistakes put into the library on purpose, room by room; each must be noticed by a test.
 
 A mutant replaces one piece of text, which must occur exactly once in its file, so that a change of
-the library that touches it is told (``tests/test_mutants.py``). ``python tests/mutants.py`` runs
-them.
+the library that touches it is told (``tests/library/test_mutants.py``). ``python tests/mutants.py``
+runs them.
 """
 
 import importlib
@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
+FOLDERS = ("tests/library", "tests/experiments")
+
+
+def path_of(test: str, root: Path = ROOT) -> str:
+    """A test by its path from the root: ``tests/library/test_linear.py::test_name``."""
+    file = test.split("::")[0]
+    folder = next((f for f in FOLDERS if (root / f / file).exists()), FOLDERS[0])
+    return f"{folder}/{test}"
 
 
 class Mutant(NamedTuple):
@@ -22,7 +30,8 @@ class Mutant(NamedTuple):
       old: text that occurs exactly once in that file.
       new: what stands there instead.
       means: what a user would get.
-      tests: test files or node ids below ``tests/``, one of which must fail.
+      tests: test files or node ids, one of which must fail: ``test_linear.py::test_name``, in
+        ``tests/library/`` or ``tests/experiments/``.
       survives: why no test can tell (the program is equivalent), else None.
     """
 

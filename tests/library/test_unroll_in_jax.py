@@ -127,7 +127,7 @@ def test_batch_norm_equals_central_differences(mode):
 
 
 def test_a_root_at_zero_in_the_loss_says_what_to_do():
-    """Adam's own roots are mended (tests/test_optimizer.py), the user's are not."""
+    """Adam's own roots are mended (test_optimizer.py), the user's are not."""
 
     def rooted(w, lam, batch):  # finite itself, and of infinite slope in the hyperparameter
         return inner(w, LAM, batch) + jnp.sqrt(lam["lr"] - LAM["lr"]) * jnp.sum(w)

@@ -14,14 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from faults_run import ALG, OUTER, STEPS, first_state, inner_data, run
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from faults_run import ALG, OUTER, STEPS, first_state, inner_data, run  # noqa: E402
-
-from bilevel import fit  # noqa: E402
-from bilevel.run import NonfiniteError  # noqa: E402
-from bilevel.run.checkpoint import Checkpoints  # noqa: E402
+from bilevel import fit
+from bilevel.run import NonfiniteError
+from bilevel.run.checkpoint import Checkpoints
 
 BAD = 13  # the step of every fault that has one; checkpoints are at 4, 8, 12, ...
 
@@ -68,8 +65,8 @@ def assert_same_run(whole, folder, result):
 
 def start(folder, pause):
     """The run as another process, with a pause after every step."""
-    program = Path(__file__).with_name("faults_run.py")
-    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
+    program = Path(__file__).parents[1] / "faults_run.py"
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
     command = [sys.executable, str(program), str(folder), str(STEPS), str(pause)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 

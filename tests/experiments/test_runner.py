@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="needs bilevel[experiments]")
 
 from experiments.common import baselines, budget, cli, expected, figures, record, report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 numbers = itertools.count()
 
 CONFIG = """

@@ -12,7 +12,7 @@ import pytest
 
 import bilevel
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # A snapshot: adding a name is a decision, and so is taking one away.
 NAMES = """

@@ -17,7 +17,7 @@ import bilevel
 from bilevel import CG, Dense, Diagonal, GaussNewton, Hessian, Implicit, Neumann, Stochastic
 from bilevel.ground import tree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def inner(w, lam, batch):

@@ -16,7 +16,7 @@ import pytest
 from experiments.common import record
 from experiments.digits import config, methods, problem, run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_penalty_is_half_the_decayed_square():

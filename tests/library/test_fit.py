@@ -174,7 +174,7 @@ def test_the_log_has_one_line_a_step_and_the_numbers_to_judge_it(whole):
 def kill_and_resume(folder, moments):
     """Run this file as a program; kill it at each moment (lines in its log), then let it end."""
     command = [sys.executable, __file__, str(folder)]
-    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
     log = folder / "log.jsonl"
     killed = 0
     for moment, pause in moments:

@@ -2,27 +2,22 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from faults_run import ALG, OUTER, first_state, inner_data, train, valid
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from faults_run import ALG, OUTER, first_state, inner_data, train, valid  # noqa: E402
-
-from bilevel import Identity, Implicit, alternate, fit, self_tuning  # noqa: E402
-from bilevel.outer.base import Algorithm  # noqa: E402
-from bilevel.run.best import point_of  # noqa: E402
-from bilevel.run.data import Data  # noqa: E402
-from bilevel.run.lock import locked  # noqa: E402
-from bilevel.run.log import JsonLog  # noqa: E402
-from bilevel.run.step import stays_finite  # noqa: E402
-from bilevel.run.trust import Trust, trust_of  # noqa: E402
+from bilevel import Identity, Implicit, alternate, fit, self_tuning
+from bilevel.outer.base import Algorithm
+from bilevel.run.best import point_of
+from bilevel.run.data import Data
+from bilevel.run.lock import locked
+from bilevel.run.log import JsonLog
+from bilevel.run.step import stays_finite
+from bilevel.run.trust import Trust, trust_of
 
 
 def short(steps=3, **kwargs):

@@ -7,7 +7,7 @@ import ast
 
 import mutants as runner
 import pytest
-from mutations import ROOT, Mutant, all_mutants
+from mutations import ROOT, Mutant, all_mutants, path_of
 
 MUTANTS = all_mutants()
 
@@ -24,8 +24,8 @@ def test_a_mutant_applies_and_names_tests_that_exist(mutant: Mutant):
     ast.parse(changed)  # a syntax error would be "killed" by every test
     assert mutant.old != mutant.new and mutant.means and mutant.tests
     for test in mutant.tests:
-        file, *names = test.split("::")
-        text = (ROOT / "tests" / file).read_text()
+        file, *names = path_of(test).split("::")
+        text = (ROOT / file).read_text()
         if names:
             assert f"def {names[0].split('[')[0]}(" in text, f"{test} is gone"
 
@@ -33,9 +33,9 @@ def test_a_mutant_applies_and_names_tests_that_exist(mutant: Mutant):
 def test_the_runner_tells_a_kill_from_a_survivor(tmp_path):
     """On a library of one line, so that nothing is compiled."""
     (tmp_path / "bilevel").mkdir()
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "library").mkdir(parents=True)
     (tmp_path / "bilevel" / "__init__.py").write_text("def twice(x):\n    return x + x\n")
-    (tmp_path / "tests" / "test_it.py").write_text(
+    (tmp_path / "tests" / "library" / "test_it.py").write_text(
         "import bilevel\n\ndef test_two():\n    assert bilevel.twice(2) == 4\n"
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from floor_plan import FLOORS, plan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 ORDER = [f"bilevel.{name}" for names in FLOORS.values() for name in names] + ["bilevel"]
 
