@@ -23,6 +23,8 @@ from bilevel.hypergradient import hypergrad_init as hypergrad_init
 from bilevel.hypergradient import hypergrad_solve as hypergrad_solve
 from bilevel.hypergradient import value_and_hypergrad as value_and_hypergrad
 from bilevel.hypergradient import with_response as with_response
+from bilevel.inner.descend import InnerState as InnerState
+from bilevel.inner.descend import descend as descend
 from bilevel.inner.hypernetwork import Hypernetwork as Hypernetwork
 from bilevel.inner.network import StructuredResponse as StructuredResponse
 from bilevel.linear import CG as CG

@@ -211,8 +211,8 @@ class BestResponse:
             if self.steps == 0:
                 raise ValueError(
                     "`state` is None and `steps` is 0: an untrained response says that nothing "
-                    "moves. Pass `state=BestResponseState(network_params, None)` of a trained one, or "
-                    "set `steps` and `tx` to train it in every call."
+                    "moves. Pass `state=BestResponseState(network_params, None)` of a trained one, "
+                    "or set `steps` and `tx` to train it in every call."
                 )
             return
         if not isinstance(state, BestResponseState):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Batch, Hparams, ModelState, Params, Scalar
+from bilevel.ground.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar
 from bilevel.ground.batches import select_batch
 from bilevel.ground.loops import keep_types, must_unroll, strong_types
 from bilevel.inner.mixed import close_loss, is_float, mixed_gradient
@@ -82,7 +82,7 @@ def take_step(
 
 
 def descend(
-    problem: Problem,
+    inner: Problem | Loss,
     tx: optax.GradientTransformation,
     state: InnerState,
     hparams: Hparams,
@@ -100,9 +100,11 @@ def descend(
         \qquad t = \text{first}, \ldots, \text{first} + \text{steps} - 1
 
     Args:
-      problem: its ``inner`` is the loss; with ``has_state`` the model state is threaded.
+      inner: the loss, ``loss(params, hparams, batch) -> scalar``; or a :class:`~bilevel.Problem`
+        whose ``inner`` it is, with ``has_state`` the model state is threaded.
       tx: an optax transformation, built from ``hparams`` where its settings are to be tuned.
-      state: from :func:`start`, or what an earlier call returned.
+      state: ``InnerState(params, tx.init(params), model_state)``, or what an earlier call
+        returned.
       hparams: passed to the loss.
       batches: every leaf has a leading axis, batch t at index t. A single ``jax.random.key``
         is split: step t sees ``fold_in(key, t)``.
@@ -120,7 +122,18 @@ def descend(
       through which no derivative flows.
 
     Cost: one inner gradient a step.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, bilevel
+      >>> def train(w, lam, batch):
+      ...     return 0.5 * jnp.sum((w - batch) ** 2)
+      >>> tx, w = optax.sgd(0.5), jnp.zeros(1)
+      >>> state, info = bilevel.descend(
+      ...     train, tx, bilevel.InnerState(w, tx.init(w)), None, jnp.ones((2, 1)), steps=2)
+      >>> float(state.params[0]), info.loss.tolist()
+      (0.75, [0.5, 0.125])
     """
+    problem = inner if isinstance(inner, Problem) else Problem(inner, inner)
     if unroll is None:
         batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
         here = dataclasses.replace(problem, model_state=state.model_state)

@@ -38,7 +38,7 @@ class Network(Protocol):
 
 
 def gradient_cost(network: Network, learns: int) -> float:
-    """Inner gradients that one of displaced weights is worth; see :class:`~bilevel.ground.cost.Cost`.
+    """Inner gradients that one of displaced weights is worth (see ``Cost``).
 
     ``learns``: of the base weights and the network, how many it is taken in (0, 1 or 2).
     """

@@ -84,14 +84,14 @@ def finite_parts(new: Any, old: Any, info: Any) -> dict[str, Scalar]:
     for field, name in (("inner_value", "inner_loss"), ("hypergrad_norm", "hypergradient")):
         if hasattr(info, field):
             parts[name] = tree.all_finite(getattr(info, field))
-    named = ("params", "hparams", "model_state")
-    for name in named:
+    named = set()
+    for name in ("params", "hparams", "model_state"):
         if hasattr(new, name):
             parts[name] = stays_finite(getattr(new, name), getattr(old, name))
-    rest = [name for name in _fields(new) if name not in named]
-    parts["state"] = stays_finite(
-        [getattr(new, name) for name in rest], [getattr(old, name) for name in rest], memory=True
-    )
+            named |= {id(leaf) for leaf in jax.tree.leaves(getattr(new, name))}
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    rest = [(x, y) for x, y in pairs if id(x) not in named]
+    parts["state"] = stays_finite([x for x, _ in rest], [y for _, y in rest], memory=True)
     return parts
 
 

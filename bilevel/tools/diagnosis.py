@@ -18,7 +18,6 @@ from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.lanczos import Extremes, Tridiagonal, extremes, lanczos
 from bilevel.linear.neumann import Neumann
-
 from bilevel.problem.operators.base import Operator
 from bilevel.problem.operators.gauss_newton import GaussNewton
 from bilevel.problem.operators.hessian import Hessian

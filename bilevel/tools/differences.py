@@ -17,7 +17,6 @@ from bilevel.ground.settings import check_count, check_number, check_real
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.linear.cg import CG
-
 from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_losses, check_point, check_response

@@ -17,7 +17,7 @@ from flax import nnx
 
 import bilevel
 from bilevel.inner.layers import split_layers
-from bilevel.outer import cycle
+from bilevel.outer.self_tuning import cycle
 from bilevel.regularizers import dropout
 from experiments.bench import inputs
 from experiments.bench.config import Config
@@ -141,10 +141,10 @@ def _training(workload: Workload, which: str, **settings: Any) -> Any:
         batches = jax.tree.map(lambda a: a[None], batch)
         trained, *_ = cycle.train(tuning, states[which], batches, key, not workload.net.locked)
         return (
-            trained.params,
-            trained.inner_opt_state[0].trace,
-            trained.response,
-            trained.response_opt_state[0].trace,
+            trained.weights.params,
+            trained.weights.opt_state[0].trace,
+            trained.network.params,
+            trained.network.opt_state[0].trace,
         )
 
     return function
@@ -155,8 +155,8 @@ def _validation(workload: Workload, which: str, **settings: Any) -> Any:
 
     def function(params: Any, hparams: Any, inner: Any, held_out: Any, key: Any) -> Any:
         state = inner[1][which]
-        moved, *_ = cycle.tune(tuning, state, state, held_out, key)
-        return moved.raw, moved.raw_scales
+        moved, *_ = cycle.tune(tuning, state, state.trained, held_out, key)
+        return moved.outer.moving, moved.widths.moving
 
     return function
 
@@ -168,7 +168,7 @@ def _ordinary(workload: Workload) -> Any:
         batch, states = inner
         state = states["weight"]
         gradient = jax.grad(workload.inner)(state.params, state.hparams, batch, drop_by_hand)
-        return _descend(state.params, state.inner_opt_state[0].trace, gradient)
+        return _descend(state.params, state.trained.weights.opt_state[0].trace, gradient)
 
     return function
 
@@ -205,10 +205,10 @@ def _training_by_hand(workload: Workload) -> Any:
             rates = {"rates": HIGHEST * jax.nn.sigmoid(lam)}
             return workload.inner(_displaced(params, response, lam), rates, batch, drop_by_hand)
 
-        gradients = jax.grad(loss, argnums=(0, 1))(state.params, state.response)
+        gradients = jax.grad(loss, argnums=(0, 1))(state.params, state.network_params)
         return (
-            *_descend(state.params, state.inner_opt_state[0].trace, gradients[0]),
-            *_descend(state.response, state.response_opt_state[0].trace, gradients[1]),
+            *_descend(state.params, state.trained.weights.opt_state[0].trace, gradients[0]),
+            *_descend(state.network_params, state.trained.network.opt_state[0].trace, gradients[1]),
         )
 
     return function
@@ -220,7 +220,9 @@ def _validation_by_hand(workload: Workload) -> Any:
 
         def objective(raw: Any, raw_scales: Any) -> jax.Array:
             lam = _perturbed(raw, raw_scales, jax.random.fold_in(key, 1))
-            value = workload.outer(_displaced(state.params, state.response, lam), None, held_out)
+            value = workload.outer(
+                _displaced(state.params, state.network_params, lam), None, held_out
+            )
             return value - ENTROPY * jnp.sum(jnp.log(jax.nn.softplus(raw_scales["rates"])))
 
         start = (state.raw, state.raw_scales)

@@ -36,6 +36,14 @@ def space(config: Any) -> bilevel.Space:
     return bilevel.Space(bounds)
 
 
+def with_scale(state: Any, scale: Any) -> Any:
+    """A self-tuning state whose perturbations all have this width (which may be traced)."""
+    raw = jnp.log(jnp.expm1(scale))
+    widths = state.moved.widths
+    widths = widths._replace(hparams=jax.tree.map(lambda s: jnp.full_like(s, raw), widths.hparams))
+    return state._replace(moved=state.moved._replace(widths=widths))
+
+
 def start(config: Any) -> dict[str, jax.Array]:
     """Where tuning starts, and what is fixed without it: 0.05, and one hole of four pixels."""
     values = dict.fromkeys(names(config), 0.05) | {"cutout_holes": 1.0, "cutout_length": 4.0}

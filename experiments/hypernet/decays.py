@@ -129,7 +129,7 @@ def local(method: str, config: Decays) -> Any:
         def stretch(state: Any, key: jax.Array) -> Any:
             count = steps(config) // config.points
             state = bilevel.scan_run(made, state, sample, count, key=key).state
-            w = net.apply(state.response, first, state.hparams)
+            w = made.deploy(state)
             flat = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(state.hparams)])
             measured = outer(w, None, valid), outer(w, None, test), flat.mean(), flat.std()
             return state, jnp.stack(measured)

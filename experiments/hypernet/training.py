@@ -61,7 +61,7 @@ def algorithm(method: str, config: Curve) -> bilevel.Algorithm:
 @functools.cache
 def train(method: str, config: Curve, points: int) -> Any:
     """``(key, train, valid) -> (path of the log decay, learnt curves, phi)``, at ``points``."""
-    made, net = algorithm(method, config), network(method, config)
+    made = algorithm(method, config)
     grid = jnp.linspace(config.low, config.high, config.grid)
 
     def whole(key: jax.Array, train: Any, valid: Any) -> Any:
@@ -81,12 +81,12 @@ def train(method: str, config: Curve, points: int) -> Any:
             state = bilevel.scan_run(made, state, sample, config.steps // points, key=key).state
 
             def loss(lam: jax.Array) -> jax.Array:
-                return problem.outer(net.apply(state.response, first, lam), lam, valid)
+                return problem.outer(made.deploy(state, lam), lam, valid)
 
             return state, (state.hparams, jax.lax.map(loss, grid))
 
         state, (path, curves) = jax.lax.scan(stretch, state, jax.random.split(key, points))
-        return path, curves, state.response
+        return path, curves, state.network_params
 
     return jax.jit(whole)
 

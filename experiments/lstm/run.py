@@ -123,10 +123,10 @@ def _one(
 
 def with_rate(state: Any, lr: float) -> Any:
     """The state with another step size of the training optimizer."""
-    opt_state = state.inner_opt_state
+    opt_state = state.trained.opt_state
     rate = opt_state.hyperparams["learning_rate"]
     changed = opt_state._replace(hyperparams={"learning_rate": jnp.full_like(rate, lr)})
-    return state._replace(inner_opt_state=changed)
+    return state._replace(trained=state.trained._replace(opt_state=changed))
 
 
 def _paths(hparams: Any) -> list[tuple[str, Any]]:
@@ -247,19 +247,12 @@ def sample(config: Config, parts: Any, key: Any, step: Any) -> dict[str, Any]:
 
 def _train(config: Config, state: Any, *, inner_batches: Any, **_: Any) -> Any:
     """The training steps of an outer step, and no hypergradient."""
-    inner, tx = _inner(config), _inner_tx(config)
-
-    def body(carry: Any, batch: Any) -> Any:
-        params, opt_state, states = carry
-        grads, states = jax.grad(inner, has_aux=True)(params, state.hparams, batch, states)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state, states), None
-
-    carry = (state.params, state.inner_opt_state, state.model_state)
-    (params, opt_state, states), _none = jax.lax.scan(body, carry, inner_batches)
-    return state._replace(
-        params=params, inner_opt_state=opt_state, model_state=states, step=state.step + 1
-    ), None
+    both = bilevel.Problem(_inner(config), _inner(config), has_state=True)
+    trained, _info = bilevel.descend(
+        both, _inner_tx(config), state.trained, state.hparams, inner_batches,
+        steps=config.inner_steps, unroll=False,
+    )  # fmt: skip
+    return state._replace(trained=trained, step=state.step + 1), None
 
 
 def measure(config: Config, params: Any, stream: jax.Array) -> jax.Array:

@@ -80,7 +80,7 @@ def train(variant: str, optimizer: str, task: Task, config: Config) -> Any:
             state = bilevel.scan_run(algorithm, state, sample, count, key=key).state
 
             def loss(lam: jax.Array) -> jax.Array:
-                w = network.apply(state.response, state.params, lam)
+                w = algorithm.deploy(state, lam)
                 if not task.channels:
                     return inner(w, lam, seen(task, data))
                 return jax.lax.map(lambda part: inner(w, lam, part), seen(task, data)).mean()

@@ -93,12 +93,12 @@ def tuned(config: Config) -> Any:
         state = result.state
         norms = {
             "hypergrad_norm": jnp.mean(result.infos.hypergrad_norm),
-            "response_norm": result.infos.response_norm[-1],
+            "response_norm": result.infos.stats["response_norm"][-1],
         }
-        weights = network.plain(state.response, state.params)
+        weights = algorithm.deploy(state)
         return state, (
             bounds.constrain(state.raw),
-            jax.tree.map(jax.nn.softplus, state.raw_scales),
+            state.scales,
             norms,
             evaluated(config, weights, held_out),
             result.infos.hparams,

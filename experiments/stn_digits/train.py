@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from experiments.common import batches
+from experiments.common import batches, stn
 from experiments.stn_digits import problem
 from experiments.stn_digits.config import Config
 
@@ -102,17 +102,18 @@ def tuned(method: str, config: Config, normalised: bool = True) -> Any:
 
         def some(state: Any, _: None) -> Any:
             result = bilevel.scan_run(algorithm, state, draw, every, key=key)
-            weights = bilevel.tuned_params(network, result.state)
-            if network.centred:
-                weights = network.plain(result.state.response, weights)
+            weights = algorithm.deploy(result.state)
             infos = result.infos
-            kept = (infos.hparams, infos.scales, infos.hypergrad_norm, infos.response_norm)
+            kept = (
+                infos.hparams,
+                infos.aux["scales"],
+                infos.hypergrad_norm,
+                infos.stats["response_norm"],
+            )
             return result.state, (kept, evaluated(config, weights, sets))
 
         state = algorithm.init(params, problem.rates(start), key=key)
-        raw_scale = jnp.log(jnp.expm1(mode.scale))
-        widths = jax.tree.map(lambda s: jnp.full_like(s, raw_scale), state.raw_scales)
-        state = state._replace(raw_scales=widths)
+        state = stn.with_scale(state, mode.scale)
         return jax.lax.scan(some, state, None, length=config.points)[1]
 
     return jax.jit(jax.vmap(one, (None, 0, 0, 0, None)))

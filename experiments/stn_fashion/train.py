@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from experiments.common import batches
+from experiments.common import batches, stn
 from experiments.stn_fashion import problem
 from experiments.stn_fashion.config import Config
 
@@ -118,21 +118,16 @@ def tuned(config: Config, centred: bool = True, normalised: bool = False) -> Any
         def some(state: Any, _: None) -> Any:
             result = bilevel.scan_run(algorithm, state, sample, every, key=key)
             state = result.state
-            weights = bilevel.tuned_params(network, state)
-            if centred:
-                weights = network.plain(state.response, weights)
-            scales = jax.tree.map(jax.nn.softplus, state.raw_scales)
+            weights = algorithm.deploy(state)
             norms = {
                 "hypergrad_norm": jnp.mean(result.infos.hypergrad_norm),
-                "response_norm": result.infos.response_norm[-1],
+                "response_norm": result.infos.stats["response_norm"][-1],
             }
-            kept = (bounds.constrain(state.raw), scales, norms)
+            kept = (bounds.constrain(state.raw), state.scales, norms)
             return state, (*kept, evaluated(config, weights, held_out))
 
         state = algorithm.init(params, start, key=key)
-        raw_scale = jnp.log(jnp.expm1(mode.scale))
-        widths = jax.tree.map(lambda s: jnp.full_like(s, raw_scale), state.raw_scales)
-        state = state._replace(raw_scales=widths)
+        state = stn.with_scale(state, mode.scale)
         return jax.lax.scan(some, state, None, length=config.points)[1]
 
     return jax.jit(whole)

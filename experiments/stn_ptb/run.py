@@ -119,7 +119,7 @@ class Bench:
             total,
             config.inner_steps + 1,
             advance,
-            lambda state: bilevel.tuned_params(pieces.network, state),
+            pieces.algorithm.deploy,
             lambda state: state.hparams,
         )
         values = jax.tree.map(lambda *x: jnp.concatenate(x), *(info.hparams for info in infos))
@@ -238,10 +238,12 @@ def _rate(opt_state: Any, lr: float) -> Any:
 
 def with_rates(state: Any, lr: float) -> Any:
     """A tuning state with another step size of weights and response."""
-    return state._replace(
-        inner_opt_state=_rate(state.inner_opt_state, lr),
-        response_opt_state=_rate(state.response_opt_state, lr),
+    trained = jax.tree.map(
+        lambda part: part._replace(opt_state=_rate(part.opt_state, lr)),
+        state.trained,
+        is_leaf=lambda part: part is not state.trained,
     )
+    return state._replace(trained=trained)
 
 
 class Pieces:

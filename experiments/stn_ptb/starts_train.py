@@ -79,10 +79,6 @@ def tuned(method: str, config: Starts, words: int) -> Any:
         warm_up=round(config.warm_up * count),
     )
 
-    def deployed(state: bilevel.SelfTuningState) -> Any:
-        weights = bilevel.tuned_params(network, state)
-        return network.plain(state.response, weights) if network.centred else weights
-
     def one(params: Any, start: jax.Array, key: jax.Array, sets: Any) -> Any:
         def cycle(state: Any, _: None) -> Any:
             keys = jax.random.split(jax.random.fold_in(key, state.step), 3)
@@ -97,12 +93,12 @@ def tuned(method: str, config: Starts, words: int) -> Any:
 
         def some(carry: Any, _: None) -> Any:
             state, rates = jax.lax.scan(cycle, carry[0], None, length=count // config.points)
-            weights = deployed(state)
+            weights = algorithm.deploy(state)
             loss = problem.measure(config, network, weights, sets["valid_streams"])
             return (state, _keep(carry[1], loss, weights)), (rates, loss)
 
         state = algorithm.init(params, problem.hparams(start), key=key)
-        first = (state, (jnp.inf, deployed(state)))
+        first = (state, (jnp.inf, algorithm.deploy(state)))
         (_, best), (rates, losses) = jax.lax.scan(some, first, None, length=config.points)
         test = problem.measure(config, network, best[1], sets["test_streams"])
         return rates.reshape(-1), losses, test

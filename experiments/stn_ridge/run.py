@@ -155,7 +155,7 @@ def _learn(method: str, config: Config) -> Any:
 
         def some(state: Any, _: None) -> Any:
             run = bilevel.scan_run(algorithm, state, sample, count // KEPT, key=key)
-            return run.state, run.state.response.gains[""][0]
+            return run.state, run.state.network_params.gains[""][0]
 
         return jax.lax.scan(some, state, None, length=KEPT)[1]
 

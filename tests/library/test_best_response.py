@@ -101,7 +101,7 @@ def test_training_finds_the_slope_of_its_width(sigma):
         outer, grouped, response, minimiser(LAM), jnp.asarray(LAM),
         inner_batch=many, outer_batch=(XV, YV), key=KEY,
     )  # fmt: skip
-    slope = sol.state.response.gains[""][0]
+    slope = sol.state.network_params.gains[""][0]
     expected = fitted_slope(LAM, sigma)
     assert float(jnp.linalg.norm(slope - expected) / jnp.linalg.norm(expected)) < 0.02
     g = jax.grad(outer)(minimiser(LAM), LAM, (XV, YV))

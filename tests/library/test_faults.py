@@ -259,7 +259,9 @@ def test_a_damaged_checkpoint_costs_one_interval(whole, copy):
 def test_a_checkpoint_that_holds_nan_is_passed_over(whole, copy):
     """Such as one from before steps that are not finite were dropped."""
     checkpoints = Checkpoints(copy / "checkpoints", 3, {"run_id": None, "key": None})
-    state = whole[1].state._replace(params=whole[1].state.params * np.nan)
+    trained = whole[1].state.trained
+    trained = trained._replace(params=trained.params * np.nan)
+    state = whole[1].state._replace(trained=trained)
     newest = copy / "checkpoints" / f"{STEPS:08d}"
     notes = json.loads((newest / "manifest.json").read_text())["body"]["notes"]
     from bilevel.run.best import no_best
@@ -406,7 +408,7 @@ def test_a_skipped_batch_leaves_the_state_and_the_run_goes_on(tmp_path):
     for i in range(STEPS):
         if i != BAD:
             state, _ = step(state, inner_batches=inner_data(i), outer_batch=OUTER)
-    for name in ("params", "hparams", "inner_opt_state", "outer_opt_state"):
+    for name in ("trained", "outer"):
         mine, theirs = getattr(result.state, name), getattr(state, name)
         # Another compiled program: rounding, amplified by 24 steps of two Adams.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), mine, theirs)

@@ -81,7 +81,7 @@ def test_an_implicit_response_is_that_of_the_trained_leaves(name):
     assert int(info.result) == bilevel.Status.ok
     assert float(info.stats["stationarity"]) < 1e-10  # 1.6 where the frozen leaf counts too
     np.testing.assert_array_equal(new.params["frozen"], FROZEN)
-    assert [jnp.shape(x) for x in jax.tree.leaves(new.response_state)] == [(2,)]
+    assert [jnp.shape(x) for x in jax.tree.leaves(new.response)] == [(2,)]
 
 
 def test_the_frozen_values_are_those_of_the_state_and_not_of_an_earlier_trace():
@@ -116,7 +116,7 @@ def test_networks_of_best_responses_move_the_trained_leaves_only():
     response = bilevel.BestResponse(tx=optax.sgd(1.0), steps=2, linearize=SPLIT)
     alg = alternate(tx, response)
     new, info = one_step(alg, alg.init(solved(LAM, FROZEN), LAM), key=K[0])
-    assert list(new.response_state.response.gains) == ["['head']"]
+    assert list(new.response.network_params.gains) == ["['head']"]
     assert int(info.result) == bilevel.Status.ok
 
     for network in (

@@ -166,7 +166,7 @@ def test_self_tuning_of_layers_perturbs_every_example(linearised):
         state, inner_batches=jax.tree.map(lambda a: a[None], batch), outer_batch=batch, key=KEY
     )
     assert shapes == {((), True), ((16,), False)}
-    assert np.isfinite(info.value) and float(info.response_norm) > 0
+    assert np.isfinite(info.value) and float(info.stats["response_norm"]) > 0
     assert float(new.raw["rate"]) != float(state.raw["rate"])
     for part in ("params", "response"):
         old, moved = (jax.tree.leaves(getattr(s, part)) for s in (state, new))
@@ -198,9 +198,9 @@ def test_uncentred_layers_warm_up_and_are_deployed_at_one_displacement():
     one = jax.tree.map(lambda a: a[None], batch)
     new, _ = jax.jit(alg.step)(state, inner_batches=one, outer_batch=batch, key=KEY)
     assert float(new.raw) == float(state.raw) and int(new.step) == 1
-    model, d = network.merge(bilevel.tuned_params(network, state))
+    model, d = network.merge(alg.deploy(state))
     each, rows = network.merge(
-        network.apply(state.response, state.params, jnp.full((4,), state.raw))
+        network.apply(state.network_params, state.params, jnp.full((4,), state.raw))
     )
     assert d.shape == (1, 1) and rows.shape == (4, 1)
     np.testing.assert_allclose(model(x, d), each(x, rows), rtol=1e-6)

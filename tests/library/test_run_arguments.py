@@ -242,7 +242,7 @@ def test_the_state_of_another_algorithm_is_named():
     with pytest.raises(TypeError, match="of type AlternateState, but this `alg` carries Self"):
         short(alg=other)
     sgd = alternate(valid, train, Implicit(Identity(0.5)), optax.sgd(0.1), optax.sgd(0.1), 1)
-    message = "`state` is of an algorithm with other settings: its `inner_opt_state` is"
+    message = "`state` is of an algorithm with other settings: its `trained` is"
     with pytest.raises(TypeError, match=message):
         short(alg=sgd)
 
@@ -274,30 +274,35 @@ def test_what_counts_as_not_finite():
     assert stays_finite([counts, key], [counts, key])
 
 
-def nan_in(part):
+def nan_in(half, part):
     """`ALG`, but step 1 spoils one part of the state, and neither losses nor hypergradient."""
 
     def step(state, **kwargs):
         new, info = ALG.step(state, **kwargs)
         bad = jnp.where(state.step == 1, jnp.nan, 1.0)
         spoilt = jax.tree.map(
-            lambda x: x * bad if jnp.issubdtype(x.dtype, jnp.floating) else x, getattr(new, part)
+            lambda x: x * bad if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            getattr(getattr(new, half), part),
         )
-        return new._replace(**{part: spoilt}), info
+        return new._replace(**{half: getattr(new, half)._replace(**{part: spoilt})}), info
 
     return Algorithm(ALG.init, step, *ALG[2:])
 
 
 @pytest.mark.parametrize(
     ("part", "name"),
-    [("params", "params"), ("hparams", "hparams"), ("outer_opt_state", "state")],
+    [
+        ("trained.params", "params"),
+        ("outer.hparams", "hparams"),
+        ("outer.opt_state", "state"),
+    ],
 )
 def test_a_state_that_is_not_finite_is_dropped_though_its_numbers_are_fine(part, name):
-    result = short(alg=nan_in(part), on_nonfinite="stop")
+    result = short(alg=nan_in(*part.split(".")), on_nonfinite="stop")
     assert result.stopped == "nonfinite" and result.history[-1]["nonfinite"] == [name]
     assert int(result.state.step) == 1 and np.all(np.isfinite(result.state.params))
     assert result.best_step == 0
-    skipped = short(alg=nan_in(part), on_nonfinite="skip")
+    skipped = short(alg=nan_in(*part.split(".")), on_nonfinite="skip")
     # The counter moves on, or the step would spoil for ever.
     assert [("nonfinite" in r) for r in skipped.history] == [False, True, False]
 
@@ -326,20 +331,18 @@ def test_keys_in_the_state_are_kept_like_the_rest():
     class Keyed:
         @staticmethod
         def step(state, **kwargs):
-            new, info = ALG.step(state._replace(response_state=None), **kwargs)
-            return new._replace(response_state=jax.random.split(state.response_state)[0]), info
+            new, info = ALG.step(state._replace(response=None), **kwargs)
+            return new._replace(response=jax.random.split(state.response)[0]), info
 
     def init(*args):
-        return ALG.init(*args)._replace(response_state=jax.random.key(3))
+        return ALG.init(*args)._replace(response=jax.random.key(3))
 
     alg = Algorithm(init, Keyed.step, *ALG[2:])
     state = init(jnp.zeros(3), -1.0)
     data = at(1, inner_data(1) * np.nan)
     result = short(alg=alg, state=state, inner_data=data, on_nonfinite="skip")
     expected = jax.random.split(jax.random.split(jax.random.key(3))[0])[0]  # twice, not thrice
-    assert jnp.all(
-        jax.random.key_data(result.state.response_state) == jax.random.key_data(expected)
-    )
+    assert jnp.all(jax.random.key_data(result.state.response) == jax.random.key_data(expected))
 
 
 def test_the_point_is_what_the_algorithm_deploys():

@@ -8,7 +8,7 @@ import pytest
 
 import bilevel
 from bilevel.inner.groups import draw_noise
-from bilevel.outer.tuning_state import entropy_of, inverse_softplus
+from bilevel.outer.self_tuning.state import entropy_of, inverse_softplus
 from bilevel.regularizers import dropout
 
 KEY = jax.random.key(0)
@@ -155,11 +155,16 @@ def test_scales_and_entropy():
     np.testing.assert_allclose(slope, -1e-3 * jax.nn.sigmoid(0.2) / jax.nn.softplus(0.2))
 
 
+def with_network(state, network_params):
+    network = state.trained.network._replace(params=network_params)
+    return state._replace(trained=state.trained._replace(network=network))
+
+
 def test_a_cycle_of_one_step_equals_the_updates_written_out():
     alg = make(inner_steps=1, groups=1, tune_scales=False, scale=0.7)
     state = alg.init(PARAMS, HPARAMS)
-    gains = jax.tree.map(lambda u: 0.1 + u, state.response.gains)
-    state = state._replace(response=state.response._replace(gains=gains))
+    gains = jax.tree.map(lambda u: 0.1 + u, state.network_params.gains)
+    state = with_network(state, state.network_params._replace(gains=gains))
     batch = jax.tree.map(lambda x: x[0], INNER)
     new, info = jax.jit(alg.step)(
         state, inner_batches=jax.tree.map(lambda x: x[:1], INNER), outer_batch=OUTER, key=KEY
@@ -172,7 +177,7 @@ def test_a_cycle_of_one_step_equals_the_updates_written_out():
     network = bilevel.StructuredResponse()
     # Validation: at no displacement, through the response of the new weights.
     grads = jax.jit(
-        lambda response: (
+        lambda network_params: (
             bilevel.hypergrad_solve(
                 lambda p, r, b: net_outer(p, SPACE.constrain(r), b),
                 lambda p, r, b: SPLIT.loss(p, SPACE.constrain(r), b),
@@ -181,17 +186,17 @@ def test_a_cycle_of_one_step_equals_the_updates_written_out():
                 raw,
                 inner_batch=batch,
                 outer_batch=OUTER,
-                state=bilevel.BestResponseState(response, None),
+                state=bilevel.BestResponseState(network_params, None),
             ).grads
         )
-    )(new.response)
+    )(new.network_params)
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(info.hypergrad_norm, norm, rtol=1e-8)
     np.testing.assert_allclose(info.value, net_outer(w, HPARAMS, OUTER), rtol=1e-10)
     for name in raw:  # Adam's first step is the rate times the sign
         moved = raw[name] - 0.02 * jnp.sign(grads[name])
         np.testing.assert_allclose(new.raw[name], moved, rtol=1e-5)
-    assert float(info.response_norm) > 0
+    assert float(info.stats["response_norm"]) > 0
     assert int(info.result) == 0
 
 
@@ -212,7 +217,7 @@ def test_cycles_with_noise_equal_the_updates_written_out(centred):
         d = lam - raw if centred else lam
         return ridge_inner(network.apply(phi, w, d), lam, batch)
 
-    w, phi = state.params, state.response
+    w, phi = state.params, state.network_params
     for k in range(2):
         eps = draw_noise(jax.random.fold_in(KEY, k), raw, 1)[0]
         if centred:
@@ -234,7 +239,7 @@ def test_cycles_with_noise_equal_the_updates_written_out(centred):
     # The same arithmetic in float64, compiled in another way.
     for ours, right in (
         (new.params, w),
-        (new.response.gains[""], phi.gains[""]),
+        (new.network_params.gains[""], phi.gains[""]),
         (new.raw, raw - 0.1 * grad),
         (new.raw_scales, state.raw_scales - 0.2 * of_scale),
         (info.hypergrad_norm, jnp.abs(grad)),
@@ -245,7 +250,7 @@ def test_cycles_with_noise_equal_the_updates_written_out(centred):
 def test_a_network_that_never_trains_is_told():
     step, state, batches = small(response_tx=optax.set_to_zero())
     _, info = step(state, **batches, key=KEY)
-    assert float(info.response_norm) == 0
+    assert float(info.stats["response_norm"]) == 0
     assert int(info.result) == bilevel.Status.invalid_setting
 
 
@@ -262,15 +267,16 @@ def test_every_step_moves_its_own_part_only():
     start = alg.init(PARAMS, HPARAMS)
     step = jax.jit(alg.step)
     owners = {
-        "params": "inner_opt_state",
-        "response": "response_opt_state",
-        "raw": "outer_opt_state",
-        "raw_scales": "scale_opt_state",
+        "params": ("trained", "weights"),
+        "network_params": ("trained", "network"),
+        "raw": ("moved", "outer"),
+        "raw_scales": ("moved", "widths"),
     }
-    for frozen, opt_state in owners.items():
-        still = getattr(start, opt_state)
-        still = still._replace(hyperparams={"learning_rate": jnp.zeros(())})
-        state = start._replace(**{opt_state: still})
+    for frozen, (half, part) in owners.items():
+        owner = getattr(getattr(start, half), part)
+        still = owner.opt_state._replace(hyperparams={"learning_rate": jnp.zeros(())})
+        changed = getattr(start, half)._replace(**{part: owner._replace(opt_state=still)})
+        state = start._replace(**{half: changed})
         new, _ = step(
             state, inner_batches=jax.tree.map(lambda x: x[:1], INNER), outer_batch=OUTER, key=KEY
         )
@@ -341,7 +347,7 @@ def test_warm_up_trains_and_does_not_tune():
         info.value, ridge_outer(one.params, None, batches["outer_batch"]), rtol=1e-10
     )
     assert bool(jnp.any(one.params != state.params))
-    assert bool(jnp.any(one.response.gains[""] != state.response.gains[""]))
+    assert bool(jnp.any(one.network_params.gains[""] != state.network_params.gains[""]))
     two, info = step(one, **batches, key=KEY)
     assert bool(two.raw != one.raw) and float(info.hypergrad_norm) > 0
 
@@ -353,8 +359,8 @@ def test_self_tuning_networks_train_weights_and_response_together():
     new, info = jax.jit(alg.step)(state, inner_batches=INNER, outer_batch=OUTER, key=KEY)
     assert bool(jnp.any(new.params["a"] != PARAMS["a"]))
     assert bool(jnp.any(new.raw["holes"] != state.raw["holes"]))
-    deployed = bilevel.tuned_params(network, new)
-    expected = network.apply(new.response, new.params, new.raw)
+    deployed = alg.deploy(new)
+    expected = network.apply(new.network_params, new.params, new.raw)
     np.testing.assert_array_equal(deployed["a"], expected["a"])
     assert bool(jnp.any(deployed["a"] != new.params["a"]))
 
@@ -399,7 +405,7 @@ def test_a_scanned_run_equals_a_loop_and_keeps_the_best_state_whole():
     np.testing.assert_allclose(run.scores, scores, rtol=1e-12)
     best = states[int(np.argmin(scores))]
     assert int(run.best.step) == int(np.argmin(scores)) + 1
-    for part in ("params", "raw", "raw_scales", "response", "hparams"):
+    for part in ("params", "raw", "raw_scales", "network_params", "hparams"):
         pairs = zip(
             jax.tree.leaves(getattr(run.best, part)), jax.tree.leaves(getattr(best, part)),
             strict=True,

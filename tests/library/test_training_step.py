@@ -43,16 +43,16 @@ def test_training_steps_use_the_rate_of_now():
         np.testing.assert_allclose(new.params, right, rtol=1e-12)
         state = new
     assert float(state.hparams["lr"]) > 0.4
-    assert float(state.inner_opt_state.hyperparams["learning_rate"]) > 0.4
+    assert float(state.trained.opt_state.hyperparams["learning_rate"]) > 0.4
 
 
 def test_the_state_of_a_fixed_optimizer_is_the_callers_to_change():
     tx = optax.inject_hyperparams(optax.sgd)(0.1)
     alg = bilevel.alternate(valid, train, bilevel.Implicit(bilevel.Dense()), tx, optax.sgd(0.1), 2)
     state = alg.init(jnp.zeros(1), LAM)
-    still = state.inner_opt_state._replace(hyperparams={"learning_rate": jnp.array(0.0)})
+    still = state.trained.opt_state._replace(hyperparams={"learning_rate": jnp.array(0.0)})
     new, _ = jax.jit(alg.step)(
-        state._replace(inner_opt_state=still),
+        state._replace(trained=state.trained._replace(opt_state=still)),
         inner_batches=jnp.ones((2, 1)),
         outer_batch=jnp.ones(1),
     )
@@ -81,10 +81,12 @@ def test_a_run_has_one_optimizer_state_which_an_unrolled_response_advances(tx):
         carry = by_hand(carry, batch)
     # Ten steps by two programs: rounding of float64.
     for a, b in zip(
-        jax.tree.leaves((state.params, state.inner_opt_state)), jax.tree.leaves(carry), strict=True
+        jax.tree.leaves((state.params, state.trained.opt_state)),
+        jax.tree.leaves(carry),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-10)
-    assert state.response_state.opt_state is None
+    assert state.response.opt_state is None
 
 
 def test_a_response_that_trains_with_another_optimizer_is_refused():
@@ -95,7 +97,7 @@ def test_a_response_that_trains_with_another_optimizer_is_refused():
     # A step that is only looked at keeps a state of its own.
     looks = bilevel.FiniteDifference(optax.sgd(0.1), lookahead=False)
     state = bilevel.alternate(valid, train, looks, *settings).init(jnp.zeros(2), LAM)
-    assert state.response_state.opt_state is not None
+    assert state.response.opt_state is not None
     real_time = bilevel.Unroll(optax.sgd(0.1), 1, mode="forward", real_time=True)
     with pytest.raises(ValueError, match="`real_time=True` differentiates the whole run"):
         bilevel.alternate(valid, train, real_time, *settings)
@@ -211,7 +213,7 @@ def test_outer_optimizers_get_the_value_of_the_outer_loss(tx):
         grad, tx.init(LAM), LAM, value=value, grad=grad, value_fn=lambda lam: value
     )
     np.testing.assert_allclose(new.hparams, LAM + updates, rtol=1e-10)
-    for a, b in zip(jax.tree.leaves(new.outer_opt_state), jax.tree.leaves(state), strict=True):
+    for a, b in zip(jax.tree.leaves(new.outer.opt_state), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10)
     np.testing.assert_allclose(info.value, value, rtol=1e-12)
 
