@@ -6,6 +6,7 @@ exception on the host, with the numbers that tell cause and remedy.
 """
 
 import enum
+import functools
 from typing import Any
 
 import jax
@@ -133,6 +134,20 @@ def status_of(otherwise: Any, *failures: tuple[Any, Status]) -> jax.Array:
     for condition, status in reversed(failures):
         result = jnp.where(condition, code(status), result)
     return result
+
+
+FAILED = (
+    Status.singular,
+    Status.negative_curvature,
+    Status.diverged,
+    Status.invalid_setting,
+)
+"""What makes a derivative NaN where no status can be returned beside it."""
+
+
+def failed(result: jax.Array) -> jax.Array:
+    """Whether a solve failed in a way that makes its value no answer at all, elementwise."""
+    return functools.reduce(jnp.logical_or, (result == int(status) for status in FAILED))
 
 
 def worst(*results: jax.Array) -> jax.Array:

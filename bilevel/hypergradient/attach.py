@@ -16,6 +16,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Vector
+from bilevel.ground.status import failed
 from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.implicit import Implicit
@@ -57,15 +58,17 @@ def attach_implicit(
     hparams: Hparams,
     inner_batch: Batch,
     key: Key | None,
+    marked: bool,
 ) -> Params:
     r"""``w``, whose tangent along :math:`\dot\lambda` is :math:`-A^{-1}B\dot\lambda`.
 
     The rule evaluates A and B at the attached ``w``, not at its value. So a derivative of the
-    rule sees ``w`` as a function of :math:`\lambda` again, to every order.
+    rule sees ``w`` as a function of :math:`\lambda` again, to every order. ``marked``: NaN where
+    a solve fails.
     """
 
     def tangent(v: Hparams, response: Implicit, w: Params, lam: Hparams, batch: Batch, key: Any):
-        return _implicit_tangent(problem, response, w, lam, batch, key, v)
+        return _implicit_tangent(problem, response, w, lam, batch, key, v, marked)
 
     def mixed(q: Vector, w: Params, lam: Hparams, batch: Batch) -> Hparams:
         return problem.cross_vjp(w, lam, batch, q)
@@ -98,6 +101,7 @@ def _implicit_tangent(
     batch: Batch,
     key: Any,
     v: Hparams,
+    marked: bool,
 ) -> Vector:
     r""":math:`\dot w` of the block system, whose transpose is the pullback:
 
@@ -121,7 +125,8 @@ def _implicit_tangent(
 
     def inverse(g: Vector) -> Vector:
         mv = response.operator.bind(problem, w, hparams, batch, fresh=False).mv
-        return tree.cast_like(response.solver.solve(mv, g, None, key=key).value, g)
+        q, result, _ = response.solver.solve(mv, g, None, key=key)
+        return tree.cast_like(_nan_where(failed(result), q) if marked else q, g)
 
     def mixed(mu: Hparams, like: Vector) -> Vector:
         image = jax.jvp(lambda lam: problem.inner_grad(w, lam, batch), (hparams,), (mu,))[1]
@@ -146,6 +151,10 @@ def _implicit_tangent(
     return tree.cast_like(w_dot, w)
 
 
+def _nan_where(condition: jax.Array, vector: Vector) -> Vector:
+    return jax.tree.map(lambda x: jnp.where(condition, jnp.nan, x), vector)
+
+
 def _coupled(vectors: Any) -> Any:
     """The identity, in which each leaf depends on every other as far as JAX can tell.
 
@@ -167,6 +176,7 @@ def attach_response(
     hparams: Hparams,
     inner_batch: Batch,
     key: Key | None,
+    marked: bool,
 ) -> Params:
     """``w``, whose pullback to ``hparams`` is the response's; a second derivative is refused."""
 
@@ -179,7 +189,8 @@ def attach_response(
                 f"{type(point).__name__} in place of parameters, and `with_response` has no outer "
                 "loss. Use `hypergrad(outer, inner, response)`."
             )
-        return pullback(g)[0]
+        indirect, _, result, _ = pullback(g)
+        return _nan_where(failed(result), indirect) if marked else indirect
 
     run, rest = _closed(pull, w, response, w, hparams, inner_batch, key)
 

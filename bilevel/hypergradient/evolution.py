@@ -41,43 +41,37 @@ class EvolutionState(NamedTuple):
     origin: Any = None
 
 
-@jax.custom_jvp
-def _listen(weights: jax.Array, losses: jax.Array) -> jax.Array:
-    """Zero, with derivative ``losses`` in ``weights``: losses leave as a cotangent."""
-    return jnp.zeros((), losses.dtype)
+class Losses(NamedTuple):
+    """What the pullback of a population reads: the outer losses of all pairs, (2, N)."""
 
-
-@_listen.defjvp
-def _listen_jvp(primals, tangents):
-    weights, losses = primals
-    return _listen(weights, losses), jnp.sum(tangents[0] * losses)
+    members: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Population(Point):
-    """The unperturbed run's end, and those of all pairs.
-
-    ``weights``, (2, N), are zeros. The outer loss of member i enters through them alone, so
-    its value is the cotangent of weight i, and it needs no derivative of its own.
-    """
+    """The unperturbed run's end, where the outer gradient is taken, and those of all pairs."""
 
     params: Params
     model_state: ModelState
     members: tuple[Params, ModelState]
-    weights: jax.Array
 
     def outer_loss(self, problem: Problem, hparams: Hparams, batch: Batch) -> tuple[Scalar, Any]:
-        """The loss at ``params``; those of the members by :func:`_listen`."""
+        """The loss of the unperturbed run."""
+        return problem.at(self.model_state).outer_loss(self.params, hparams, batch)
 
-        def at(params: Params, model_state: ModelState, hparams: Hparams) -> tuple[Scalar, Any]:
-            there = dataclasses.replace(problem, model_state=model_state)
-            return there.outer_loss(params, hparams, batch)
+    def outer_grads(
+        self, problem: Problem, hparams: Hparams, batch: Batch
+    ) -> tuple[tuple[Scalar, Any], tuple[Losses, Hparams]]:
+        """Value and direct gradient of the unperturbed run; the losses of its members."""
 
-        value, aux = at(self.params, self.model_state, hparams)
-        members, fixed = jax.lax.stop_gradient((self.members, hparams))
-        losses = jax.vmap(jax.vmap(lambda m: at(m[0], m[1], fixed)[0]))(members)
-        return value + _listen(self.weights, losses), aux
+        def member(end: tuple[Params, ModelState]) -> Scalar:
+            return problem.at(end[1]).outer_loss(end[0], hparams, batch)[0]
+
+        (value, aux), direct = jax.value_and_grad(
+            lambda lam: self.outer_loss(problem, lam, batch), has_aux=True
+        )(hparams)
+        return (value, aux), (Losses(jax.vmap(jax.vmap(member))(self.members)), direct)
 
 
 @jax.tree_util.register_dataclass
@@ -280,8 +274,8 @@ class Evolution:
         else:
             new_state = EvolutionState(end.opt_state, end.model_state)
 
-        def pullback(g: Population) -> tuple[Hparams, EvolutionState, jax.Array, Stats]:
-            losses = g.weights
+        def pullback(g: Losses) -> tuple[Hparams, EvolutionState, jax.Array, Stats]:
+            losses = g.members
             slope = (losses[0] - losses[1]) / (2 * jnp.asarray(self.sigma, losses.dtype) ** 2)
 
             def each(xi: jax.Array) -> jax.Array:
@@ -301,10 +295,8 @@ class Evolution:
             }
             return indirect, new_state, code(Status.ok), stats
 
-        value_dtype = jnp.result_type(info.loss)
-        weights = jnp.zeros((2, self.particles), value_dtype)
         ends = (members.params, members.model_state)
-        return Population(end.params, end.model_state, ends, weights), pullback
+        return Population(end.params, end.model_state, ends), pullback
 
 
 def _pairs(carry: InnerState, n: int) -> InnerState:

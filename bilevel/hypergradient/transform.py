@@ -63,19 +63,17 @@ def hypergrad_solve(
     Cost: one outer gradient and what ``response`` costs.
     """
     check_response(response)
-    problem, hparams_in, positions = _pack(outer, inner, hparams, argnums, has_aux, has_state)
+    problem, hparams_in, unpack = _pack(outer, inner, hparams, argnums, has_aux, has_state)
     problem = _with_model_state(problem, model_state, has_state)
     params = jax.tree.map(_as_array, params)
     hparams_in = jax.tree.map(_as_array, hparams_in)
     arguments: Any = dict(inner_batch=inner_batch, outer_batch=outer_batch, state=state, key=key)
     check_solve(problem, response, params, hparams_in, **arguments)
     solution = solve(problem, response, params, hparams_in, **arguments)
-    if positions is None:
-        return solution
     return solution._replace(
-        grads=positions(solution.grads),
-        direct=positions(solution.direct),
-        indirect=positions(solution.indirect),
+        grads=unpack(solution.grads),
+        direct=unpack(solution.direct),
+        indirect=unpack(solution.indirect),
     )
 
 
@@ -207,8 +205,8 @@ def _pack(
     argnums: int | Sequence[int],
     has_aux: bool,
     has_state: bool,
-) -> tuple[Problem, Hparams, Callable[[Any], Any] | None]:
-    """One ``hparams`` out of the differentiated positions, and how to undo it.
+) -> tuple[Problem, Hparams, Callable[[Any], Any]]:
+    """One ``hparams`` out of the differentiated positions, and what undoes it in a result.
 
     The single position is passed on as it is; several become a tuple, and positions that are
     not differentiated are bound into the losses.
@@ -223,12 +221,9 @@ def _pack(
             f"params and {len(hparams)} hyperparameter argument(s): use at most {len(hparams)}."
         )
     if len(hparams) == 1:
-        several = not isinstance(argnums, int)
-        return (
-            Problem(outer, inner, has_aux, has_state),
-            hparams[0],
-            ((lambda t: (t,)) if several else None),
-        )
+        alone = isinstance(argnums, int)
+        problem = Problem(outer, inner, has_aux, has_state)
+        return problem, hparams[0], (lambda t: t if alone else (t,))
 
     def unpacked(loss: Loss) -> Loss:
         def call(params: Params, chosen: tuple, batch: Batch, *rest: Any) -> Any:
@@ -240,8 +235,9 @@ def _pack(
         return call
 
     chosen = tuple(hparams[i - 1] for i in numbers)
-    undo = (lambda t: t[0]) if isinstance(argnums, int) else None
-    return Problem(unpacked(outer), unpacked(inner), has_aux, has_state), chosen, undo
+    alone = isinstance(argnums, int)
+    problem = Problem(unpacked(outer), unpacked(inner), has_aux, has_state)
+    return problem, chosen, (lambda t: t[0] if alone else t)
 
 
 def _with_model_state(problem: Problem, model_state: ModelState, has_state: bool) -> Problem:

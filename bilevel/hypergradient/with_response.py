@@ -2,7 +2,7 @@ r"""``jax.grad`` through a solver of the user's own, by a response at the point 
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ def with_response(
     *,
     has_aux: bool = False,
     has_status: bool = False,
+    on_failure: Literal["nan", "keep"] = "nan",
 ) -> Callable[..., Any]:
     r"""``solve``, made differentiable with respect to the hyperparameters.
 
@@ -63,6 +64,9 @@ def with_response(
         cold in every call.
       has_aux: ``solve`` returns ``(params, aux)``; ``aux`` is passed on without a derivative.
       has_status: return a :class:`SolveInfo` too: arrays, under every transformation.
+      on_failure: what a derivative is where its linear solve fails (status ``singular``,
+        ``negative_curvature``, ``diverged`` or ``invalid_setting``): NaN, or what the solver has
+        (``"keep"``).
 
     Returns:
       ``fn(params, hparams, inner_batch, *, key=None) -> params``, with the values of ``solve``;
@@ -82,8 +86,10 @@ def with_response(
     **Trust.** Outside ``jit`` a solution that is not finite warns (``RuntimeWarning``), as does
     an implicit response at a point that is no minimum; inside, ask for ``has_status=True``. The
     linear solve of a derivative happens inside automatic differentiation, where there is no place
-    for a status: whether it converged is not reported. :func:`~bilevel.hypergrad_solve` tells, at
-    ``params=w``.
+    for a status, so a derivative whose solve fails is NaN: at a saddle, at a maximum, or where the
+    inner loss is flat in a direction in which the outer one has a gradient. A solve that only
+    spent its budget, or a truncated one, is not marked. :func:`~bilevel.hypergrad_solve` tells
+    more, at ``params=w``.
 
     Raises:
       TypeError, ValueError: for trees, dtypes and shapes that do not fit; when a derivative is
@@ -120,6 +126,8 @@ def with_response(
     ):
         if not callable(function):
             raise TypeError(f"`{name}` must be callable, as `{form}`, got {function!r}.")
+    if on_failure not in ("nan", "keep"):
+        raise ValueError(f"`on_failure` must be 'nan' or 'keep', got {on_failure!r}.")
     check_response(response)
     check_settings_used(response, "response")
     _refuse_untrained(response)
@@ -149,7 +157,8 @@ def with_response(
             info = jax.lax.stop_gradient(_judge(problem, response, w, fixed, batch))
         elif _known((w, fixed, batch, response)):
             _warn(_judge(problem, response, w, fixed, batch))
-        out = (attach(problem, response, w, hparams, inner_batch, key),)
+        marked = on_failure == "nan"
+        out = (attach(problem, response, w, hparams, inner_batch, key, marked),)
         out += (aux,) * has_aux + (info,) * has_status
         return out if len(out) > 1 else out[0]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Batch, Key, Scalar
+from bilevel.ground.aliases import Batch, Key, Params, Scalar
 from bilevel.ground.keys import check_key
 from bilevel.ground.settings import check_count
 from bilevel.outer.base import Algorithm
@@ -21,6 +21,7 @@ class WholeRun(NamedTuple):
       infos: every step's ``info``, stacked on a leading axis of ``steps``.
       best: the state with the lowest score: weights, hyperparameters, scales and optimizer
         states that belong together (the last state, without ``score``).
+      best_params: ``algorithm.deploy(best)``, the parameters to use with ``best.hparams``.
       best_score: its score.
       scores: ``(steps,)``; NaN at steps without a score.
     """
@@ -28,6 +29,7 @@ class WholeRun(NamedTuple):
     state: Any
     infos: Any
     best: Any
+    best_params: Params
     best_score: Scalar
     scores: jax.Array
 
@@ -120,4 +122,4 @@ def scan_run(
     dtype = tree.accumulator_dtype(dtype)
     carry = (state, state, jnp.asarray(jnp.inf, dtype))
     (state, best, best_score), (infos, scores) = jax.lax.scan(body, carry, None, length=steps)
-    return WholeRun(state, infos, best, best_score, scores)
+    return WholeRun(state, infos, best, algorithm.deploy(best), best_score, scores)

@@ -43,6 +43,16 @@ class Point:
         """As :meth:`Problem.outer_loss`, at this point."""
         return problem.outer_loss(self.params, hparams, batch)
 
+    def outer_grads(
+        self, problem: "Problem", hparams: Hparams, batch: Batch
+    ) -> tuple[tuple[Scalar, Any], tuple[Any, Hparams]]:
+        """As :meth:`Problem.outer_grads`; in place of the gradient, what its response reads."""
+        # A point may hold integers (counters of a model state): they get no gradient.
+        return jax.value_and_grad(
+            lambda point, lam: point.outer_loss(problem, lam, batch),
+            argnums=(0, 1), has_aux=True, allow_int=True,
+        )(self, hparams)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -145,7 +155,8 @@ class Problem:
         self, params: Params, hparams: Hparams, batch: Batch
     ) -> tuple[tuple[Scalar, Any], tuple[Vector, Hparams]]:
         r""":math:`(f, aux), (\nabla_w f, \partial_\lambda f)`. Cost: one outer gradient."""
-        # A point may hold integers (counters of a model state): they get no gradient.
-        return jax.value_and_grad(
-            self.outer_loss, argnums=(0, 1), has_aux=True, allow_int=isinstance(params, Point)
-        )(params, hparams, batch)
+        if isinstance(params, Point):
+            return params.outer_grads(self, hparams, batch)
+        return jax.value_and_grad(self.outer_loss, argnums=(0, 1), has_aux=True)(
+            params, hparams, batch
+        )

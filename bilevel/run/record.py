@@ -33,6 +33,8 @@ def numbers_of(info: Any, hparams: Hparams) -> dict[str, Any]:
         if hasattr(info, field):
             numbers[name] = getattr(info, field)
     numbers.update(getattr(info, "stats", None) or {})
+    if hasattr(info, "cost"):
+        numbers["cost"] = info.cost.total
     for path, leaf in _named(getattr(info, "aux", None), "").items():
         if jnp.shape(leaf) == ():
             numbers[f"aux/{path}".rstrip("/")] = leaf

@@ -168,7 +168,7 @@ def test_self_tuning_of_layers_perturbs_every_example(linearised):
     assert shapes == {((), True), ((16,), False)}
     assert np.isfinite(info.value) and float(info.stats["response_norm"]) > 0
     assert float(new.raw["rate"]) != float(state.raw["rate"])
-    for part in ("params", "response"):
+    for part in ("params", "network_params"):
         old, moved = (jax.tree.leaves(getattr(s, part)) for s in (state, new))
         assert all(bool(jnp.any(a != b)) for a, b in zip(old, moved, strict=True))
 

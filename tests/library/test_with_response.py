@@ -720,3 +720,47 @@ def test_it_maps_over_numpy_arrays():
         jax.jit(lambda f=f: jax.vmap(jax.grad(total(f)))(lams))() for f in (solve, exact)
     )
     np.testing.assert_allclose(found, wanted, rtol=1e-8)
+
+
+def bowl(curvatures):
+    """A quadratic with these curvatures, stationary at lam: the target of the outer loss is 0."""
+    return lambda w, lam, batch: 0.5 * jnp.sum(jnp.array(curvatures) * (w - lam) ** 2)
+
+
+SOLVERS_THAT_SEE = [CG(), Dense(), Neumann(400, 0.5)]
+
+
+@pytest.mark.parametrize("curvatures", [(1.0, -0.5), (-1.0, -1.0), (1.0, -1e-2)])
+@pytest.mark.parametrize("solver", SOLVERS_THAT_SEE, ids=lambda s: type(s).__name__)
+def test_a_derivative_at_no_minimum_is_nan(curvatures, solver):
+    """The backward solve alone sees it, and no status can be returned from there."""
+
+    def outer(lam, **options):
+        solve = bilevel.with_response(
+            lambda w, lam, batch: jnp.full(2, lam), bowl(curvatures), Implicit(solver), **options
+        )
+        return jnp.sum(solve(jnp.zeros(2), lam, 0.0) ** 2)
+
+    assert np.isnan(jax.jit(jax.grad(outer))(0.3))
+    assert np.isnan(jax.jvp(outer, (0.3,), (1.0,))[1])
+    assert np.isfinite(jax.grad(functools.partial(outer, on_failure="keep"))(0.3))
+    mixed = jax.vmap(jax.grad(lambda lam, sign: sign * outer(lam)), (0, None))
+    assert np.isnan(mixed(jnp.array([0.3, 0.4]), 1.0)).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS_THAT_SEE, ids=lambda s: type(s).__name__)
+def test_flat_directions_are_nan_only_where_they_matter(solver):
+    flat = bowl((1.0, 0.0))
+    solve = bilevel.with_response(
+        lambda w, lam, batch: jnp.array([lam, 0.7]), flat, Implicit(solver)
+    )
+    seen = jax.grad(lambda lam: solve(jnp.zeros(2), lam, 0.0)[0] ** 2)(0.3)
+    np.testing.assert_allclose(seen, 0.6, rtol=1e-10)
+    both = jax.grad(lambda lam: jnp.sum(solve(jnp.zeros(2), lam, 0.0) ** 2))(0.3)
+    # A series cannot tell a direction without curvature from one that it has not reached.
+    assert np.isnan(both) or isinstance(solver, Neumann)
+
+
+def test_failures_are_nan_or_kept():
+    with pytest.raises(ValueError, match="`on_failure` must be 'nan' or 'keep', got 'raise'"):
+        bilevel.with_response(exact, ridge, Implicit(), on_failure="raise")

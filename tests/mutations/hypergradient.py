@@ -16,7 +16,7 @@ MUTANTS = [
     ),
     Mutant(
         "direct_term_dropped",
-        "hypergradient/transform.py",
+        "hypergradient/solve.py",
         "grads = tree.add(direct, indirect)",
         "grads = indirect",
         "the outer loss's own dependence on the hyperparameters is lost",
@@ -136,7 +136,7 @@ MUTANTS = [
     ),
     Mutant(
         "nonfinite_value_is_ok",
-        "hypergradient/transform.py",
+        "hypergradient/solve.py",
         "finite_in = jnp.isfinite(value) & tree.all_finite(g)",
         "finite_in = jnp.asarray(True)",
         "a NaN loss is reported as a problem of the solve",

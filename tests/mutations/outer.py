@@ -6,8 +6,8 @@ MUTANTS = [
     Mutant(
         "response_around_old_parameters",
         "outer/self_tuning/cycle.py",
-        "around, model_state = new_params, new_model_state",
-        "around, model_state = params, new_model_state",
+        "        at = Trained(weights, InnerState(network, None))\n",
+        "        at = Trained(trained.weights, InnerState(network, None))\n",
         "the response is trained around the weights before their step",
         (
             "test_self_tuning.py::test_a_cycle_of_one_step_equals_the_updates_written_out",
