@@ -15,13 +15,13 @@ def check_key(key: Any) -> None:
         return
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    raw = dtype == np.uint32 and np.shape(key) in ((2,), (4,))
+    raw = dtype == np.uint32 and np.ndim(key) > 0 and np.shape(key)[-1] in (2, 4)
     if not (raw or typed):
         raise TypeError(
             f"`key` must be a JAX random key, got {key!r} of type {type(key).__name__}: pass "
             "`key=jax.random.key(0)`."
         )
-    if typed and np.shape(key) != ():
+    if np.ndim(key) != (0 if typed else 1):
         raise ValueError(
             f"`key` has shape {np.shape(key)}, expected one key: pass one of them, or map over "
             "several with `jax.vmap`."

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground.aliases import Key
-from bilevel.ground.keys import check_key
+from bilevel.ground.keys import require_key
 from bilevel.regularizers.strength import floating, strengths, widened
 
 GRAY = np.array([0.299, 0.587, 0.114])
@@ -57,7 +57,7 @@ def color_jitter(
 
     Cost: nine multiplications a pixel, whatever the strengths.
     """
-    check_key(key)
+    require_key(key, "`color_jitter`")
     images = floating("images", images, 4, "(B, H, W, 3)")
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"`images` must be (B, H, W, 3), got shape {images.shape}.")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground.aliases import Key
-from bilevel.ground.keys import check_key
+from bilevel.ground.keys import require_key
 from bilevel.ground.settings import check_count, check_real, concrete
 from bilevel.regularizers.strength import floating, real_dtype, strengths
 
@@ -36,7 +36,7 @@ def _keep(
     max_holes: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Where pixels survive, and which images have legal numbers: ``(B, H, W)``, ``(B, 1, 1)``."""
-    check_key(key)
+    require_key(key, "`cutout`")
     check_count("max_holes", max_holes)
     if not isinstance(shape, Sequence) or len(shape) != 3:
         raise ValueError(f"`shape` must be (B, H, W), got {shape!r}.")

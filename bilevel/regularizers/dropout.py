@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground.aliases import Key
-from bilevel.ground.keys import check_key
+from bilevel.ground.keys import require_key
 from bilevel.ground.settings import check_count, concrete
 from bilevel.regularizers.strength import axes, check_integers, floating, rates, widened
 
@@ -54,7 +54,7 @@ def dropout_mask(
     Reference: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: A Simple Way
     to Prevent Neural Networks from Overfitting", 2014.
     """
-    check_key(key)
+    require_key(key, "dropout")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"`dtype` of a mask must be a real floating-point dtype, got {dtype}: the factors are "

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground.aliases import Key
-from bilevel.ground.keys import check_key
+from bilevel.ground.keys import require_key
 from bilevel.ground.tree import paths
 from bilevel.regularizers.strength import floating, strengths, widened
 
@@ -37,7 +37,7 @@ def mixup(key: Key, x: Any, targets: Any, alpha: jax.Array | float) -> tuple[Any
     Reference: Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization",
     2018.
     """
-    check_key(key)
+    require_key(key, "`mixup`")
     x = _arrays("x", x)
     for path, leaf in paths(targets, "targets"):
         _refuse_class_numbers(path, leaf)

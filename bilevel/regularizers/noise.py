@@ -3,7 +3,7 @@ r"""Noise on inputs: additive and multiplicative, differentiable in its strength
 import jax
 
 from bilevel.ground.aliases import Key
-from bilevel.ground.keys import check_key
+from bilevel.ground.keys import require_key
 from bilevel.regularizers.strength import floating, strengths, widened
 
 
@@ -26,7 +26,7 @@ def input_noise(key: Key, x: jax.Array, std: jax.Array | float) -> jax.Array:
 
     Reference: Bishop, "Training with Noise is Equivalent to Tikhonov Regularization", 1995.
     """
-    check_key(key)
+    require_key(key, "`input_noise`")
     x = floating("x", x)
     wide = widened(x)
     std = strengths("std", std, x).astype(wide.dtype)
@@ -46,7 +46,7 @@ def input_scaling(key: Key, x: jax.Array, strength: jax.Array | float) -> jax.Ar
     Reference: MacKay, Vicol, Lorraine, Duvenaud, Grosse, "Self-Tuning Networks: Bilevel
     Optimization of Hyperparameters using Structured Best-Response Functions", 2019.
     """
-    check_key(key)
+    require_key(key, "`input_scaling`")
     x = floating("x", x, 1)
     wide = widened(x)
     high = 1 + strengths("strength", strength, x)
