@@ -19,7 +19,7 @@ from bilevel.linear.neumann import Neumann
 from bilevel.operators import GaussNewton, Hessian, Operator
 from bilevel.outer.training import check_loss
 from bilevel.problem import Problem
-from bilevel.settings import check_count, check_settings_used
+from bilevel.settings import check_count, check_flag, check_settings_used
 
 STATIONARY = 1e-3
 CONDITION = 1e4  # beyond it a float32 solve loses four of its seven digits
@@ -117,6 +117,8 @@ def diagnose(
     """
     check_count("num_steps", num_steps)
     check_loss("inner", inner)
+    check_flag("has_state", has_state)
+    check_flag("print", print)
     check_key(key)
     check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
     check_inexact(hparams, "hparams", "Hyperparameters are real numbers.")

@@ -15,9 +15,10 @@ import numpy as np
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Vector
+from bilevel.checks import check_split
 from bilevel.linear_map import Factors, LinearMap, SampledDiagonal
 from bilevel.problem import Problem
-from bilevel.settings import check_settings, real
+from bilevel.settings import check_settings, check_takes, real
 from bilevel.traced import contains_primitive
 
 
@@ -102,7 +103,11 @@ class LinearModel:
     that read X in the order it is stored, which XLA's own transpose of a thin product does not.
     """
 
-    features: Callable[[Hparams, Batch], jax.Array]
+    features: Callable[[Hparams, Batch], jax.Array] = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_takes("features", self.features, "features(hparams, batch)")
 
     def __call__(self, params: Params, hparams: Hparams, batch: Batch, *state: Any) -> jax.Array:
         """Outputs, (N, C) or (N,)."""
@@ -188,9 +193,6 @@ class GaussNewton:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for name in ("model", "output_loss"):
-            if not callable(getattr(self, name)) or isinstance(getattr(self, name), type):
-                raise TypeError(f"`{name}` must be callable, got {getattr(self, name)!r}.")
 
     def loss(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
         r"""The inner loss this operator belongs to, :math:`\ell(z(w)) + r(w)`."""
@@ -210,6 +212,7 @@ class GaussNewton:
                 return tree.axpy(self.damping, v, tree.cast_like(mv(v), v))
 
             return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
+        check_split(self, problem, params, hparams, batch)
         mv, sample = _gauss_newton(self, problem, params, hparams, batch)
         diagonal, model = None, self.model
         if isinstance(model, LinearModel):

@@ -11,7 +11,7 @@ from jax.extend import core
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
-from bilevel.checks import check_inner, check_same_tree
+from bilevel.checks import check_inner, check_same_tree, check_split
 from bilevel.hypergradient.base import Pullback
 from bilevel.inner.groups import draw_noise, fold_keys, loop_over_groups, split_batch
 from bilevel.inner.network import Network, StructuredResponse
@@ -196,6 +196,8 @@ class BestResponse:
         """Raise what this response can tell is wrong, when traced."""
         check_inner(problem, params, hparams, inner_batch)
         check_responds(problem, params, hparams, inner_batch, outer_batch)
+        if self.linearize is not None and self.steps:
+            check_split(self.linearize, problem, params, hparams, inner_batch)
         if state is None:
             if self.steps == 0:
                 raise ValueError(
@@ -304,8 +306,7 @@ def scale_like(scale: Any, hparams: Hparams) -> Hparams:
     for path, leaf in tree.paths(scale, "scale"):
         check_number(path, leaf)
     if jax.tree.structure(scale) != jax.tree.structure(hparams):
-        alone = jax.tree_util.treedef_is_leaf(jax.tree.structure(scale))
-        if not alone or jnp.ndim(scale) != 0:
+        if not jax.tree_util.all_leaves([scale]) or jnp.ndim(scale) != 0:
             raise ValueError(
                 "`scale` must be a scalar or a tree like `hparams`, got "
                 f"{jax.tree.structure(scale)} for {jax.tree.structure(hparams)}."

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params
-from bilevel.checks import check_key, check_problem, check_response
+from bilevel.checks import check_key, check_loss_arguments, check_problem, check_response
 from bilevel.hypergradient.base import Hypergradient, Response
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.judge import not_stationary
 from bilevel.linear.base import status_of
 from bilevel.problem import Point, Problem
-from bilevel.settings import check_settings_used, out_of_range
+from bilevel.settings import check_flag, check_settings_used, is_function, out_of_range
 from bilevel.status import Status, worst
 
 
@@ -242,8 +242,10 @@ def _pack(
     not differentiated are bound into the losses.
     """
     numbers = _check_argnums(argnums)
+    check_flag("has_aux", has_aux)
+    check_flag("has_state", has_state)
     for name, loss in (("outer", outer), ("inner", inner)):
-        if not callable(loss):
+        if not is_function(loss):
             raise TypeError(
                 f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
             )
@@ -261,6 +263,9 @@ def _pack(
             hparams[0],
             ((lambda t: (t,)) if several else None),
         )
+
+    for name, loss in (("outer", outer), ("inner", inner)):
+        check_loss_arguments(loss, name, has_state, len(hparams))
 
     def unpacked(loss: Loss) -> Loss:
         def call(params: Params, chosen: tuple, batch: Batch, *rest: Any) -> Any:

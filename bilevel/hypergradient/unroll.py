@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
-from bilevel.checks import check_inner, check_same_tree
+from bilevel.checks import check_inner, check_returned, check_same_tree
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.forward import no_tangents, push_forward
 from bilevel.hypergradient.reach import check_reaches
@@ -29,7 +29,7 @@ from bilevel.inner.optimizer import (
     refresh_injected,
 )
 from bilevel.problem import Point, Problem
-from bilevel.settings import check_settings, count
+from bilevel.settings import check_settings, check_takes, count
 from bilevel.status import Status, code
 
 Mode = Literal["mixed", "reverse", "forward"]
@@ -172,6 +172,10 @@ class Unroll:
     def __post_init__(self) -> None:
         check_inner_tx(self.inner_tx)
         check_settings(self)
+        if self.initial is not None:
+            check_takes("initial", self.initial, "initial(params, hparams)")
+        if self.evaluate is not None:
+            check_takes("evaluate", self.evaluate, "evaluate(opt_state, params)")
         if self.truncate is not None:
             if self.truncate > self.steps:
                 raise ValueError(
@@ -214,7 +218,9 @@ class Unroll:
     def _cold(self, problem: Problem, params: Params, hparams: Hparams) -> InnerState:
         """The carry of a new run; depends on ``hparams`` through ``initial`` and the optimizer."""
         if self.initial is not None:
-            params = tree.cast_like(self.initial(params, hparams), params)
+            begun = self.initial(params, hparams)
+            check_returned(begun, params, "initial")
+            params = tree.cast_like(jax.tree.map(jnp.asarray, begun), params)
         return start(build_tx(self.inner_tx, hparams), params, problem.model_state)
 
     def _carry(
@@ -270,7 +276,9 @@ class Unroll:
         """What the outer loss reads at the end of a run."""
         if self.evaluate is None:
             return end.params, end.model_state
-        return self.evaluate(end.opt_state, end.params), end.model_state
+        evaluated = self.evaluate(end.opt_state, end.params)
+        check_returned(evaluated, end.params, "evaluate")
+        return evaluated, end.model_state
 
     def _steps(
         self,

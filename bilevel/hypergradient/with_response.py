@@ -24,7 +24,14 @@ from bilevel.hypergradient.best_response import BestResponse
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.base import status_of
 from bilevel.problem import Problem
-from bilevel.settings import check_settings_used, concrete, out_of_range
+from bilevel.settings import (
+    check_flag,
+    check_settings_used,
+    check_takes,
+    concrete,
+    is_function,
+    out_of_range,
+)
 from bilevel.status import STATIONARITY, Status
 
 
@@ -124,8 +131,11 @@ def with_response(
         ("solve", solve, "solve(params, hparams, inner_batch) -> params"),
         ("inner", inner, "inner(params, hparams, batch) -> scalar"),
     ):
-        if not callable(function):
+        if not is_function(function):
             raise TypeError(f"`{name}` must be callable, as `{form}`, got {function!r}.")
+    check_takes("solve", solve, "solve(params, hparams, inner_batch)")
+    check_flag("has_aux", has_aux)
+    check_flag("has_status", has_status)
     check_response(response)
     check_settings_used(response, "response")
     _refuse_untrained(response)

@@ -10,6 +10,7 @@ import optax
 
 from bilevel.aliases import Hparams, Params, Scalar, Vector
 from bilevel.inner.roots import flat_roots
+from bilevel.settings import check_takes, is_function
 from bilevel.traced import contains_primitive, depends
 
 InnerTx = optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]
@@ -19,11 +20,18 @@ def check_inner_tx(inner_tx: Any) -> None:
     """Refuse what is neither an optax transformation nor a function of hyperparameters."""
     if hasattr(inner_tx, "init") and hasattr(inner_tx, "update"):
         return
-    if not callable(inner_tx) or isinstance(inner_tx, type):
+    if not is_function(inner_tx):
         raise TypeError(
             "`inner_tx` must be an optax transformation, or a function hparams -> transformation, "
             f"got {inner_tx!r}."
         )
+    check_takes(
+        "inner_tx",
+        inner_tx,
+        "inner_tx(hparams)",
+        "Pass the optimizer itself, such as `optax.sgd(0.1)` (not its `update`), or a function "
+        "`lambda hparams: optax.sgd(hparams['rate'])`.",
+    )
 
 
 def build_tx(inner_tx: InnerTx, hparams: Hparams) -> optax.GradientTransformation:

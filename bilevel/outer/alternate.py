@@ -12,7 +12,7 @@ from bilevel.outer.alternation import Alternation
 from bilevel.outer.base import Algorithm, own_params
 from bilevel.outer.constrain import Space
 from bilevel.outer.training import check_loss, check_tx
-from bilevel.settings import check_count
+from bilevel.settings import check_count, check_flag
 
 
 def alternate(
@@ -117,6 +117,9 @@ def alternate(
     check_inner_tx(inner_tx)
     check_tx("outer_tx", outer_tx)
     check_count("inner_steps", inner_steps, low=0)
+    check_flag("has_aux", has_aux)
+    check_flag("has_state", has_state)
+    check_flag("unroll", unroll, optional=True)
     if constrain is not None and not isinstance(constrain, Space):
         raise TypeError(
             "`constrain` must be a `Space`, such as `Space({'decay': Positive()})`, or None, got "

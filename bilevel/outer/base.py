@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.aliases import Hparams, Params
+from bilevel.checks import dtype_of
 from bilevel.tree import paths
 
 
@@ -73,6 +74,18 @@ def check_state(state: Any, expected: type) -> None:
             f"`state` must be what `init` returns, a {expected.__name__}, got "
             f"{type(state).__name__}."
         )
+
+
+def check_arrays(state: Any) -> None:
+    """Refuse a state with leaves that are no arrays."""
+    for path, leaf in paths(state, "state"):
+        try:
+            dtype_of(leaf)
+        except TypeError:
+            raise TypeError(
+                f"{path} is a {type(leaf).__name__}, but `state` must be what `init` returns, a "
+                "tree of arrays."
+            ) from None
 
 
 def same_type(new: Any, old: Any, name: str, remedy: str) -> Any:

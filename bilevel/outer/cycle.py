@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, ModelState, Params, Scalar
-from bilevel.checks import check_inner, check_key, check_point, check_problem
+from bilevel.checks import check_inner, check_key, check_point, check_problem, check_split
 from bilevel.hypergradient.best_response import check_responds, scale_like
 from bilevel.inner.groups import fold_keys
 from bilevel.linear.base import loop, status_of
@@ -269,4 +269,6 @@ def _check_step(
     check_problem(*args, first, first_outer)
     check_inner(*args, first)
     check_responds(*args, first, first_outer)
+    if tuning.linearize is not None:
+        check_split(tuning.linearize, *args, first)
     return wants_straight_line(*args, first)

@@ -6,6 +6,7 @@ best response, are then those of the other leaves, with the frozen ones as const
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,7 @@ class Trained:
 
 
 def _of_part(function: Callable[..., Any], trained: Trained) -> Callable[..., Any]:
+    @functools.wraps(function, updated=())  # whoever asks for the signature gets that of `function`
     def of_part(part: Params, *rest: Any) -> Any:
         return function(trained.whole(part), *rest)
 

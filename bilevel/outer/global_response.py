@@ -10,7 +10,7 @@ import optax
 
 from bilevel import tree
 from bilevel.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar
-from bilevel.checks import check_inner, check_key, check_point, check_problem
+from bilevel.checks import check_inner, check_key, check_point, check_problem, check_returned
 from bilevel.hypergradient.best_response import check_responds
 from bilevel.inner.network import Network
 from bilevel.linear.base import loop, status_of
@@ -26,7 +26,7 @@ from bilevel.outer.training import (
 )
 from bilevel.outer.tuning_state import GlobalResponseState
 from bilevel.problem import Problem
-from bilevel.settings import check_count
+from bilevel.settings import check_count, check_takes, is_function
 from bilevel.status import Status, code
 
 
@@ -105,8 +105,9 @@ def global_response(
     check_count("inner_steps", inner_steps)
     check_count("draws", draws)
     check_count("seed", seed, 0)
-    if not callable(sample):
+    if not is_function(sample):
         raise TypeError(f"`sample` must be a function (key, hparams) -> hparams, got {sample!r}.")
+    check_takes("sample", sample, "sample(key, hparams)")
     if not isinstance(network, Network) or isinstance(network, type):
         raise TypeError(f"`network` must be a network such as `Hypernetwork()`, got {network!r}.")
     if getattr(network, "per_example", False) or network.centred:
@@ -211,6 +212,12 @@ class _GlobalResponse:
         at = state.hparams if hparams is None else hparams
         return self.network.apply(state.response, state.params, at)
 
+    def _draw(self, key: Key, hparams: Hparams) -> Hparams:
+        """One draw of p, in the dtypes of ``hparams``."""
+        drawn = self.sample(key, hparams)
+        check_returned(drawn, hparams, "sample")
+        return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), drawn, hparams)
+
     def _train(
         self, state: GlobalResponseState, inner_batches: Batch, first: Batch, key: Key
     ) -> tuple[Any, Any, Scalar, Scalar]:
@@ -228,8 +235,7 @@ class _GlobalResponse:
         def train(k: Any, carry: Any) -> Any:
             weights, opt_state, loss, norm = carry
             keys = jax.random.split(jax.random.fold_in(key, k), self.draws)
-            drawn = jax.vmap(lambda k: self.sample(k, state.hparams))(keys)
-            drawn = jax.tree.map(lambda x, y: x.astype(y.dtype), drawn, state.hparams)
+            drawn = jax.vmap(lambda k: self._draw(k, state.hparams))(keys)
             batch = batch_at(inner_batches, k)
             value, grads = jax.value_and_grad(mean_loss)(weights, drawn, batch)
             new = update(

@@ -16,7 +16,7 @@ from bilevel.outer.cycle import deploy, init, step
 from bilevel.outer.training import check_fixed_tx, check_loss, check_tx
 from bilevel.outer.tuning import Tuning
 from bilevel.outer.tuning_state import GlobalResponseState, SelfTuningState, weights_at
-from bilevel.settings import check_count, check_number, check_real
+from bilevel.settings import check_count, check_flag, check_one_real, check_real
 
 
 def self_tuning(
@@ -149,8 +149,9 @@ def self_tuning(
         check_count(name, count, low)
     for leaf in jax.tree.leaves(scale):
         check_real("scale", leaf, 0, strict=True)
-    check_number("entropy", entropy)
-    check_real("entropy", entropy, 0)
+    check_one_real("entropy", entropy, 0)
+    check_flag("tune_scales", tune_scales)
+    check_flag("has_state", has_state)
     check_count("seed", seed, 0)
     if linearize is not None and not isinstance(linearize, GaussNewton):
         raise TypeError(

@@ -10,11 +10,12 @@ import optax
 from bilevel.aliases import Batch, Hparams, Params, Scalar
 from bilevel.checks import check_entries
 from bilevel.inner.descend import check_batches, is_single_key, select_batch
+from bilevel.settings import is_function
 
 
 def check_loss(name: str, loss: Any) -> None:
     """Refuse a loss that cannot be called."""
-    if not callable(loss):
+    if not is_function(loss):
         raise TypeError(f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}.")
 
 

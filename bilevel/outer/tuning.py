@@ -181,7 +181,8 @@ class Tuning:
         return draw_noise(key, raw, count, self.shared_flags(raw))
 
     def shared_flags(self, hparams: Hparams) -> Any:
-        named = {path for path, _ in select(hparams, self.shared)} if self.shared else set()
+        found = select(hparams, self.shared, "shared") if self.shared else []
+        named = {path for path, _ in found}
         flags = [path in named for path, _ in tree.paths(hparams, "")]
         return jax.tree.unflatten(jax.tree.structure(hparams), flags)
 

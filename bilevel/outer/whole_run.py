@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from bilevel import tree
 from bilevel.aliases import Batch, Key, Scalar
-from bilevel.outer.base import Algorithm
+from bilevel.outer.base import Algorithm, check_arrays
 from bilevel.regularizers.strength import check_key
-from bilevel.settings import check_count
+from bilevel.settings import check_count, check_takes, is_function
 
 
 class WholeRun(NamedTuple):
@@ -43,15 +43,18 @@ def _check_arguments(algorithm: Any, state: Any, sample: Any, key: Any, score: A
             f"{type(state).__name__}."
         )
     check_key(key)
-    if not callable(sample):
+    check_arrays(state)
+    if not is_function(sample):
         raise TypeError(
             "`sample` must be a function key -> (inner_batches, outer_batch), got "
             f"{type(sample).__name__}: gather from arrays that it closes over."
         )
+    check_takes("sample", sample, "sample(key)")
     if score is None:
         return
-    if not callable(score):
+    if not is_function(score):
         raise TypeError(f"`score` must be a function state -> scalar, got {score!r}.")
+    check_takes("score", score, "score(state)")
     shape = jax.eval_shape(score, state)
     if getattr(shape, "shape", None) != () or not jnp.issubdtype(shape.dtype, jnp.floating):
         raise TypeError(
