@@ -8,6 +8,7 @@ at run time of a traced number that is outside, for a status.
 
 import dataclasses
 import importlib
+import inspect
 import numbers
 import types
 import typing
@@ -129,7 +130,7 @@ def _fits(given: Any, kind: Any) -> bool | None:
     if kind is int:
         return isinstance(given, (int, np.integer)) and not isinstance(given, bool)
     if typing.get_origin(kind) is Callable:
-        return callable(given)
+        return is_function(given)
     if not isinstance(kind, type):
         return None
     if getattr(kind, "_is_protocol", False) or hasattr(kind, "_fields"):
@@ -149,7 +150,7 @@ def _described(kind: Any) -> str:
     if kind in (bool, int):
         return "True or False" if kind is bool else "a Python int"
     if typing.get_origin(kind) is Callable:
-        return "callable (a function)"
+        return "callable (a function, not a class)"
     return f"a `{kind.__name__}` (a value: call the class)"
 
 
@@ -179,7 +180,9 @@ def _ranged(value: Any) -> Iterator[tuple[str, _Range]]:
 def concrete(value: Any) -> bool:
     """Whether ``value`` is a number, or an array of them, that can be compared now."""
     if isinstance(value, jax.Array):
-        return not isinstance(value, Tracer) and value.is_fully_addressable
+        if isinstance(value, Tracer) or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return False
+        return value.is_fully_addressable
     return isinstance(value, (numbers.Number, np.ndarray, np.generic))
 
 
@@ -224,6 +227,47 @@ def check_count(name: str, value: Any, low: int = 1) -> None:
         )
     if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+
+
+def check_one_real(
+    name: str, value: Any, low: float | None = None, *, strict: bool = False
+) -> None:
+    """Refuse what is not one real number of at least (``strict``: above) ``low``."""
+    check_number(name, value)
+    check_real(name, value, low, strict=strict)
+    if np.ndim(value):
+        raise ValueError(f"`{name}` has shape {np.shape(value)}, expected one number.")
+
+
+def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuse what is not True or False (or, if ``optional``, None)."""
+    if not (isinstance(value, (bool, np.bool_)) or (optional and value is None)):
+        or_none = ", or None" if optional else ""
+        raise TypeError(f"`{name}` must be True or False{or_none}, got {value!r}.")
+
+
+def is_function(value: Any) -> bool:
+    """Whether ``value`` can be called for what it returns; calling a class makes an object."""
+    return callable(value) and not isinstance(value, type)
+
+
+def check_takes(
+    name: str,
+    function: Any,
+    call: str,
+    hint: str = "Write it with these arguments, and bind others with `functools.partial`.",
+) -> None:
+    """Refuse a function that cannot be called as ``call`` says: ``"sample(key, hparams)"``."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built in: it cannot be asked
+        return
+    try:
+        signature.bind(*call[call.index("(") + 1 : -1].split(", "))
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` cannot be called as {call}: {error}. Its signature is {signature}. {hint}"
+        ) from None
 
 
 def require_extra(module: str, extra: str, who: str) -> ModuleType:

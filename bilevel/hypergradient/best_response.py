@@ -22,7 +22,7 @@ from bilevel.inner.groups import draw_noise, fold_keys, loop_over_groups, split_
 from bilevel.inner.network import Network, StructuredResponse, gradient_cost
 from bilevel.problem.operators.gauss_newton import GaussNewton
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inner, check_same_tree
+from bilevel.problem.validate import check_inner, check_same_tree, check_split
 
 
 class BestResponseState(NamedTuple):
@@ -207,6 +207,8 @@ class BestResponse:
         """Raise what this response can tell is wrong, when traced."""
         check_inner(problem, params, hparams, inner_batch)
         check_responds(problem, params, hparams, inner_batch, outer_batch)
+        if self.linearize is not None and self.steps:
+            check_split(self.linearize, problem, params, hparams, inner_batch)
         if state is None:
             if self.steps == 0:
                 raise ValueError(
@@ -314,8 +316,7 @@ def scale_like(scale: Any, hparams: Hparams) -> Hparams:
     for path, leaf in tree.paths(scale, "scale"):
         check_number(path, leaf)
     if jax.tree.structure(scale) != jax.tree.structure(hparams):
-        alone = jax.tree_util.treedef_is_leaf(jax.tree.structure(scale))
-        if not alone or jnp.ndim(scale) != 0:
+        if not jax.tree_util.all_leaves([scale]) or jnp.ndim(scale) != 0:
             raise ValueError(
                 "`scale` must be a scalar or a tree like `hparams`, got "
                 f"{jax.tree.structure(scale)} for {jax.tree.structure(hparams)}."

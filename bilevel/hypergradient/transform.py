@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params
+from bilevel.ground.settings import check_flag
 from bilevel.hypergradient.base import Hypergradient, Response
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.solve import check_solve, solve
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_losses, check_response
+from bilevel.problem.validate import check_loss_arguments, check_losses, check_response
 
 
 def hypergrad_solve(
@@ -212,6 +213,8 @@ def _pack(
     not differentiated are bound into the losses.
     """
     numbers = _check_argnums(argnums)
+    check_flag("has_aux", has_aux)
+    check_flag("has_state", has_state)
     check_losses(outer=outer, inner=inner)
     if not hparams:
         raise TypeError("`hparams` is missing: pass it after `params`.")
@@ -224,6 +227,9 @@ def _pack(
         alone = isinstance(argnums, int)
         problem = Problem(outer, inner, has_aux, has_state)
         return problem, hparams[0], (lambda t: t if alone else (t,))
+
+    for name, loss in (("outer", outer), ("inner", inner)):
+        check_loss_arguments(loss, name, has_state, len(hparams))
 
     def unpacked(loss: Loss) -> Loss:
         def call(params: Params, chosen: tuple, batch: Batch, *rest: Any) -> Any:

@@ -11,7 +11,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scalar, Stats
 from bilevel.ground.batches import check_stack, one_batch
 from bilevel.ground.cost import Cost
-from bilevel.ground.settings import check_settings, count
+from bilevel.ground.settings import check_settings, check_takes, count
 from bilevel.ground.status import Status, code
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.forward import no_tangents, push_forward
@@ -24,7 +24,7 @@ from bilevel.inner.optimizer import (
     refresh_injected,
 )
 from bilevel.problem.two_losses import Point, Problem
-from bilevel.problem.validate import check_inner, check_same_tree
+from bilevel.problem.validate import check_inner, check_returned, check_same_tree
 
 Mode = Literal["mixed", "reverse", "forward"]
 
@@ -166,6 +166,10 @@ class Unroll:
     def __post_init__(self) -> None:
         check_inner_tx(self.inner_tx)
         check_settings(self)
+        if self.initial is not None:
+            check_takes("initial", self.initial, "initial(params, hparams)")
+        if self.evaluate is not None:
+            check_takes("evaluate", self.evaluate, "evaluate(opt_state, params)")
         if self.truncate is not None:
             if self.truncate > self.steps:
                 raise ValueError(
@@ -216,7 +220,9 @@ class Unroll:
     def _cold(self, problem: Problem, params: Params, hparams: Hparams) -> InnerState:
         """The carry of a new run; depends on ``hparams`` through ``initial`` and the optimizer."""
         if self.initial is not None:
-            params = tree.cast_like(self.initial(params, hparams), params)
+            begun = self.initial(params, hparams)
+            check_returned(begun, params, "initial")
+            params = tree.cast_like(jax.tree.map(jnp.asarray, begun), params)
         return start(build_tx(self.inner_tx, hparams), params, problem.model_state)
 
     def _carry(
@@ -272,7 +278,9 @@ class Unroll:
         """What the outer loss reads at the end of a run."""
         if self.evaluate is None:
             return end.params, end.model_state
-        return self.evaluate(end.opt_state, end.params), end.model_state
+        evaluated = self.evaluate(end.opt_state, end.params)
+        check_returned(evaluated, end.params, "evaluate")
+        return evaluated, end.model_state
 
     def _steps(
         self,

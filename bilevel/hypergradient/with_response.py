@@ -12,7 +12,14 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, Params, Scalar, Stats, Vector
 from bilevel.ground.batches import check_batch, select_batch
 from bilevel.ground.keys import check_key
-from bilevel.ground.settings import check_settings_used, concrete, out_of_range
+from bilevel.ground.settings import (
+    check_flag,
+    check_settings_used,
+    check_takes,
+    concrete,
+    is_function,
+    out_of_range,
+)
 from bilevel.ground.status import STATIONARITY, Status, status_of
 from bilevel.hypergradient.attach import attach_implicit, attach_response, differentiates_fully
 from bilevel.hypergradient.base import Response
@@ -124,8 +131,11 @@ def with_response(
         ("solve", solve, "solve(params, hparams, inner_batch) -> params"),
         ("inner", inner, "inner(params, hparams, batch) -> scalar"),
     ):
-        if not callable(function):
+        if not is_function(function):
             raise TypeError(f"`{name}` must be callable, as `{form}`, got {function!r}.")
+    check_takes("solve", solve, "solve(params, hparams, inner_batch)")
+    check_flag("has_aux", has_aux)
+    check_flag("has_status", has_status)
     if on_failure not in ("nan", "keep"):
         raise ValueError(f"`on_failure` must be 'nan' or 'keep', got {on_failure!r}.")
     check_response(response)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.ground.aliases import Hparams, Params, Scalar, Vector
+from bilevel.ground.settings import check_takes, is_function
 from bilevel.ground.traced import contains_primitive, depends
 from bilevel.inner.roots import flat_roots
 
@@ -19,11 +20,18 @@ def check_inner_tx(inner_tx: Any) -> None:
     """Refuse what is neither an optax transformation nor a function of hyperparameters."""
     if hasattr(inner_tx, "init") and hasattr(inner_tx, "update"):
         return
-    if not callable(inner_tx) or isinstance(inner_tx, type):
+    if not is_function(inner_tx):
         raise TypeError(
             "`inner_tx` must be an optax transformation, or a function hparams -> transformation, "
             f"got {inner_tx!r}."
         )
+    check_takes(
+        "inner_tx",
+        inner_tx,
+        "inner_tx(hparams)",
+        "Pass the optimizer itself, such as `optax.sgd(0.1)` (not its `update`), or a function "
+        "`lambda hparams: optax.sgd(hparams['rate'])`.",
+    )
 
 
 def is_tx(tx: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from bilevel.ground.aliases import Loss
-from bilevel.ground.settings import check_count
+from bilevel.ground.settings import check_count, check_flag
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
 from bilevel.inner.optimizer import InnerTx, check_inner_tx, check_tx
@@ -118,6 +118,9 @@ def alternate(
     check_inner_tx(inner_tx)
     check_tx("outer_tx", outer_tx)
     check_count("inner_steps", inner_steps, low=0)
+    check_flag("has_aux", has_aux)
+    check_flag("has_state", has_state)
+    check_flag("unroll", unroll, optional=True)
     check_space(constrain, "{'decay': Positive()}")
     _check_response(response, inner_steps)
     alternation = Alternation(

@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground.aliases import Hparams, Params, Scalar, Stats
+from bilevel.ground.batches import array_dtype
 from bilevel.ground.cost import Cost
+from bilevel.ground.tree import paths
 
 
 class Info(NamedTuple):
@@ -105,3 +107,15 @@ def check_state(state: Any, expected: type) -> None:
             f"`state` must be what `init` returns, a {expected.__name__}, got "
             f"{type(state).__name__}."
         )
+
+
+def check_arrays(state: Any) -> None:
+    """Refuse a state with leaves that are no arrays."""
+    for path, leaf in paths(state, "state"):
+        try:
+            array_dtype(leaf)
+        except TypeError:
+            raise TypeError(
+                f"{path} is a {type(leaf).__name__}, but `state` must be what `init` returns, a "
+                "tree of arrays."
+            ) from None

@@ -6,6 +6,7 @@ best response, are then those of the other leaves, with the frozen ones as const
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,7 @@ class Part:
 
 
 def _of_part(function: Callable[..., Any], part: Part) -> Callable[..., Any]:
+    @functools.wraps(function, updated=())  # whoever asks for the signature gets that of `function`
     def of_part(params: Params, *rest: Any) -> Any:
         return function(part.whole(params), *rest)
 

@@ -14,7 +14,7 @@ from bilevel.ground.batches import check_stack, select_batch
 from bilevel.ground.cost import Cost
 from bilevel.ground.keys import require_key
 from bilevel.ground.loops import keep_types, loop, must_unroll
-from bilevel.ground.settings import check_count
+from bilevel.ground.settings import check_count, check_takes, is_function
 from bilevel.ground.status import Status, status_of
 from bilevel.hypergradient.best_response import check_responds
 from bilevel.inner.descend import InnerState, StepInfo, take_step
@@ -23,7 +23,13 @@ from bilevel.inner.optimizer import check_fixed_tx, check_tx
 from bilevel.outer.base import KEEP, Algorithm, Info, check_state, own
 from bilevel.outer.variable import Mover, Variable
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inner, check_losses, check_point, check_problem
+from bilevel.problem.validate import (
+    check_inner,
+    check_losses,
+    check_point,
+    check_problem,
+    check_returned,
+)
 
 
 class GlobalResponseState(NamedTuple):
@@ -115,8 +121,9 @@ def global_response(
     check_count("inner_steps", inner_steps)
     check_count("draws", draws)
     check_count("seed", seed, 0)
-    if not callable(sample):
+    if not is_function(sample):
         raise TypeError(f"`sample` must be a function (key, hparams) -> hparams, got {sample!r}.")
+    check_takes("sample", sample, "sample(key, hparams)")
     if not isinstance(network, Network) or isinstance(network, type):
         raise TypeError(f"`network` must be a network such as `Hypernetwork()`, got {network!r}.")
     if getattr(network, "per_example", False) or network.centred:
@@ -211,6 +218,12 @@ class _GlobalResponse:
         at = state.hparams if hparams is None else hparams
         return self.network.apply(state.network_params, state.params, at)
 
+    def _draw(self, key: Key, hparams: Hparams) -> Hparams:
+        """One draw of p, in the dtypes of ``hparams``."""
+        drawn = self.sample(key, hparams)
+        check_returned(drawn, hparams, "sample")
+        return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), drawn, hparams)
+
     def _train(
         self, state: GlobalResponseState, inner_batches: Batch, first: Batch, key: Key
     ) -> tuple[InnerState, StepInfo]:
@@ -227,8 +240,7 @@ class _GlobalResponse:
 
         def train(k: Any, carry: tuple[InnerState, Any]) -> tuple[InnerState, Any]:
             keys = jax.random.split(jax.random.fold_in(key, k), self.draws)
-            drawn = jax.vmap(lambda k: self.sample(k, state.hparams))(keys)
-            drawn = jax.tree.map(lambda x, y: x.astype(y.dtype), drawn, state.hparams)
+            drawn = jax.vmap(lambda k: self._draw(k, state.hparams))(keys)
             batch = select_batch(inner_batches, k)
             trained, info = take_step(
                 lambda both, _: (mean_loss(both, drawn, batch), None), self.inner_tx, carry[0]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Key, Params, Scalar
 from bilevel.ground.keys import check_key
-from bilevel.ground.settings import check_count
-from bilevel.outer.base import Algorithm
+from bilevel.ground.settings import check_count, check_takes, is_function
+from bilevel.outer.base import Algorithm, check_arrays
 
 
 class WholeRun(NamedTuple):
@@ -45,15 +45,18 @@ def _check_arguments(algorithm: Any, state: Any, sample: Any, key: Any, score: A
             f"{type(state).__name__}."
         )
     check_key(key)
-    if not callable(sample):
+    check_arrays(state)
+    if not is_function(sample):
         raise TypeError(
             "`sample` must be a function key -> (inner_batches, outer_batch), got "
             f"{type(sample).__name__}: gather from arrays that it closes over."
         )
+    check_takes("sample", sample, "sample(key)")
     if score is None:
         return
-    if not callable(score):
+    if not is_function(score):
         raise TypeError(f"`score` must be a function state -> scalar, got {score!r}.")
+    check_takes("score", score, "score(state)")
     shape = jax.eval_shape(score, state)
     if getattr(shape, "shape", None) != () or not jnp.issubdtype(shape.dtype, jnp.floating):
         raise TypeError(

@@ -3,7 +3,6 @@
 Every check costs at most an abstract evaluation, never a computation on the device.
 """
 
-import inspect
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Params
 from bilevel.ground.batches import array_dtype, check_batch
+from bilevel.ground.settings import check_takes, is_function
 from bilevel.ground.traced import depends
 from bilevel.ground.tree import paths
 from bilevel.problem.two_losses import Problem
@@ -57,21 +57,23 @@ def check_response(response: Any) -> None:
 def check_losses(**losses: Any) -> None:
     """Refuse losses that cannot be called."""
     for name, loss in losses.items():
-        if not callable(loss):
+        if not is_function(loss):
             raise TypeError(
                 f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
             )
 
 
-def check_scalar(shape: Any, name: str, has_aux_hint: bool) -> None:
+_OUTER = (
+    " If it returns (scalar, aux), pass `has_aux=True`; if (scalar, model_state), `has_state=True`."
+)
+_INNER = (
+    " The inner loss has no auxiliary output; with `has_state=True` it returns (scalar, "
+    "model_state)."
+)
+
+
+def check_scalar(shape: Any, name: str, hint: str = "") -> None:
     """Refuse a loss that is not one real floating-point number."""
-    hint = (
-        " If it returns (scalar, aux), pass `has_aux=True`; if (scalar, model_state), "
-        "`has_state=True`."
-        if has_aux_hint
-        else " The inner loss has no auxiliary output; with `has_state=True` it returns "
-        "(scalar, model_state)."
-    )
     leaf = shape
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise TypeError(f"`{name}` must return a scalar, got {jax.tree.structure(shape)}.{hint}")
@@ -81,7 +83,14 @@ def check_scalar(shape: Any, name: str, has_aux_hint: bool) -> None:
             f"take the mean or the sum over examples.{hint}"
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"`{name}` must return a real floating-point scalar, got {leaf.dtype}.")
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            hint = (
+                " Where `inner_batch` or `outer_batch` holds complex numbers, end the loss with "
+                "the real part, or with `jnp.abs(...) ** 2`."
+            )
+        raise TypeError(
+            f"`{name}` must return a real floating-point scalar, got {leaf.dtype}.{hint}"
+        )
 
 
 def _raw_shape(problem: Problem, which: str, *args: Any) -> Any:
@@ -90,7 +99,7 @@ def _raw_shape(problem: Problem, which: str, *args: Any) -> Any:
     pair = problem.has_state or (which == "outer" and problem.has_aux)
     if problem.has_state:
         args = (*args, problem.model_state)
-    _check_arguments(loss, args, which, problem.has_state)
+    check_loss_arguments(loss, which, problem.has_state)
     numbers: list[Any] = []
 
     def call(*args: Any) -> Any:
@@ -132,27 +141,21 @@ def _raw_shape(problem: Problem, which: str, *args: Any) -> Any:
     return shape[0]
 
 
-def _check_arguments(loss: Any, args: tuple, which: str, has_state: bool) -> None:
-    """Refuse a loss that cannot be called with as many arguments as it will get."""
-    try:
-        signature = inspect.signature(loss)
-    except (TypeError, ValueError):  # built in: it cannot be asked
-        return
-    try:
-        signature.bind(*args)
-    except TypeError as error:
-        names = "params, hparams, batch" + (", model_state" if has_state else "")
-        hint = (
-            "With `has_state=True` both losses receive the model state: add the argument, or "
-            "leave `has_state` out."
-            if has_state
-            else "If it reads and returns mutable model state, pass `has_state=True` and "
-            "`model_state=...`; bind other arguments with `functools.partial`."
-        )
-        raise TypeError(
-            f"`{which}` cannot be called as loss({names}): {error}. Its signature is {signature}. "
-            f"{hint}"
-        ) from None
+def check_loss_arguments(loss: Any, which: str, has_state: bool, positions: int = 1) -> None:
+    """Refuse a loss that cannot be called with as many arguments as it will get.
+
+    ``positions``: how many hyperparameter arguments there are.
+    """
+    names = ["hparams"] if positions == 1 else [f"hparams_{i + 1}" for i in range(positions)]
+    call = f"loss({', '.join(['params', *names, 'batch', *['model_state'] * has_state])})"
+    hint = (
+        "With `has_state=True` both losses receive the model state: add the argument, or leave "
+        "`has_state` out."
+        if has_state
+        else "If it reads and returns mutable model state, pass `has_state=True` and "
+        "`model_state=...`; bind other arguments with `functools.partial`."
+    )
+    check_takes(which, loss, call, hint)
 
 
 def check_same_tree(got: Any, expected: Any, name: str) -> None:
@@ -167,6 +170,51 @@ def check_same_tree(got: Any, expected: Any, name: str) -> None:
             raise ValueError(f"{path} has shape {jnp.shape(a)}, expected {jnp.shape(b)}.")
 
 
+def check_returned(returned: Any, like: Any, name: str) -> None:
+    """Refuse what the function ``name`` gave in place of a tree of arrays shaped like ``like``."""
+    if returned is None:
+        raise TypeError(f"`{name}` returned None: end it with a `return`.")
+    result = f"the result of `{name}`"
+    for path, leaf in paths(returned, result):
+        try:
+            array_dtype(leaf)
+        except TypeError:
+            raise TypeError(
+                f"{path} is a {type(leaf).__name__}, expected an array of numbers: return a tree "
+                "of JAX arrays."
+            ) from None
+    check_same_tree(returned, like, result)
+
+
+def check_split(
+    split: Any, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+) -> None:
+    """Refuse the parts of an inner loss (``GaussNewton``) that are not of the declared form."""
+
+    def parts(params: Params, hparams: Hparams, batch: Batch, *state: Any) -> None:
+        z = split.model(params, hparams, batch, *state)
+        if not jax.tree.leaves(z):
+            raise TypeError(
+                f"`model` must return the outputs (arrays), got {jax.tree.structure(z)}: end it "
+                "with a `return`."
+            )
+        values = {"output_loss": split.output_loss(z, hparams, batch)}
+        if split.penalty is not None:
+            values["penalty"] = split.penalty(params, hparams)
+        for name, value in values.items():
+            if not isinstance(value, float):  # a constant has a derivative, zero
+                check_scalar(value, name, " End it with a `return` of a sum or a mean.")
+
+    state = (problem.model_state,) * problem.has_state
+    check_takes(
+        "model", split.model, f"model(params, hparams, batch{', model_state' * problem.has_state})"
+    )
+    check_takes("output_loss", split.output_loss, "output_loss(outputs, hparams, batch)")
+    if split.penalty is not None:
+        check_takes("penalty", split.penalty, "penalty(params, hparams)")
+    jax.eval_shape(parts, params, hparams, batch, *state)
+
+
 def check_problem(
     problem: Problem, params: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
 ) -> None:
@@ -174,7 +222,7 @@ def check_problem(
     check_point(params, hparams)
     check_batch(inner_batch, "inner_batch")
     check_batch(outer_batch, "outer_batch")
-    check_scalar(_raw_shape(problem, "outer", params, hparams, outer_batch), "outer", True)
+    check_scalar(_raw_shape(problem, "outer", params, hparams, outer_batch), "outer", _OUTER)
 
 
 def check_point(params: Params, hparams: Hparams) -> None:
@@ -204,7 +252,7 @@ def check_point(params: Params, hparams: Hparams) -> None:
 
 def check_inner(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> None:
     """The inner loss on *one* batch (a response that takes several checks its first)."""
-    check_scalar(_raw_shape(problem, "inner", params, hparams, batch), "inner", False)
+    check_scalar(_raw_shape(problem, "inner", params, hparams, batch), "inner", _INNER)
 
 
 def check_is_read(

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground.keys import check_key
+from bilevel.ground.settings import check_takes, is_function
+from bilevel.outer.base import check_arrays
 
 ON_NONFINITE = ("raise", "skip", "stop")
 
@@ -38,6 +40,7 @@ def check_run(alg: Any, state: Any, key: Any) -> None:
             f"`state` must be what `alg.init` returns, one run with its count of steps; its `step` "
             f"is {_short(step)}."
         )
+    check_arrays(state)
     check_key(key)
 
 
@@ -83,11 +86,12 @@ def check_callbacks(callbacks: Any) -> None:
             f"{_short(callbacks)}{hint}."
         )
     for i, callback in enumerate(callbacks):
-        if not callable(callback):
+        if not is_function(callback):
             raise TypeError(
                 f"`callbacks[{i}]` must be a function callback(step, record), got "
                 f"{_short(callback)}."
             )
+        check_takes(f"callbacks[{i}]", callback, "callback(step, record)")
 
 
 def check_choices(on_nonfinite: Any, evaluate: Any, progress: Any) -> None:
@@ -97,8 +101,12 @@ def check_choices(on_nonfinite: Any, evaluate: Any, progress: Any) -> None:
             f"`on_nonfinite` must be one of {', '.join(map(repr, ON_NONFINITE))}, got "
             f"{_short(on_nonfinite)}."
         )
-    if evaluate is not None and not callable(evaluate):
-        raise TypeError(f"`evaluate` must be a function point -> float, got {_short(evaluate)}.")
+    if evaluate is not None:
+        if not is_function(evaluate):
+            raise TypeError(
+                f"`evaluate` must be a function point -> float, got {_short(evaluate)}."
+            )
+        check_takes("evaluate", evaluate, "evaluate(point)")
     if not isinstance(progress, (bool, np.bool_)):
         raise TypeError(f"`progress` must be True or False, got {_short(progress)}.")
 

@@ -55,6 +55,11 @@ class _Source:
             self._function = data
             self._check_takes_a_step()
             return
+        if data is None:
+            raise TypeError(
+                f"`{name}` is None: pass the batch, or a function of the integer step that returns "
+                "it. Where nothing is read, pass an empty tuple `()`."
+            )
         if isinstance(data, list):
             raise TypeError(
                 f"`{name}` is a list, which could be one batch or several. {_RULE}: `lambda step: "
@@ -105,6 +110,11 @@ class _Source:
         form = structure, [(_dtype(x), np.ndim(x)) for x in leaves]
         if self._form is not None and form == self._form:
             return
+        if batch is None and self._form is None:
+            raise TypeError(
+                f"`{self.name}` returned None at step {step}: end it with a `return` of the batch. "
+                "Where nothing is read, return an empty tuple `()`."
+            )
         _check_arrays(self.name, f"`{self.name}` at step {step}", batch)
         if self._form is None:
             self._form = form

@@ -191,8 +191,8 @@ class Integer:
         if max(abs(self.lo), abs(self.hi)) > 2**bits:
             raise ValueError(
                 f"{name} has dtype {jnp.dtype(dtype)}, which cannot tell whole numbers beyond "
-                f"2**{bits} apart, but its bound is `Integer({self.lo}, {self.hi})`: use a wider "
-                "dtype, or tune the number in larger units."
+                f"2**{bits} apart, but its bound is `Integer(lo={self.lo}, hi={self.hi})`: use a "
+                "wider dtype, or tune the number in larger units."
             )
         low, high = _limits(self, self.lo - 0.5, self.hi + 0.5, dtype, name)
         return min(low, self.lo), max(high, self.hi)

@@ -13,7 +13,13 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, Params, Vector
 from bilevel.ground.batches import check_batch
 from bilevel.ground.keys import check_key
-from bilevel.ground.settings import check_count, check_number, check_real
+from bilevel.ground.settings import (
+    check_count,
+    check_flag,
+    check_one_real,
+    check_takes,
+    is_function,
+)
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.linear.cg import CG
@@ -116,17 +122,26 @@ def check_hypergrad(
     check_batch(inner_batch, "inner_batch")
     check_batch(outer_batch, "outer_batch")
     check_key(key)
+    check_flag("resolve_first", resolve_first)
     for name, given in (("step", step), ("tolerance", tolerance)):
         if given is not None:
-            check_number(name, given)
-    if solve is not None and not callable(solve):
-        raise TypeError(f"`solve` must be a function solve(params, hparams, batch), got {solve!r}.")
+            check_one_real(name, given, 0, strict=True)
+    for path, leaf in (*tree.paths(params, "params"), *tree.paths(hparams, "hparams")):
+        if not jnp.all(jnp.isfinite(leaf)):
+            raise ValueError(
+                f"{path} is not finite, where no difference can be taken: pass finite numbers."
+            )
+    if solve is not None:
+        if not is_function(solve):
+            raise TypeError(
+                f"`solve` must be a function solve(params, hparams, batch), got {solve!r}."
+            )
+        check_takes("solve", solve, "solve(params, hparams, batch)")
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params), *jax.tree.leaves(hparams))
     eps = float(jnp.finfo(dtype).eps)
     single = eps > 1e-10
     scale = max(1.0, float(tree.norm(hparams)))
     half = float(eps ** (1 / 3) * scale if step is None else step)
-    check_real("step", half, 0, strict=True)
     if half < np.sqrt(eps) * scale:
         raise ValueError(
             f"`step`={half:.1e} is below {np.sqrt(eps) * scale:.1e}, where differences in {dtype} "
@@ -134,7 +149,6 @@ def check_hypergrad(
             "(`jax.config.update('jax_enable_x64', True)` and float64 inputs)."
         )
     tolerance = (5e-2 if single else 1e-4) if tolerance is None else tolerance
-    check_real("tolerance", tolerance, 0, strict=True)
     key = jax.random.key(0) if key is None else key
     problem = Problem(outer, inner)
 

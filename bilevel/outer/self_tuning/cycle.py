@@ -18,7 +18,7 @@ from bilevel.outer.base import KEEP, Info, check_model_state, check_state, own
 from bilevel.outer.self_tuning.losses import Tuning
 from bilevel.outer.self_tuning.state import Moved, SelfTuningState, Trained, inverse_softplus
 from bilevel.outer.variable import Variable
-from bilevel.problem.validate import check_inner, check_point, check_problem
+from bilevel.problem.validate import check_inner, check_point, check_problem, check_split
 
 
 def deploy(tuning: Tuning, state: SelfTuningState, hparams: Hparams | None = None) -> Params:
@@ -253,4 +253,6 @@ def _check_step(
     check_problem(*args, first, first_outer)
     check_inner(*args, first)
     check_responds(*args, first, first_outer)
+    if tuning.linearize is not None:
+        check_split(tuning.linearize, *args, first)
     return must_unroll(problem.inner_loss, *args[1:], first)

@@ -8,7 +8,12 @@ import jax
 import optax
 
 from bilevel.ground.aliases import Loss
-from bilevel.ground.settings import check_count, check_number, check_real
+from bilevel.ground.settings import (
+    check_count,
+    check_flag,
+    check_one_real,
+    check_real,
+)
 from bilevel.inner.network import Network, StructuredResponse
 from bilevel.inner.optimizer import check_fixed_tx, check_tx
 from bilevel.outer.base import Algorithm
@@ -151,8 +156,9 @@ def self_tuning(
         check_count(name, count, low)
     for leaf in jax.tree.leaves(scale):
         check_real("scale", leaf, 0, strict=True)
-    check_number("entropy", entropy)
-    check_real("entropy", entropy, 0)
+    check_one_real("entropy", entropy, 0)
+    check_flag("tune_scales", tune_scales)
+    check_flag("has_state", has_state)
     check_count("seed", seed, 0)
     if linearize is not None and not isinstance(linearize, GaussNewton):
         raise TypeError(

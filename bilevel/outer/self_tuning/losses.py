@@ -175,7 +175,8 @@ class Tuning:
 
     def shared_flags(self, hparams: Hparams) -> Any:
         """Which hyperparameters are perturbed once a batch."""
-        named = {path for path, _ in select(hparams, self.shared)} if self.shared else set()
+        found = select(hparams, self.shared, "shared") if self.shared else []
+        named = {path for path, _ in found}
         flags = [path in named for path, _ in tree.paths(hparams, "")]
         return jax.tree.unflatten(jax.tree.structure(hparams), flags)
 

@@ -18,6 +18,7 @@ from bilevel.ground.settings import check_settings, real
 from bilevel.problem.operators.base import Bound
 from bilevel.problem.operators.linear_model import LinearModel
 from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_split
 
 
 @jax.tree_util.register_dataclass
@@ -57,9 +58,6 @@ class GaussNewton:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for name in ("model", "output_loss"):
-            if not callable(getattr(self, name)) or isinstance(getattr(self, name), type):
-                raise TypeError(f"`{name}` must be callable, got {getattr(self, name)!r}.")
 
     def loss(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
         r"""The inner loss this operator belongs to, :math:`\ell(z(w)) + r(w)`."""
@@ -79,6 +77,7 @@ class GaussNewton:
                 return tree.axpy(self.damping, v, tree.cast_like(mv(v), v))
 
             return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
+        check_split(self, problem, params, hparams, batch)
         mv, sample = _gauss_newton(self, problem, params, hparams, batch)
         diagonal, model = None, self.model
         if isinstance(model, LinearModel):

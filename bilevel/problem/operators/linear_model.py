@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Params, Vector
+from bilevel.ground.settings import check_settings, check_takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,11 @@ class LinearModel:
     that read X in the order it is stored, which XLA's own transpose of a thin product does not.
     """
 
-    features: Callable[[Hparams, Batch], jax.Array]
+    features: Callable[[Hparams, Batch], jax.Array] = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_takes("features", self.features, "features(hparams, batch)")
 
     def __call__(self, params: Params, hparams: Hparams, batch: Batch, *state: Any) -> jax.Array:
         """Outputs, (N, C) or (N,)."""
