@@ -12,7 +12,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params
 from bilevel.ground.batches import check_batch
 from bilevel.ground.keys import check_key
-from bilevel.ground.settings import check_count, check_settings_used
+from bilevel.ground.settings import check_count, check_flag, check_settings_used
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
@@ -119,6 +119,8 @@ def diagnose(
     Hessian eigenvalue density", ICML 2019.
     """
     check_count("num_steps", num_steps)
+    check_flag("has_state", has_state)
+    check_flag("print", print)
     check_losses(inner=inner)
     check_key(key)
     check_inexact(params, "params", "Split the model into its trainable floats and the rest.")

@@ -219,6 +219,11 @@ def test_draws_of_global_response(given, error, match):
 RUN = bilevel.alternate(outer, inner, Implicit(Dense()), SGD, SGD, inner_steps=1)
 
 
+def spoilt(part, **changes):
+    state = RUN.init(W, LAM)
+    return state._replace(**{part: getattr(state, part)._replace(**changes)})
+
+
 @pytest.mark.parametrize(
     ("match", "changes"),
     [
@@ -229,10 +234,9 @@ RUN = bilevel.alternate(outer, inner, Implicit(Dense()), SGD, SGD, inner_steps=1
         (r"`callbacks\[0\]` must be a function", {"callbacks": [dict]}),
         ("`inner_data` is None: .*an empty tuple", {"inner_data": None}),
         ("`outer_data` returned None at step 0: end it", {"outer_data": lambda i: None}),
-        (r"state.params is a str, but `state` must be", {"state": RUN.init(W, LAM)._replace(
-            params="w")}),
-        (r"state.hparams\['a'\] is a object, but `state`", {"state": RUN.init(W, LAM)._replace(
-            hparams={"a": object()})}),
+        (r"state.trained.params is a str, but `state` must be", {"state": spoilt("trained", params="w")}),
+        (r"state.outer.hparams\['a'\] is a object, but `state`",
+         {"state": spoilt("outer", hparams={"a": object()})}),
     ],
 )  # fmt: skip
 def test_functions_and_data_of_fit(match, changes):
@@ -255,7 +259,7 @@ def test_fit_takes_an_empty_tuple_for_no_data():
         (r"`sample` cannot be called as sample\(key\)", {"sample": lambda: 0}),
         ("`sample` must be a function key", {"sample": dict}),
         (r"`score` cannot be called as score\(state\)", {"score": lambda: 0.0}),
-        ("state.params is a str", {"state": RUN.init(W, LAM)._replace(params="w")}),
+        ("state.trained.params is a str", {"state": spoilt("trained", params="w")}),
     ],
 )
 def test_functions_of_scan_run(match, changes):
