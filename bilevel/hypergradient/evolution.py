@@ -15,7 +15,7 @@ from bilevel.ground.settings import check_settings, count, real
 from bilevel.ground.status import Status, code
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.reach import check_reaches
-from bilevel.hypergradient.unroll import concrete
+from bilevel.hypergradient.unroll import zeros_for_shapes
 from bilevel.inner.descend import InnerState, StepInfo, descend, start
 from bilevel.inner.optimizer import InnerTx, build_tx, check_inner_tx, refresh_injected
 from bilevel.problem.two_losses import Point, Problem
@@ -152,7 +152,7 @@ class Evolution:
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> EvolutionState:
         """The unperturbed run's optimizer state, and all pairs at ``params``."""
         params, hparams, model_state = jax.tree.map(
-            concrete, (params, hparams, problem.model_state)
+            zeros_for_shapes, (params, hparams, problem.model_state)
         )
         carry = start(build_tx(self.inner_tx, hparams), params, model_state)
         if not self.persistent:

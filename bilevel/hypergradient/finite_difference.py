@@ -15,7 +15,7 @@ from bilevel.ground.settings import check_settings, real
 from bilevel.ground.status import Status, code, status_of
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.reach import check_reaches
-from bilevel.hypergradient.unroll import Advanced, UnrollState, concrete
+from bilevel.hypergradient.unroll import Advanced, UnrollState, zeros_for_shapes
 from bilevel.inner.descend import KEEP, InnerState, descend, start
 from bilevel.inner.optimizer import (
     InnerTx,
@@ -86,7 +86,7 @@ class FiniteDifference:
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:
         """A fresh optimizer's state, and the model state."""
         params, hparams, model_state = jax.tree.map(
-            concrete, (params, hparams, problem.model_state)
+            zeros_for_shapes, (params, hparams, problem.model_state)
         )
         carry = start(build_tx(self.inner_tx, hparams), params, model_state)
         return UnrollState(carry.opt_state, carry.model_state)

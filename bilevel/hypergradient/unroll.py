@@ -210,7 +210,7 @@ class Unroll:
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:
         """A fresh optimizer's state, the model state, and a zero tangent if in real time."""
         params, hparams, model_state = jax.tree.map(
-            concrete, (params, hparams, problem.model_state)
+            zeros_for_shapes, (params, hparams, problem.model_state)
         )
         problem = dataclasses.replace(problem, model_state=model_state)
         carry = self._cold(problem, params, hparams)
@@ -390,6 +390,6 @@ def _status_of_rounding(told: list[StepInfo], params: Params) -> jax.Array:
     return jnp.where(bad, code(Status.rounding), code(Status.ok))
 
 
-def concrete(leaf: Any) -> Any:
+def zeros_for_shapes(leaf: Any) -> Any:
     """Zeros in place of an abstract leaf: ``init`` may be asked for shapes only."""
     return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf

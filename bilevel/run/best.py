@@ -10,7 +10,7 @@ from bilevel.ground.aliases import Hparams, ModelState, Params
 from bilevel.outer.base import Algorithm, own
 
 
-class Point(NamedTuple):
+class Measured(NamedTuple):
     """Parameters with the hyperparameters and model state that belong to them.
 
     After a step the state already holds the *next* hyperparameters; the outer loss of that step
@@ -29,14 +29,14 @@ class Best(NamedTuple):
     step: jax.Array
     mark_value: jax.Array
     mark_step: jax.Array
-    point: Point
+    point: Measured
 
 
-def point_of(alg: Algorithm, state: Any, hparams: Hparams) -> Point:
+def point_of(alg: Algorithm, state: Any, hparams: Hparams) -> Measured:
     """What the outer loss of a step was measured on: ``state`` after it, ``hparams`` before it."""
     deploy = getattr(alg, "deploy", None)
     params = state.params if deploy is None else deploy(state, hparams)
-    return Point(params, hparams, getattr(state, "model_state", None))
+    return Measured(params, hparams, getattr(state, "model_state", None))
 
 
 point_of_jitted = jax.jit(point_of, static_argnums=0)
@@ -50,7 +50,7 @@ def no_best(alg: Algorithm, state: Any, dtype: Any) -> Best:
     return own(Best(worst, none, worst, first, point_of(alg, state, state.hparams)))
 
 
-def keep_best(best: Best, point: Point, value: Any, i: Any, min_delta: Any) -> Best:
+def keep_best(best: Best, point: Measured, value: Any, i: Any, min_delta: Any) -> Best:
     """The better of two points; a NaN is never better."""
     value = jnp.asarray(value, best.value.dtype)
     step = jnp.asarray(i, jnp.int32)

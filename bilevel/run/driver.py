@@ -8,7 +8,7 @@ from typing import Any
 from bilevel.ground.aliases import Batch, Key
 from bilevel.outer.base import Algorithm, own
 from bilevel.run import arguments
-from bilevel.run.best import Point
+from bilevel.run.best import Measured
 from bilevel.run.checkpoint import Checkpoints
 from bilevel.run.data import Data
 from bilevel.run.display import Bar, TensorBoard, wants_bar
@@ -40,7 +40,7 @@ def fit(
     run_id: Any = None,
     patience: int | None = None,
     min_delta: float = 0.0,
-    evaluate: Callable[[Point], float] | None = None,
+    evaluate: Callable[[Measured], float] | None = None,
     evaluate_every: int = 1,
     callbacks: Sequence[Callable[[int, Record], Any]] = (),
     on_nonfinite: str = "raise",

@@ -10,7 +10,7 @@ from bilevel.ground.aliases import Hparams, Key
 from bilevel.ground.settings import check_number, check_real
 from bilevel.outer.base import Algorithm
 from bilevel.run import arguments
-from bilevel.run.best import Point, keep_best_jitted, no_best, point_of_jitted
+from bilevel.run.best import Measured, keep_best_jitted, no_best, point_of_jitted
 from bilevel.run.checkpoint import Checkpoints
 from bilevel.run.data import Data
 from bilevel.run.record import Record
@@ -29,7 +29,7 @@ class Options:
     keep: int
     patience: int | None
     min_delta: float
-    evaluate: Callable[[Point], float] | None
+    evaluate: Callable[[Measured], float] | None
     evaluate_every: int
     callbacks: Sequence[Callable[[int, Record], Any]]
     on_nonfinite: str

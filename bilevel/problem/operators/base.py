@@ -11,7 +11,7 @@ from bilevel.ground.linear_map import LinearMap
 from bilevel.problem.two_losses import Problem
 
 
-class Bound(NamedTuple):
+class BoundOperator(NamedTuple):
     """An operator at a point: the inner gradient there, and the product."""
 
     inner_grad: Vector
@@ -26,4 +26,4 @@ class Operator(Protocol):
 
     def bind(
         self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
-    ) -> Bound: ...
+    ) -> BoundOperator: ...

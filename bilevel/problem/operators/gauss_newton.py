@@ -15,7 +15,7 @@ from bilevel.ground.batches import select_batch
 from bilevel.ground.linear_map import Factors, LinearMap, SampledDiagonal
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
-from bilevel.problem.operators.base import Bound
+from bilevel.problem.operators.base import BoundOperator
 from bilevel.problem.operators.linear_model import LinearModel
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_split
@@ -66,7 +66,7 @@ class GaussNewton:
 
     def bind(
         self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
-    ) -> Bound:
+    ) -> BoundOperator:
         """Linearise model, output loss and penalty at ``params``."""
         if fresh:
             first = select_batch(batch, 0)
@@ -76,7 +76,7 @@ class GaussNewton:
                 mv, _ = _gauss_newton(self, problem, params, hparams, select_batch(batch, i))
                 return tree.axpy(self.damping, v, tree.cast_like(mv(v), v))
 
-            return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
+            return BoundOperator(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
         check_split(self, problem, params, hparams, batch)
         mv, sample = _gauss_newton(self, problem, params, hparams, batch)
         diagonal, model = None, self.model
@@ -84,7 +84,7 @@ class GaussNewton:
             diagonal = functools.partial(
                 _linear_model_diagonal, self, model, params, hparams, batch
             )
-        return Bound(
+        return BoundOperator(
             problem.inner_grad(params, hparams, batch),
             LinearMap(
                 mv,

@@ -11,7 +11,7 @@ from bilevel.ground.batches import select_batch
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
-from bilevel.problem.operators.base import Bound
+from bilevel.problem.operators.base import BoundOperator
 from bilevel.problem.two_losses import Problem
 
 
@@ -35,7 +35,7 @@ class Hessian:
 
     def bind(
         self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
-    ) -> Bound:
+    ) -> BoundOperator:
         """Linearise the inner gradient at ``params``."""
         if fresh:
             first = select_batch(batch, 0)
@@ -45,7 +45,7 @@ class Hessian:
                 image = problem.hvp(params, hparams, select_batch(batch, i), v)
                 return tree.axpy(self.damping, v, tree.cast_like(image, v))
 
-            return Bound(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
+            return BoundOperator(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
         inner_grad, mv = problem.linearize(params, hparams, batch)
         unroll = must_unroll(problem.inner_loss, params, hparams, batch)
-        return Bound(inner_grad, LinearMap(mv, self.damping, unroll))
+        return BoundOperator(inner_grad, LinearMap(mv, self.damping, unroll))

@@ -50,7 +50,7 @@ class LinearModel:
         else:
             d_kernel = u @ x
         d_bias = None if bias is None else u.sum(0)
-        return _like(params, d_kernel.astype(kernel.dtype), d_bias)
+        return _assembled(params, d_kernel.astype(kernel.dtype), d_bias)
 
 
 def _kernel_and_bias(params: Params) -> tuple[jax.Array, jax.Array | None]:
@@ -68,7 +68,7 @@ def _kernel_and_bias(params: Params) -> tuple[jax.Array, jax.Array | None]:
     return params, None
 
 
-def _like(params: Params, kernel: jax.Array, bias: jax.Array | None) -> Vector:
+def _assembled(params: Params, kernel: jax.Array, bias: jax.Array | None) -> Vector:
     leaves = [kernel] if bias is None else [kernel, bias]
     if hasattr(params, "keys") and bias is not None:
         # A mapping flattens in its own order: sorted for most, as inserted for some.
