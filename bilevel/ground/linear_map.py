@@ -44,7 +44,7 @@ class LinearMap:
     Attributes:
       undamped: :math:`v \mapsto M v`.
       damping: :math:`\rho`, a Python float or a scalar array.
-      unroll: loops over products should be straight-line code (convolutions on CPU).
+      unroll: loops over products should be written out (convolutions on CPU).
       diagonal: returns the exact diagonal of :math:`M + \rho I`, where known.
       sampled: :class:`SampledDiagonal`, where there is a better estimate than Hutchinson's.
       factors: returns :class:`Factors`, where known.

@@ -44,7 +44,7 @@ class CG:
         budget was asked for, and spending it is status ``ok``; with a tolerance, an unmet one
         is ``max_steps``. One unit of rounding, :math:`\epsilon\,\|g\|`, always counts as met.
       preconditioner: ``None`` or :class:`Diagonal`.
-      unroll: straight-line code instead of a loop (then all ``max_steps`` products are
+      unroll: write the loop out step by step (then all ``max_steps`` products are
         computed, those after convergence without effect); ``None`` decides by itself
         (convolutions on CPU).
 

@@ -30,7 +30,7 @@ class Neumann:
         eigenvalue by power iteration started at :math:`g` (the series never leaves the
         Krylov space of :math:`g`) and takes its inverse.
       power_steps: products of that estimate; they come on top of K.
-      unroll: straight-line code instead of a loop; ``None`` decides by itself (convolutions
+      unroll: write the loop out step by step; ``None`` decides by itself (convolutions
         on CPU).
 
     The norm of the terms of a convergent series on one symmetric matrix falls in every step;

@@ -28,7 +28,7 @@ class Stochastic:
       tx: an optax transformation; its step size must suit the curvature of the worst batch
         (below :math:`2/\lambda_{max}` for SGD).
       steps: K, the number of products.
-      unroll: straight-line code instead of a loop; ``None`` decides by itself.
+      unroll: write the loop out step by step; ``None`` decides by itself.
 
     From zero the first gradient is :math:`-g` and costs no product, so K products make K+1
     updates; from a warm start they make K. A residual of the last step above the first one

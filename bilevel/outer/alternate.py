@@ -56,7 +56,7 @@ def alternate(
       has_state: both losses are ``loss(params, hparams, batch, model_state) -> (scalar,
         model_state)``. Training steps, those of an unrolled response too, pass ``model_state``
         on and keep what comes back; an implicit solve and the outer loss read it frozen.
-      unroll: straight-line code instead of a loop over training steps; None decides by
+      unroll: write the training steps out one by one; None decides by
         itself (for convolutions on CPU, tens of times slower inside a loop).
 
     Returns:

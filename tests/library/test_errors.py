@@ -169,7 +169,7 @@ def test_wrong_shape_inside_a_loss_is_jaxs_own_message():
 
 def test_missing_key():
     for solver in (Nystrom(2), CG(preconditioner=Diagonal())):
-        with pytest.raises(ValueError, match=r"draws random numbers: pass `key=jax.random.key"):
+        with pytest.raises(ValueError, match=r"draws random numbers. Pass `key=jax.random.key"):
             call(Implicit(solver, Hessian(0.1)))
     call(Implicit(Nystrom(2), Hessian(0.1)), key=jax.random.key(0))
 
@@ -216,7 +216,10 @@ def test_settings_may_be_tracers_and_placeholders():
         (Implicit(Nystrom(7), Hessian(0.1)), "rank"),
         (Implicit(Woodbury()), "GaussNewton"),
         (Implicit(CG(), fresh_batches=True), "needs a solver for random matrices"),
-        (Implicit(Neumann(4, 0.1), fresh_batches=True), r"leading axis of 5: one batch"),
+        (
+            Implicit(Neumann(4, 0.1), fresh_batches=True),
+            r"leading axis of 5: .* one batch for each",
+        ),
     ],
 )
 def test_solvers_refuse_what_they_cannot_solve(response, match):

@@ -317,7 +317,11 @@ def test_a_step_that_was_dropped_is_not_evaluated_and_nothing_after_it():
     for mode in ("skip", "stop"):
         seen.clear()
         result = short(
-            6, alg=nan_in("params"), evaluate=evaluate, evaluate_every=2, on_nonfinite=mode
+            6,
+            alg=nan_in("trained", "params"),
+            evaluate=evaluate,
+            evaluate_every=2,
+            on_nonfinite=mode,
         )
         assert len(seen) == {"skip": 2, "stop": 0}[mode]
         assert result.best_step == {"skip": 5, "stop": -1}[mode]
