@@ -83,7 +83,7 @@ def _linearised_outputs(
     batch: Batch,
 ) -> tuple[Any, Any]:
     """The model's outputs at no displacement and their tangent along ``displacement``."""
-    state = (problem.model_state,) if problem.has_state else ()
+    state = problem.state_arguments
     centre = jax.tree.map(jnp.zeros_like, displacement)
     if getattr(network, "per_example", False):
 

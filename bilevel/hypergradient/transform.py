@@ -64,8 +64,9 @@ def hypergrad_solve(
     Cost: one outer gradient and what ``response`` costs.
     """
     check_response(response)
-    problem, hparams_in, unpack = _pack(outer, inner, hparams, argnums, has_aux, has_state)
-    problem = _with_model_state(problem, model_state, has_state)
+    problem, hparams_in, unpack = _pack(
+        outer, inner, hparams, argnums, has_aux, has_state, model_state
+    )
     params = jax.tree.map(_as_array, params)
     hparams_in = jax.tree.map(_as_array, hparams_in)
     arguments: Any = dict(inner_batch=inner_batch, outer_batch=outer_batch, state=state, key=key)
@@ -95,8 +96,7 @@ def hypergrad_init(
     ``jax.ShapeDtypeStruct``. Cost: none but its memory.
     """
     check_response(response)
-    problem, hparams_in, _ = _pack(outer, inner, hparams, argnums, has_aux, has_state)
-    problem = _with_model_state(problem, model_state, has_state)
+    problem, hparams_in, _ = _pack(outer, inner, hparams, argnums, has_aux, has_state, model_state)
     return response.init(problem, params, hparams_in)
 
 
@@ -206,6 +206,7 @@ def _pack(
     argnums: int | Sequence[int],
     has_aux: bool,
     has_state: bool,
+    model_state: ModelState,
 ) -> tuple[Problem, Hparams, Callable[[Any], Any]]:
     """One ``hparams`` out of the differentiated positions, and what undoes it in a result.
 
@@ -216,6 +217,8 @@ def _pack(
     check_flag("has_aux", has_aux)
     check_flag("has_state", has_state)
     check_losses(outer=outer, inner=inner)
+    if not has_state and model_state is not None:
+        raise ValueError("`model_state` is given but `has_state` is False: pass `has_state=True`.")
     if not hparams:
         raise TypeError("`hparams` is missing: pass it after `params`.")
     if max(numbers) > len(hparams):
@@ -225,7 +228,7 @@ def _pack(
         )
     if len(hparams) == 1:
         alone = isinstance(argnums, int)
-        problem = Problem(outer, inner, has_aux, has_state)
+        problem = Problem(outer, inner, has_aux, has_state, model_state)
         return problem, hparams[0], (lambda t: t if alone else (t,))
 
     for name, loss in (("outer", outer), ("inner", inner)):
@@ -242,11 +245,5 @@ def _pack(
 
     chosen = tuple(hparams[i - 1] for i in numbers)
     alone = isinstance(argnums, int)
-    problem = Problem(unpacked(outer), unpacked(inner), has_aux, has_state)
+    problem = Problem(unpacked(outer), unpacked(inner), has_aux, has_state, model_state)
     return problem, chosen, (lambda t: t[0] if alone else t)
-
-
-def _with_model_state(problem: Problem, model_state: ModelState, has_state: bool) -> Problem:
-    if not has_state and model_state is not None:
-        raise ValueError("`model_state` is given but `has_state` is False: pass `has_state=True`.")
-    return problem.at(model_state)

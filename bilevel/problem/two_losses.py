@@ -84,6 +84,11 @@ class Problem:
         """The same losses, reading these statistics."""
         return dataclasses.replace(self, model_state=model_state)
 
+    @property
+    def state_arguments(self) -> tuple[ModelState, ...]:
+        """What a function of the model takes last: the statistics, or nothing."""
+        return (self.model_state,) if self.has_state else ()
+
     def inner_loss(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
         """:math:`h(w, \\lambda)` on one batch; advanced model state is discarded."""
         if self.has_state:

@@ -97,8 +97,7 @@ def _raw_shape(problem: Problem, which: str, *args: Any) -> Any:
     """Shape of the scalar slot of a loss, with the structure it promised checked."""
     loss = getattr(problem, which)
     pair = problem.has_state or (which == "outer" and problem.has_aux)
-    if problem.has_state:
-        args = (*args, problem.model_state)
+    args = (*args, *problem.state_arguments)
     check_loss_arguments(loss, which, problem.has_state)
     numbers: list[Any] = []
 
@@ -205,14 +204,13 @@ def check_split(
             if not isinstance(value, float):  # a constant has a derivative, zero
                 check_scalar(value, name, " End it with a `return` of a sum or a mean.")
 
-    state = (problem.model_state,) * problem.has_state
     check_takes(
         "model", split.model, f"model(params, hparams, batch{', model_state' * problem.has_state})"
     )
     check_takes("output_loss", split.output_loss, "output_loss(outputs, hparams, batch)")
     if split.penalty is not None:
         check_takes("penalty", split.penalty, "penalty(params, hparams)")
-    jax.eval_shape(parts, params, hparams, batch, *state)
+    jax.eval_shape(parts, params, hparams, batch, *problem.state_arguments)
 
 
 def check_problem(

@@ -99,8 +99,7 @@ class GaussNewton:
 
 
 def _outputs(op: GaussNewton, problem: Problem, hparams: Hparams, batch: Batch) -> Callable:
-    state = (problem.model_state,) if problem.has_state else ()
-    return lambda w: op.model(w, hparams, batch, *state)
+    return lambda w: op.model(w, hparams, batch, *problem.state_arguments)
 
 
 def _gauss_newton(
