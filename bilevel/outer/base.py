@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel.ground import tree
 from bilevel.ground.aliases import Hparams, Params, Scalar, Stats
 from bilevel.ground.batches import array_dtype
 from bilevel.ground.cost import Cost
@@ -79,7 +80,7 @@ KEEP = (
 )
 
 
-def own(tree: Any) -> Any:
+def own(leaves: Any) -> Any:
     """A copy of every leaf as a strongly typed array, so that donating it harms nobody else's."""
 
     def leaf(x: Any) -> jax.Array:
@@ -88,7 +89,13 @@ def own(tree: Any) -> Any:
             return jnp.copy(x)
         return jnp.array(x, dtype=dtype, copy=True)
 
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(leaf, leaves)
+
+
+def keep_better(value: Any, new: Any, best_value: Any, best: Any) -> tuple[Scalar, Any]:
+    """The lower of two values, with what belongs to it; a NaN is never better."""
+    better = value < best_value
+    return jnp.where(better, value, best_value), tree.where(better, new, best)
 
 
 def check_model_state(has_state: bool, model_state: Any) -> None:

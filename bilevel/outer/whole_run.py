@@ -10,7 +10,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Key, Params, Scalar
 from bilevel.ground.keys import check_key
 from bilevel.ground.settings import check_count, check_takes, is_function
-from bilevel.outer.base import Algorithm, check_arrays
+from bilevel.outer.base import Algorithm, check_arrays, keep_better
 
 
 class WholeRun(NamedTuple):
@@ -117,9 +117,8 @@ def scan_run(
             lambda s: jnp.full((), jnp.nan, best_score.dtype),
             state,
         )
-        better = value < best_score  # false for NaN: a diverged run keeps its last good state
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state, best)
-        return (state, best, jnp.where(better, value, best_score)), (info, value)
+        best_score, best = keep_better(value, state, best_score, best)
+        return (state, best, best_score), (info, value)
 
     dtype = jnp.float32 if score is None else jax.eval_shape(score, state).dtype
     dtype = tree.accumulator_dtype(dtype)

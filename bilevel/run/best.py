@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel.ground import tree
 from bilevel.ground.aliases import Hparams, ModelState, Params
-from bilevel.outer.base import Algorithm, own
+from bilevel.outer.base import Algorithm, keep_better, own
 
 
 class Measured(NamedTuple):
@@ -54,14 +53,16 @@ def keep_best(best: Best, point: Measured, value: Any, i: Any, min_delta: Any) -
     """The better of two points; a NaN is never better."""
     value = jnp.asarray(value, best.value.dtype)
     step = jnp.asarray(i, jnp.int32)
-    better = value < best.value
+    lowest, (best_step, best_point) = keep_better(
+        value, (step, point), best.value, (best.step, best.point)
+    )
     marked = value < best.mark_value - min_delta
     return Best(
-        jnp.where(better, value, best.value),
-        jnp.where(better, step, best.step),
+        lowest,
+        best_step,
         jnp.where(marked, value, best.mark_value),
         jnp.where(marked, step, best.mark_step),
-        tree.where(better, point, best.point),
+        best_point,
     )
 
 

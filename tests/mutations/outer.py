@@ -91,9 +91,9 @@ MUTANTS = [
     ),
     Mutant(
         "scan_run_keeps_the_worst",
-        "outer/whole_run.py",
-        "better = value < best_score",
-        "better = value > best_score",
+        "outer/base.py",
+        "better = value < best_value",
+        "better = value > best_value",
         "`scan_run` never keeps a state",
         ("test_self_tuning.py::test_a_scanned_run_equals_a_loop_and_keeps_the_best_state_whole",),
     ),
