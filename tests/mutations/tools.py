@@ -21,9 +21,9 @@ MUTANTS = [
     ),
     Mutant(
         "nan_is_the_best",
-        "run/best.py",
-        "    better = value < best.value\n",
-        "    better = ~(value >= best.value)\n",
+        "outer/base.py",
+        "    better = value < best_value\n",
+        "    better = ~(value >= best_value)\n",
         "a NaN replaces the best point",
         ("test_fit.py::test_nan_is_told_and_never_the_best",),
     ),
