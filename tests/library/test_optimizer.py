@@ -200,21 +200,21 @@ def test_optimizers_that_ask_for_the_loss(name, mode):
 def test_the_loss_reaches_one_step_and_evolution():
     factory = NEEDS_LOSS["polyak"]
     one = jax.tree.map(lambda x: x[0], BATCH)
-    exact = bilevel.hypergrad_solve(
-        outer, inner, Unroll(factory, 1), W, LAM,
-        inner_batch=jax.tree.map(lambda x: x[:1], BATCH), outer_batch=VALID,
-    )  # fmt: skip
+
+    def solve(response, batch, lam=LAM, key=None):
+        return jax.jit(
+            lambda: bilevel.hypergrad_solve(
+                outer, inner, response, W, lam, inner_batch=batch, outer_batch=VALID, key=key
+            )
+        )()
+
+    exact = solve(Unroll(factory, 1), jax.tree.map(lambda x: x[:1], BATCH))
     # the part through the loss itself is a first derivative, which no mixed product holds
-    near = bilevel.hypergrad_solve(
-        outer, inner, FiniteDifference(factory, 1e-4), W, LAM, inner_batch=one, outer_batch=VALID
-    )
+    near = solve(FiniteDifference(factory, 1e-4), one)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), near.grads, exact.grads)
     response = Evolution(lambda lam: optax.lbfgs(), STEPS, 2, 0.1)
-    sol = bilevel.hypergrad_solve(
-        outer, inner, response, W, {"decay": LAM["decay"]},
-        inner_batch=BATCH, outer_batch=VALID, key=jax.random.key(0),
-    )  # fmt: skip
-    value = by_hand(lambda lam: optax.lbfgs(), LAM)
+    sol = solve(response, BATCH, {"decay": LAM["decay"]}, jax.random.key(0))
+    value = jax.jit(lambda: by_hand(lambda lam: optax.lbfgs(), LAM))()
     np.testing.assert_allclose(sol.value, value, rtol=1e-6)  # the search stops by tolerances
 
 

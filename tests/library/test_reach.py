@@ -236,7 +236,9 @@ def test_what_only_the_outer_loss_reads_passes():
     for response, batch in RESPONSES.values():
         if response is RESPONSES["lion"][0]:
             continue
-        sol = bilevel.hypergrad_solve(
-            outer, data, response, jnp.ones(4), LAM, inner_batch=batch, outer_batch=ONE_BATCH
-        )
+        sol = jax.jit(
+            lambda w, lam, response=response, batch=batch: bilevel.hypergrad_solve(
+                outer, data, response, w, lam, inner_batch=batch, outer_batch=ONE_BATCH
+            )
+        )(jnp.ones(4), LAM)
         np.testing.assert_allclose(sol.grads["dead"], sol.value / LAM["dead"], rtol=1e-12)

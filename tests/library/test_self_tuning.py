@@ -170,7 +170,7 @@ def test_a_cycle_of_one_step_equals_the_updates_written_out():
         state, inner_batches=jax.tree.map(lambda x: x[:1], INNER), outer_batch=OUTER, key=KEY
     )
     raw = SPACE.unconstrain(HPARAMS)
-    general = jax.grad(SPLIT.loss)(PARAMS, HPARAMS, batch)
+    general = jax.jit(jax.grad(SPLIT.loss))(PARAMS, HPARAMS, batch)
     w = jax.tree.map(lambda p, g: p - 0.05 * g, PARAMS, general)
     np.testing.assert_allclose(new.params["a"], w["a"], rtol=1e-10)
 
@@ -192,7 +192,7 @@ def test_a_cycle_of_one_step_equals_the_updates_written_out():
     )(new.network_params)
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(info.hypergrad_norm, norm, rtol=1e-8)
-    np.testing.assert_allclose(info.value, net_outer(w, HPARAMS, OUTER), rtol=1e-10)
+    np.testing.assert_allclose(info.value, jax.jit(net_outer)(w, HPARAMS, OUTER), rtol=1e-10)
     for name in raw:  # Adam's first step is the rate times the sign
         moved = raw[name] - 0.02 * jnp.sign(grads[name])
         np.testing.assert_allclose(new.raw[name], moved, rtol=1e-5)

@@ -1,5 +1,7 @@
 """Every number is right, refused or marked: implicit hypergradients off the beaten path."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,16 +51,30 @@ STRENGTH = jnp.float64(-1.0)
 
 
 def ridge_solution(lam=STRENGTH):
-    x, y = TRAIN
-    d = x.shape[1]
-    return jnp.linalg.solve(x.T @ x / 60 + jnp.exp(lam) * jnp.eye(d), x.T @ y / 60)
+    x, y = map(np.asarray, TRAIN)
+    w = np.linalg.solve(x.T @ x / 60 + np.exp(float(lam)) * np.eye(x.shape[1]), x.T @ y / 60)
+    return jnp.asarray(w)
 
 
 def solve(inner, w, lam, response=None, outer=mse, train=TRAIN, valid=VALID, **options):
+    """In one program: eagerly, a hundred tiny ones would be compiled.
+
+    But of unrolled steps each is the same tiny programs, which are compiled once eagerly.
+    """
     response = Implicit(CG(rtol=1e-10)) if response is None else response
-    return bilevel.hypergrad_solve(
-        outer, inner, response, w, lam, inner_batch=train, outer_batch=valid, **options
-    )
+
+    def program(w, lam, train, valid):
+        return bilevel.hypergrad_solve(
+            outer, inner, response, w, lam, inner_batch=train, outer_batch=valid, **options
+        )
+
+    unrolled = getattr(getattr(response, "solver", None), "unroll", False)
+    return (program if unrolled else jax.jit(program))(w, lam, train, valid)
+
+
+def solve_matrix(solver, matrix, g, start=None):
+    """A linear solve with this matrix, in one program."""
+    return jax.jit(lambda a, g, x0: solver.solve(lambda v: a @ v, g, x0))(matrix, g, start)
 
 
 def status(solution) -> Status:
@@ -80,7 +96,7 @@ def projected(inner, lam, project, steps=2000):
     def step(i, w):
         return project(w - jax.grad(inner)(w, lam, TRAIN) / size, 1 / size)
 
-    return jax.lax.fori_loop(0, steps, step, jnp.zeros(x.shape[1]))
+    return jax.jit(lambda w: jax.lax.fori_loop(0, steps, step, w))(jnp.zeros(x.shape[1]))
 
 
 def lasso(w, lam, batch):
@@ -104,10 +120,16 @@ def untrained():
     return ridge, jnp.full(8, 0.1), STRENGTH
 
 
+@functools.cache
+def point(make):
+    """Found once for all solvers."""
+    return make()
+
+
 @pytest.mark.parametrize("make", [at_lasso_solution, at_nonnegative_solution, untrained])
 @pytest.mark.parametrize("solver", [CG(rtol=1e-10), Neumann(200), Dense()])
 def test_far_from_a_minimum_is_a_status(make, solver):
-    inner, w, lam = make()
+    inner, w, lam = point(make)
     solution = solve(inner, w, lam, Implicit(solver))
     assert part(solution) < 0.1  # the system itself is solved: nothing else would tell
     assert status(solution) == Status.not_stationary
@@ -230,6 +252,7 @@ def test_thresholds_replace_the_judgement():
 # ---- singular and indefinite curvature -------------------------------------------------------
 
 
+@functools.cache
 def embedding(v=30, used=25, dtype=jnp.float64):
     """Rows of an embedding that the training batch does not use, and the right gradient."""
     k = jax.random.split(jax.random.key(3), 4)
@@ -246,6 +269,7 @@ def embedding(v=30, used=25, dtype=jnp.float64):
     z = jnp.concatenate([jax.nn.one_hot(tokens, v, dtype=dtype), jnp.ones((60, 1))], 1)
     seen = jnp.append(z[:, :-1].sum(0) > 0, True)
 
+    @jax.jit
     def minimum(h):
         a = jax.nn.softmax(h)
         hessian = (z.T @ (a[:, None] * z)).at[-1, -1].add(1e-2)
@@ -255,7 +279,7 @@ def embedding(v=30, used=25, dtype=jnp.float64):
         return {"emb": q[:-1], "bias": q[-1]}
 
     h = jnp.zeros(60)
-    truth = jax.grad(lambda h: outer(minimum(h), h, (others, yv)))(h)
+    truth = jax.jit(jax.grad(lambda h: outer(minimum(h), h, (others, yv))))(h)
     return outer, inner, minimum(h), h, (tokens, y), (others, yv), truth
 
 
@@ -275,9 +299,7 @@ def embedding(v=30, used=25, dtype=jnp.float64):
 )
 def test_directions_that_the_batch_does_not_see_do_not_respond(solver, error):
     outer, inner, w, h, train, valid, truth = embedding()
-    solution = bilevel.hypergrad_solve(
-        outer, inner, Implicit(solver), w, h, inner_batch=train, outer_batch=valid
-    )
+    solution = solve(inner, w, h, Implicit(solver), outer, train, valid)
     assert relative_error(solution.grads, truth) <= error
     assert part(solution) <= 1
     assert status(solution) in (Status.singular, Status.truncated)
@@ -289,10 +311,8 @@ def test_directions_that_the_batch_does_not_see_do_not_respond(solver, error):
 @pytest.mark.parametrize("steps", [5, 10, 100])
 def test_weakly_damped_unseen_rows_are_never_worse_than_zero(damping, steps):
     outer, inner, w, h, train, valid, _ = embedding()
-    solution = bilevel.hypergrad_solve(
-        outer, inner, Implicit(CG(steps), Hessian(damping)), w, h,
-        inner_batch=train, outer_batch=valid,
-    )  # fmt: skip
+    response = Implicit(CG(steps), Hessian(damping))
+    solution = solve(inner, w, h, response, outer, train, valid)
     assert part(solution) <= 1
     assert (status(solution) == Status.ok) == (part(solution) <= 0.1)
 
@@ -304,7 +324,7 @@ def test_consistent_singular_systems_have_their_least_norm_solution():
     g = matrix @ rng.standard_normal(12)
     exact = np.linalg.pinv(matrix, rcond=1e-10) @ g
     for solver in (CG(), CG(rtol=1e-9), Dense()):
-        solution = solver.solve(lambda v: matrix @ v, g)
+        solution = solve_matrix(solver, matrix, g)
         assert relative_error(solution.value, exact) < 1e-6, solver  # cond 1e2, rounding squared
         assert status(solution) == Status.ok, solver
     # Over-parametrised least squares, the same through a hypergradient: more weights than data.
@@ -321,10 +341,8 @@ def test_consistent_singular_systems_have_their_least_norm_solution():
     inverse = np.linalg.pinv(x)
     truth = inverse.T @ (xv.T @ (xv @ (inverse @ y) - yv) / 9)
     for solver in (CG(), Dense()):
-        solution = bilevel.hypergrad_solve(
-            outer, inner, Implicit(solver), jnp.asarray(inverse @ y), lam,
-            inner_batch=None, outer_batch=None,
-        )  # fmt: skip
+        at = jnp.asarray(inverse @ y)
+        solution = solve(inner, at, lam, Implicit(solver), outer, None, None)
         assert relative_error(solution.grads, truth) < 1e-8
         # The outer gradient has a part that no training example sees: least squares, and said.
         assert status(solution) == Status.singular
@@ -385,7 +403,7 @@ def test_smoothed_iterates_are_those_of_minres():
     basis = np.linalg.qr(powers)[0]
     for k in range(1, 6):
         least = np.linalg.lstsq(matrix @ basis[:, :k], g, rcond=None)[0]
-        solution = CG(k).solve(lambda v: matrix @ v, g)
+        solution = solve_matrix(CG(k), matrix, g)
         left = np.linalg.norm(g - matrix @ np.asarray(solution.value))
         best = np.linalg.norm(g - matrix @ (basis[:, :k] @ least))
         plain = left <= np.linalg.norm(g) and left > best * (1 + 1e-6)
@@ -396,11 +414,11 @@ def test_smoothed_iterates_are_those_of_minres():
 def test_singular_systems_are_solved_at_every_scale_of_the_right_side(size):
     """In float32, where squares of such residuals come near to the ends of its range."""
     outer, inner, w, h, train, valid, _ = embedding()
-    hessian = jax.hessian(lambda v: inner({"emb": v[:-1], "bias": v[-1]}, h, train))
+    hessian = jax.jit(jax.hessian(lambda v: inner({"emb": v[:-1], "bias": v[-1]}, h, train)))
     matrix = np.asarray(hessian(jnp.zeros(31)), np.float32)
     g = np.random.default_rng(0).standard_normal(31).astype(np.float32)
-    one = CG().solve(lambda v: jnp.asarray(matrix) @ v, g)
-    scaled = CG().solve(lambda v: jnp.asarray(matrix) @ v, np.float32(size) * g)
+    one = solve_matrix(CG(), matrix, g)
+    scaled = solve_matrix(CG(), matrix, np.float32(size) * g)
     assert status(one) == status(scaled) == Status.singular
     # Least squares: the image is the part of g that the batch sees. Where float32 stops, a
     # direction has curvature eps, hence a part of sqrt(eps) = 3e-4 in the range, times cond = 60.
@@ -413,9 +431,9 @@ def test_singular_systems_are_solved_at_every_scale_of_the_right_side(size):
 
 def test_a_stale_warm_start_is_dropped_and_said():
     matrix, g = np.diag([3.0, 2.0, 1.0]), np.ones(3)
-    near = CG(rtol=1e-8).solve(lambda v: matrix @ v, g, np.linalg.solve(matrix, g) + 1e-3)
-    stale = CG(rtol=1e-8).solve(lambda v: matrix @ v, g, np.full(3, 7.0))
-    cold = CG(rtol=1e-8).solve(lambda v: matrix @ v, g)
+    near = solve_matrix(CG(rtol=1e-8), matrix, g, np.linalg.solve(matrix, g) + 1e-3)
+    stale = solve_matrix(CG(rtol=1e-8), matrix, g, np.full(3, 7.0))
+    cold = solve_matrix(CG(rtol=1e-8), matrix, g)
     assert bool(near.stats["warm_start_used"]) and not bool(stale.stats["warm_start_used"])
     assert "warm_start_used" not in cold.stats
     assert relative_error(stale.value, cold.value) == 0
@@ -455,8 +473,8 @@ def test_leaves_behind_a_stop_gradient_do_not_respond():
         left = z.T @ z / 60 + jnp.exp(lam) * jnp.eye(6)
         return jnp.linalg.solve(left, z.T @ (y - x[:, :2] @ frozen) / 60)
 
-    truth = jax.grad(lambda t: mse(jnp.concatenate([frozen, minimum(t)]), t, VALID))(STRENGTH)
-    params = {"frozen": frozen, "head": minimum(STRENGTH)}
+    reduced = jax.jit(jax.grad(lambda t: mse(jnp.concatenate([frozen, minimum(t)]), t, VALID)))
+    truth, params = reduced(STRENGTH), {"frozen": frozen, "head": jax.jit(minimum)(STRENGTH)}
     for solver in (CG(rtol=1e-10), Dense(), Neumann(400)):
         solution = solve(inner, params, STRENGTH, Implicit(solver), outer=outer)
         assert relative_error(solution.grads, truth) < 1e-8

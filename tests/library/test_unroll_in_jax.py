@@ -244,10 +244,13 @@ def test_too_many_steps_in_half_precision_are_marked_and_float32_masters_are_rig
             return inner(cast(w), cast(lam), cast(batch)).astype(jnp.float32)
 
         lam = jax.tree.map(lambda x: x.astype(jnp.float32), LAM)
-        return solve(
-            Unroll(rate, steps, mode=mode), w=W.astype(params_dtype), lam=lam, inner=loss,
-            outer=loss, inner_batch=(x[:steps], y[:steps]),
-        )  # fmt: skip
+        response = Unroll(rate, steps, mode=mode)
+        stack = (x[:steps], y[:steps])
+        return jax.jit(
+            lambda w, lam, stack: solve(
+                response, w=w, lam=lam, inner=loss, outer=loss, inner_batch=stack
+            )
+        )(W.astype(params_dtype), lam, stack)
 
     exact = run(jnp.float32, jnp.float32)
     assert exact.result == Status.ok
