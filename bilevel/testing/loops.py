@@ -51,9 +51,10 @@ def check_algorithm(
     Checked on ``steps`` steps with the same batches, jitted with the state donated:
 
     * ``init`` gives strongly typed arrays, the same ones each time, and none that it was given;
-    * a step keeps structure, shapes, dtypes and sharding of the state, adds one to ``step``, and
-      is compiled once; ``info`` is an ``Info`` of scalars, its ``hparams`` those from before
-      the step, its costs not negative (or NaN: unknown); hyperparameters stay ``inside``;
+    * a step keeps structure, shapes, dtypes and sharding of the state (leaves on one device may
+      join the others in the first step), adds one to ``step``, and is traced once; ``info`` is
+      an ``Info`` of scalars, its ``hparams`` those from before the step, its costs not negative
+      (or NaN: unknown); hyperparameters stay ``inside``;
     * the caller's arrays survive the donation;
     * a state that went through NumPy, leaf by leaf, goes on to the same bits;
     * NaN in a batch is told (``info.result`` is not ``ok``, or ``info.value`` is NaN) and not
@@ -78,7 +79,7 @@ def check_algorithm(
         their batches.
       through_fit: whether to run :func:`~bilevel.fit` too, a third of the time of this check.
       rtol: allowed relative to the largest entry of a leaf where two programs are compared;
-        ``None`` for 10 000 units of rounding of the leaf's dtype, which a loop that amplifies
+        ``None`` for 1000 units of rounding of the leaf's dtype, which a loop that amplifies
         rounding may exceed.
       who: what messages call the loop.
 
@@ -117,7 +118,7 @@ def check_algorithm(
     donated = jax.jit(step, donate_argnums=0)
     record = record_steps(loop, begin(loop), donated, inside)
     loop.require(
-        len(traced) == 1,
+        len(traced) == 1 + record.settled,
         f"`step` was traced {len(traced)} times for {steps} steps: what it reads "
         "besides its arguments, and where its arrays lie, must not change.",
     )
@@ -132,7 +133,8 @@ def check_algorithm(
 
 def _check_resume(loop: Loop, record: Record, donated: Callable[..., Any], what: str) -> None:
     """The second step again, from NumPy, into the tree of another ``init``."""
-    state = from_host(record.states[1], loop.algorithm.init(*loop.point))
+    fresh = jax.tree.structure(loop.algorithm.init(*loop.point))
+    state = jax.tree.unflatten(fresh, jax.tree.leaves(from_host(record.states[1], record.like)))
     new, _ = donated(state, loop.batches, loop.key(1))
     for i in differing(leaves_to_host(new), record.states[2]):
         loop.require(

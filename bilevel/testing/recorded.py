@@ -14,16 +14,24 @@ from bilevel.ground.tree import paths
 from bilevel.outer.base import Algorithm, Info
 from bilevel.testing.methods import CheckFailed
 
-ROUNDING = 1e4
+ROUNDING = 1e3
 """Units of rounding, relative to the largest entry of a leaf, by which two programs may differ."""
 
 
 class Record(NamedTuple):
-    """A run on the host: ``states`` before and after every step, as lists of NumPy leaves."""
+    """A run on the host.
+
+    Attributes:
+      states: before and after every step, as lists of NumPy leaves.
+      infos: of every step.
+      like: the last state on the device.
+      settled: whether the first step changed where leaves lie.
+    """
 
     states: list[list[np.ndarray]]
     infos: list[Info]
     like: Any
+    settled: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +120,7 @@ def begin(loop: Loop) -> Any:
     """The first state, held against what ``init`` promises."""
     before = leaves_to_host(loop.point)
     state = loop.algorithm.init(*loop.point)
+    loop.require(not differing(before, leaves_to_host(loop.point)), "`init` changed its input.")
     given = {id(x) for x in jax.tree.leaves(loop.point)}
     for path, leaf in paths(state, "state"):
         loop.require(
@@ -144,7 +153,6 @@ def begin(loop: Loop) -> Any:
     first = leaves_to_host(state)
     for i in differing(first, leaves_to_host(again)):
         loop.require(False, f"`{name_of(state, i)}` differs between two calls of `init`.")
-    loop.require(not differing(before, leaves_to_host(loop.point)), "`init` changed its input.")
     return state
 
 
@@ -168,7 +176,7 @@ def record_steps(
 ) -> Record:
     """The steps one by one; types, records, bounds and the caller's arrays."""
     caller = leaves_to_host(loop.point)
-    states, infos, like = [leaves_to_host(state)], [], state
+    states, infos, like, settled = [leaves_to_host(state)], [], state, False
     _check_inside(loop, state, inside, "`init`")
     for i in range(loop.steps):
         structure, old = jax.tree.structure(state), jax.tree.leaves(state)
@@ -183,8 +191,12 @@ def record_steps(
             loop.require(
                 _kind(a) == _kind(b), f"`{path}` changes in step {i} from {_kind(b)} to {_kind(a)}."
             )
+            moved = not a.sharding.is_equivalent_to(b.sharding, b.ndim)
+            # A leaf on one device joins those that the caller spread over several.
+            joins = moved and i == 0 and len(b.sharding.device_set) == 1
+            settled = settled or joins
             loop.require(
-                a.sharding.is_equivalent_to(b.sharding, b.ndim),
+                joins or not moved,
                 f"`{path}` changes its sharding in step {i} from {b.sharding} to {a.sharding}.",
             )
         counted = int(new.step)
@@ -200,7 +212,7 @@ def record_steps(
         "`init` hands out the memory it was given, which donating the state destroys: copy it "
         "there with `jnp.copy`, not `jax.device_put`.",
     )
-    return Record(states, infos, like)
+    return Record(states, infos, like, settled)
 
 
 def _check_inside(loop: Loop, state: Any, inside: Any, when: str) -> None:

@@ -49,6 +49,9 @@ def loss(w, lam, x):
     return jnp.mean((w - x) ** 2) + lam["decay"] * jnp.sum(w**2)
 
 
+PARAMS = jnp.array([0.3, -0.2])
+
+
 def init(params, hparams):
     zero = jnp.zeros((), jnp.int32)
     return State(own(params), own(hparams), None, jax.random.key(5), zero)
@@ -70,10 +73,10 @@ def deploy(state, hparams=None):
     return state.params + 0 * lam["decay"]
 
 
-def check(make=init, move=step, use=deploy, **rest):
+def check(make=init, move=step, use=deploy, params=PARAMS, **rest):
     check_algorithm(
         Algorithm(make, move, use),
-        jnp.array([0.3, -0.2]),
+        params,
         {"decay": jnp.array(0.05)},
         inner_batches=jnp.array([0.2, 0.5]),
         outer_batch=jnp.array([0.1, 0.9]),
@@ -276,6 +279,15 @@ def test_a_step_that_compiles_again_is_rejected():
     )
     with pytest.raises(CheckFailed, match="`step` was traced 2 times for 3 steps"):
         check(move=again)
+
+
+def test_an_init_that_writes_into_its_arguments_is_rejected():
+    def writes(params, hparams):
+        params += 1.0
+        return init(params, hparams)
+
+    with pytest.raises(CheckFailed, match="`init` changed its input"):
+        check(make=writes, params=np.zeros(2))
 
 
 def hiding(hidden, start=1):
