@@ -37,14 +37,17 @@ SPACE = bilevel.Space({"decay": Interval(0.0, 2.0), "count": Integer(0, 5)})
 class LoopRow(NamedTuple):
     """A loop and the arguments of `check_algorithm` that are its own.
 
-    `inner` is the number of training batches of a step, `outer` the loss that its value is (None
-    where it reports another), and `bounded` whether its hyperparameters are in `SPACE`. One loop
-    of each kind goes through `fit` too: it does the same for all, and costs a compilation.
+    `inner` is the number of training batches of a step; `cost` what a step evaluates (inner
+    gradients, products, outer gradients; None for those that the solver counted); `outer` the loss
+    that its value is (None where it reports another); `bounded` whether its hyperparameters are in
+    `SPACE`. One loop of each kind goes through `fit` too: it does the same for all, and costs a
+    compilation.
     """
 
     name: str
     algorithm: Algorithm
     inner: int
+    cost: tuple[float, float | None, float]
     outer: Any
     bounded: bool = False
     params: Any = PARAMS
@@ -104,13 +107,15 @@ OWN = {"params", "hparams", "model_state", "through_fit"}
 TX, MOMENTUM = optax.sgd(0.1), optax.sgd(0.1, momentum=0.9)
 
 
-def alternate(name, response, inner, tx=TX, outer_tx=MOMENTUM, losses=(valid, train), **rest):
+def alternate(name, response, inner, cost, tx=TX, outer_tx=MOMENTUM, losses=(valid, train), **rest):
     own = {k: rest.pop(k) for k in OWN & rest.keys()}
     algorithm = bilevel.alternate(*losses, response, tx, outer_tx, 2, **rest)
-    return LoopRow(f"alternate_{name}", algorithm, inner, losses[0], "constrain" in rest, **own)
+    return LoopRow(
+        f"alternate_{name}", algorithm, inner, cost, losses[0], "constrain" in rest, **own
+    )
 
 
-def tuning(name, losses=(valid, train), centred=True, tune_scales=False, **rest):
+def tuning(name, cost=(4, 0, 1), losses=(valid, train), centred=True, tune_scales=False, **rest):
     own = {k: rest.pop(k) for k in OWN & rest.keys()}
     network = rest.pop("network", StructuredResponse(centred=centred, gain_scale=0.3))
     algorithm = bilevel.self_tuning(
@@ -119,7 +124,7 @@ def tuning(name, losses=(valid, train), centred=True, tune_scales=False, **rest)
     )  # fmt: skip
     # With tuned scales the value is that of perturbed hyperparameters.
     outer = None if tune_scales else losses[0]
-    return LoopRow(f"self_tuning_{name}", algorithm, 2, outer, "constrain" in rest, **own)
+    return LoopRow(f"self_tuning_{name}", algorithm, 2, cost, outer, "constrain" in rest, **own)
 
 
 SERIES = Implicit(Neumann(3, 0.1))  # compiles in a third of the time of CG
@@ -127,23 +132,30 @@ COUNTING: Any = dict(
     losses=(valid_counting, train_counting), has_state=True, model_state=jnp.array(0.5)
 )
 LOOPS = [
-    alternate("cg", Implicit(CG(rtol=1e-10)), 2),
-    alternate("unroll_momentum", Unroll(MOMENTUM, 2), 4, MOMENTUM, through_fit=True),
+    alternate("cg", Implicit(CG(rtol=1e-10)), 2, (2, None, 1)),
+    alternate("unroll_momentum", Unroll(MOMENTUM, 2), 4, (2 + 2, 2, 1), MOMENTUM, through_fit=True),
     alternate(
-        "best_response", BestResponse(StructuredResponse(gain_scale=0.3), TX, 1, groups=2), 2
+        "best_response", BestResponse(StructuredResponse(gain_scale=0.3), TX, 1, groups=2),
+        2,
+        (2 + 1, 0, 1),
     ),
-    alternate("evolution", Evolution(TX, 1, particles=2, sigma=0.1), 3),
-    alternate("finite_difference", FiniteDifference(TX), 2),
-    alternate("bounds", SERIES, 2, outer_tx=optax.adam(0.5), constrain=SPACE),
-    alternate("model_state", SERIES, 2, **COUNTING),
-    alternate("model_state_unrolled", Unroll(TX, 1), 3, **COUNTING),
-    alternate("injected_rate", Unroll(rated, 1), 3, rated, losses=(valid, train_rated)),
-    tuning("stn", centred=False),
-    tuning("stn_bounds_integers", centred=False, constrain=SPACE, through_fit=True),
+    alternate("evolution", Evolution(TX, 1, particles=2, sigma=0.1), 3, (2 + 5, 0, 1)),
+    alternate("finite_difference", FiniteDifference(TX), 2, (2 + 3, 0, 1)),
+    alternate("bounds", SERIES, 2, (2, 4, 1), outer_tx=optax.adam(0.5), constrain=SPACE),
+    alternate("model_state", SERIES, 2, (2, 4, 1), **COUNTING),
+    alternate("model_state_unrolled", Unroll(TX, 1), 3, (2 + 1, 1, 1), **COUNTING),
+    alternate(
+        "injected_rate", Unroll(rated, 1), 3, (2 + 1, 1, 1), rated, losses=(valid, train_rated)
+    ),
+    tuning("stn", (2, 0, 1), centred=False),
+    tuning("stn_bounds_integers", (2, 0, 1), centred=False, constrain=SPACE, through_fit=True),
     tuning("delta_stn_scales", tune_scales=True),
     tuning("delta_stn_bounds_integers_warm_up", constrain=SPACE, warm_up=1),
     tuning("delta_stn_model_state", **COUNTING),
-    tuning("layers", (valid_of_layers, train_of_layers), network=NETWORK, params=LAYERS),
+    tuning(
+        "layers", (2 * 8 / 3, 0, 4 / 3), (valid_of_layers, train_of_layers), network=NETWORK,
+        params=LAYERS,
+    ),
     LoopRow(
         "global_response",
         bilevel.global_response(
@@ -152,6 +164,7 @@ LOOPS = [
             TX, optax.sgd(0.5), 2, draws=2,
         ),
         2,
+        (2 * 2, 0, 1),
         valid,
         through_fit=True,
     ),

@@ -45,7 +45,7 @@ def check_algorithm(
     through_fit: bool = True,
     rtol: float | None = None,
     who: str = "The loop",
-) -> None:
+) -> list[Info]:
     """Hold an outer loop against the contract of :class:`~bilevel.Algorithm`.
 
     Checked on ``steps`` steps with the same batches, jitted with the state donated:
@@ -83,22 +83,15 @@ def check_algorithm(
         rounding may exceed.
       who: what messages call the loop.
 
+    Returns:
+      What each step saw, as NumPy arrays, for checks of your own (of the costs, say).
+
     Raises:
       CheckFailed: naming the first property that fails, and the leaf.
 
     Cost: three compilations of a step and one of ``deploy``.
 
-    Example:
-      >>> import jax.numpy as jnp, optax, bilevel
-      >>> from bilevel.testing import check_algorithm
-      >>> def train(w, lam, batch):
-      ...     return jnp.mean((w - batch) ** 2) + lam * jnp.sum(w**2)
-      >>> def valid(w, lam, batch):
-      ...     return jnp.mean((w - batch) ** 2)
-      >>> alg = bilevel.alternate(valid, train, bilevel.Implicit(bilevel.CG()), optax.sgd(0.2),
-      ...                         optax.sgd(0.1), 2, constrain=bilevel.Space(bilevel.Positive()))
-      >>> check_algorithm(alg, jnp.zeros(1), 1.0, inner_batches=jnp.full((2, 1), 2.0),
-      ...                 outer_batch=jnp.ones(1), outer=valid, inside=lambda lam: lam > 0)
+    Example: the section "A loop" of ``docs/extend.md``.
     """
     check_count("steps", steps, 2)
     point = tuple(copied(tree) for tree in (params, hparams))
@@ -129,6 +122,7 @@ def check_algorithm(
     _check_scan(loop, record, step)
     if through_fit:
         _check_fit(loop, record, key)
+    return record.infos
 
 
 def _check_resume(loop: Loop, record: Record, donated: Callable[..., Any], what: str) -> None:

@@ -18,7 +18,7 @@ from bilevel.testing import CheckFailed, check_algorithm
 
 @pytest.mark.parametrize("row", LOOPS, ids=lambda row: row.name)
 def test_a_loop_keeps_its_contract(row: LoopRow):
-    check_algorithm(
+    infos = check_algorithm(
         row.algorithm,
         row.params,
         row.hparams,
@@ -31,6 +31,11 @@ def test_a_loop_keeps_its_contract(row: LoopRow):
         through_fit=row.through_fit,
         who=row.name,
     )
+    inner, products, outer = row.cost
+    if products is None:
+        products = infos[-1].stats["num_matvecs"] + 1  # and the mixed one
+        assert products >= 2
+    np.testing.assert_allclose(infos[-1].cost, (inner, products, outer), rtol=1e-6)  # float32
 
 
 # A loop by hand that is right, so that what rejects a wrong one is its one mistake.
