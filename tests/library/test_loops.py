@@ -315,6 +315,32 @@ def test_a_state_that_is_hidden_in_python_is_rejected():
         check(move=hiding([], start=2), through_fit=True)
 
 
+def test_a_value_that_is_hidden_in_python_is_rejected():
+    hidden = []
+
+    def change(new, info, old, given):
+        hidden.append(None)
+        return info._replace(value=info.value + max(0, len(hidden) - 2))
+
+    with pytest.raises(CheckFailed, match="`best_value` of `fit` is not the lowest `info.value`"):
+        check(move=of_info(change), through_fit=True)
+
+
+def test_a_memory_on_the_host_that_a_nan_spoils_is_rejected():
+    spoilt = []
+
+    def remember(x):
+        spoilt.extend([None] * bool(np.isnan(x)))
+        return np.float64(len(spoilt))
+
+    def change(new, old, given):
+        shape = jax.ShapeDtypeStruct((), jnp.float64)
+        return new._replace(params=new.params + jax.pure_callback(remember, shape, new.params[0]))
+
+    with pytest.raises(CheckFailed, match="the state from before a step with NaN does not go on"):
+        check(move=of_state(change))
+
+
 def test_a_state_that_is_hidden_on_the_host_is_rejected():
     seen = []
 

@@ -188,7 +188,7 @@ MUTANTS = [
         ("test_deploy.py::test_the_value_belongs_to_what_is_deployed_with_the_hparams_before",),
     ),
     Mutant(
-        "stn_moves_out_of_its_bounds",
+        "hparams_are_read_raw",
         "outer/variable.py",
         "        return Variable(self.read(moved), raw, opt_state), tree.norm(grads)\n",
         "        return Variable(moved, raw, opt_state), tree.norm(grads)\n",
