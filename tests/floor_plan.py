@@ -135,8 +135,10 @@ FLOORS = {
         "testing.linear_models",
         "testing.other_models",
         "testing.cases",
-        "testing.check",
+        "testing.methods",
         "testing.wrong",
+        "testing.recorded",
+        "testing.loops",
         "testing",
     ],
 }

@@ -141,16 +141,32 @@ class Case:
             outer_batch=cast(self.outer_batch),
         )
 
-    def solve(self, response: Response, *, key: Key | None = None) -> Hypergradient:
-        """What ``response`` makes of this case: :func:`~bilevel.hypergrad_solve` on its data."""
+    def solve(
+        self,
+        response: Response,
+        *,
+        key: Key | None = None,
+        state: Any = None,
+        copies: int | None = None,
+    ) -> Hypergradient:
+        """What ``response`` makes of this case: :func:`~bilevel.hypergrad_solve` on its data.
+
+        Args:
+          response, key, state: handed on.
+          copies: for a response that reads a stack of batches, its length: so often the same one.
+        """
+        inner_batch = self.inner_batch
+        if copies is not None:
+            inner_batch = jax.tree.map(lambda x: jnp.stack([x] * copies), inner_batch)
         return hypergrad_solve(
             self.outer,
             self.inner,
             response,
             self.params,
             self.hparams,
-            inner_batch=self.inner_batch,
+            inner_batch=inner_batch,
             outer_batch=self.outer_batch,
+            state=state,
             key=key,
         )
 

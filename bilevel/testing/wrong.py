@@ -17,7 +17,7 @@ from bilevel.linear import Dense, Identity, LinearSolution, LinearSolver
 from bilevel.linear.base import finish
 from bilevel.problem.operators.hessian import Hessian
 from bilevel.testing.case import Case
-from bilevel.testing.check import Reference
+from bilevel.testing.methods import Reference
 
 
 @dataclasses.dataclass(frozen=True)

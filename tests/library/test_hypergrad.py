@@ -40,10 +40,11 @@ PAIRS = legal_pairs()
 def test_method_equals_its_closed_form(row: Row, case: Case):
     solution = solve_all(case)[row.name]
     assert relative_error(solution.grads, expected(row, case)) <= row.rtol, row.why
-    residual, size = (float(solution.stats[k]) for k in ("residual_norm", "rhs_norm"))
-    # A method that is meant to stop early says so.
-    told = Status.truncated if residual > 0.1 * size else Status.ok
-    told = Status.worse_than_zero if residual > 1.001 * size else told
+    told = Status.ok
+    if "residual_norm" in solution.stats:  # a method that is meant to stop early says so
+        residual, size = (float(solution.stats[k]) for k in ("residual_norm", "rhs_norm"))
+        told = Status.truncated if residual > 0.1 * size else told
+        told = Status.worse_than_zero if residual > 1.001 * size else told
     assert int(solution.result) == told
     truth = case.truth()
     assert relative_error(solution.direct, truth.direct) <= 1e-10

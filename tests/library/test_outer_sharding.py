@@ -65,6 +65,26 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             assert kind == AxisType.Explicit and "choose a divisor of 8" in str(error), error
         else:
             assert kind == AxisType.Auto
+
+from bilevel.testing import CheckFailed, check_algorithm
+mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+def loss(w, lam, b):
+    return jnp.sum((w - b) ** 2) + jnp.exp(lam) * jnp.sum(w**2)
+alg = bilevel.alternate(loss, loss, bilevel.Implicit(bilevel.Neumann(1, 0.1)),
+                        optax.sgd(0.1), optax.sgd(0.1), 1)
+def gathers(state, **given):
+    new, info = alg.step(state, **given)
+    whole = jax.lax.with_sharding_constraint(new.params, NamedSharding(mesh, P()))
+    return new._replace(trained=new.trained._replace(params=whole)), info
+call = dict(inner_batches=jnp.zeros((1, 8)), outer_batch=jnp.ones(8), through_fit=False)
+w = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("d")))
+check_algorithm(alg, w, jnp.float32(0), **call)
+try:
+    check_algorithm(alg._replace(step=gathers), w, jnp.float32(0), **call)
+except CheckFailed as error:
+    assert "`state.trained.params` changes its sharding in step 0" in str(error), error
+else:
+    raise AssertionError("a loop that gathers its parameters passed")
 print("sharded ok")
 """
 
