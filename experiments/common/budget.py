@@ -11,6 +11,7 @@ hyperparameter moves, leave some of it unspent.
 
 from typing import Any
 
+import bilevel
 from bilevel.ground.cost import Cost as Cost
 from bilevel.hypergradient.base import cost_of
 from bilevel.inner.network import Network, gradient_cost
@@ -37,8 +38,8 @@ def hypergradient(
       num_matvecs: curvature products of the solver, where it has one.
       outer: what the outer gradient counts, see `weight`.
     """
-    own = cost_of(response, hparams, {"num_matvecs": num_matvecs})
-    return own.plus(Cost(outer_gradients=outer))
+    stats: Any = {"num_matvecs": num_matvecs}
+    return cost_of(response, hparams, stats).plus(Cost(outer_gradients=outer))
 
 
 def implicit_hypergradient(num_matvecs: float, outer: float = 1.0) -> Cost:
@@ -48,7 +49,7 @@ def implicit_hypergradient(num_matvecs: float, outer: float = 1.0) -> Cost:
         >>> training(20).plus(implicit_hypergradient(num_matvecs=10)).total
         48.5
     """
-    return Cost(products=num_matvecs + 1, outer_gradients=outer)
+    return hypergradient(bilevel.Implicit(bilevel.CG()), num_matvecs=num_matvecs, outer=outer)
 
 
 def self_tuning(network: Network, inner_steps: int, outer: float = 1.0) -> Cost:
