@@ -91,13 +91,14 @@ def _tune(
     key = jax.random.key(seed)
     params = problem.initial(train[0].shape[1], config.hidden, jax.random.fold_in(key, 1))
     carry = tune.start(method, config, params)
-    moves = tune.updates(method, config) // config.records
+    total, made = tune.updates(method, config), 0
     for i in range(config.records):
+        moves = total * (i + 1) // config.records - made  # of two lengths, if they do not divide
         carry = tune.tuner(method, config)(carry, train, jax.random.fold_in(key, 10 + i), moves)
+        made += moves
         metrics = _described(carry[0])
         if i == config.records - 1:
             metrics |= _replayed(carry[0], config, seed, train)
-        made = moves * (i + 1)
         records.append(title, made, made * tune.cost(method, config), **metrics)
 
 

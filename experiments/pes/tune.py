@@ -40,9 +40,8 @@ def cost(method: str, config: Config) -> float:
 
 
 def updates(method: str, config: Config) -> int:
-    """As many moves as cost what those of PES do, cut to whole records."""
-    count = config.updates * cost("pes", config) / cost(method, config)
-    return int(count) // config.records * config.records
+    """As many moves as cost what those of PES do."""
+    return int(config.updates * cost("pes", config) / cost(method, config))
 
 
 @functools.cache
