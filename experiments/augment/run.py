@@ -157,12 +157,13 @@ def _training_part(method: str, parts: problem.Parts) -> dict[str, jax.Array]:
     return {k: parts.noisy[k] for k in "xy"} if method.startswith("noisy") else parts.train
 
 
-def _cost(method: str, config: Config) -> budget.Counts:
-    """Of one round: the training steps between two hypergradients, and the hypergradient."""
-    counts = budget.training(config.every)
+def round_cost(method: str, config: Config) -> float:
+    """G of the training steps between two hypergradients, and of the hypergradient."""
+    cost = budget.training(config.every)
     if METHODS[method]:
-        counts = counts.plus(budget.implicit_hypergradient(config.products))
-    return counts
+        outer = budget.weight(config.outer_batch, config.batch)
+        cost = cost.plus(budget.implicit_hypergradient(config.products, outer))
+    return cost.total
 
 
 def _run(
@@ -183,7 +184,7 @@ def _run(
         hparams = _start(config, shape, ("augment",), seed)
     if method == "replayed":  # the network that `learned` found, held fixed, a fresh classifier
         hparams = {"augment": _restored(records.out, f"{name}_learned_{seed}", config, shape)}
-    round_cost, tuning = _cost(method, config).cost, bool(METHODS[method])
+    cost, tuning = round_cost(method, config), bool(METHODS[method])
     # Those who do not pay for hypergradients are measured at the same steps.
     rounds = steps // config.every
     spaced = {round(rounds * (i + 1) / config.points) for i in range(config.points)}
@@ -203,7 +204,7 @@ def _run(
         records.append(
             full,
             k * config.every,
-            round_cost * k,
+            cost * k,
             test_accuracy=test_accuracy,
             test_loss=test_loss,
             validation_loss=_evaluate(made.measure, params, parts.valid)[0],

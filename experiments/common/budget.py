@@ -1,61 +1,70 @@
-"""What a computation costs, counted in inner-gradient evaluations.
+"""What methods pay: counted by the library, `bilevel.ground.cost.Cost`, and weighed by examples.
 
-The one convention of all experiments: the unit is G, one gradient of the inner loss on one inner
-batch. A Hessian product costs 2.5 G, a mixed product B'v costs 2.5 G (both are one JVP of a
-gradient, and one JVP that yields both at once is counted as one product), a gradient of the outer
-loss costs 1 G. Evaluating a loss without its gradient is free for every method: that favours
-black-box search, which does nothing else with the validation set.
+A budget counts what the loop itself counts (`info.cost`), and adds two rules of its own.
+
+Batches of two sizes: the library counts every outer gradient as one. Here a gradient counts by its
+examples: an outer gradient on 256 of them, beside training steps on 64, is 4 (`weight`).
+
+Budgets pay for what a step costs at most: a solver that stops early, and a warm-up in which no
+hyperparameter moves, leave some of it unspent.
 """
 
-from typing import NamedTuple
+from typing import Any
 
-GRADIENT = 1.0
-HESSIAN_PRODUCT = 2.5
-MIXED_PRODUCT = 2.5
-OUTER_GRADIENT = 1.0
+import bilevel
+from bilevel.ground.cost import Cost as Cost
+from bilevel.hypergradient.base import cost_of
+from bilevel.inner.network import Network, gradient_cost
 
 
-class Counts(NamedTuple):
-    """How often each kind of derivative was evaluated; `plus` adds and `times` scales.
+def weight(outer_examples: int, inner_examples: int) -> float:
+    """What an outer gradient counts: its examples over those of a training step."""
+    return outer_examples / inner_examples
+
+
+def training(steps: float) -> Cost:
+    """Plain training for a number of steps."""
+    return Cost(inner_gradients=steps)
+
+
+def hypergradient(
+    response: Any, hparams: Any = None, *, num_matvecs: float = 0, outer: float = 1.0
+) -> Cost:
+    """One hypergradient by a response: its own count, and an outer gradient.
+
+    Args:
+      response: of the library; one that trains counts its steps.
+      hparams: read by a response whose cost depends on how many there are.
+      num_matvecs: curvature products of the solver, where it has one.
+      outer: what the outer gradient counts, see `weight`.
+    """
+    stats: Any = {"num_matvecs": num_matvecs}
+    return cost_of(response, hparams, stats).plus(Cost(outer_gradients=outer))
+
+
+def implicit_hypergradient(num_matvecs: float, outer: float = 1.0) -> Cost:
+    """One hypergradient by a solver that makes `num_matvecs` Hessian products.
 
     Example:
-        >>> step = training(20).plus(implicit_hypergradient(num_matvecs=10))
-        >>> step.cost
+        >>> training(20).plus(implicit_hypergradient(num_matvecs=10)).total
         48.5
     """
-
-    gradients: float = 0
-    hessian_products: float = 0
-    mixed_products: float = 0
-    outer_gradients: float = 0
-
-    @property
-    def cost(self) -> float:
-        """The total in inner-gradient evaluations."""
-        return (
-            GRADIENT * self.gradients
-            + HESSIAN_PRODUCT * self.hessian_products
-            + MIXED_PRODUCT * self.mixed_products
-            + OUTER_GRADIENT * self.outer_gradients
-        )
-
-    def plus(self, other: "Counts") -> "Counts":
-        return Counts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
-
-    def times(self, factor: float) -> "Counts":
-        return Counts(*(factor * mine for mine in self))
+    return hypergradient(bilevel.Implicit(bilevel.CG()), num_matvecs=num_matvecs, outer=outer)
 
 
-def training(steps: int) -> Counts:
-    """Plain training for a number of steps."""
-    return Counts(gradients=steps)
+def self_tuning(network: Network, inner_steps: int, outer: float = 1.0) -> Cost:
+    """One cycle of `bilevel.self_tuning`, when the warm-up is over.
+
+    Delta-STN (a centred network) makes a plain gradient and one of the response; STN makes one of
+    weights and response together.
+    """
+    if network.centred:
+        step = 1 + gradient_cost(network, learns=1)
+    else:
+        step = gradient_cost(network, learns=2)
+    return Cost(inner_steps * step, 0, outer * gradient_cost(network, learns=0))
 
 
-def implicit_hypergradient(num_matvecs: float) -> Counts:
-    """One hypergradient by a solver that makes `num_matvecs` Hessian products."""
-    return Counts(hessian_products=num_matvecs, mixed_products=1, outer_gradients=1)
-
-
-def unrolled_hypergradient(steps: int) -> Counts:
-    """One hypergradient through `steps` unrolled steps: each step, and one joint product of it."""
-    return Counts(gradients=steps, hessian_products=steps, outer_gradients=1)
+def global_response(draws: int, outer: float = 1.0) -> Cost:
+    """One step of `bilevel.global_response` with one inner step: a gradient for every draw."""
+    return Cost(draws, 0, outer)

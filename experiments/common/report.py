@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import record
-from experiments.common.cli import discover, folder_of
+from experiments.common.catalog import discover, folder_of
 from experiments.common.outputs import RunnerError
 
 SHOWN = (1e-3, 1e1)  # range of the picture; what lies outside is drawn at its edge

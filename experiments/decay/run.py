@@ -71,14 +71,11 @@ def _train(config: Config) -> Any:
 
     @jax.jit
     def train(params: Any, hparams: Any, batch: Any) -> Any:
-        def step(carry: Any, _: Any) -> Any:
-            params, opt_state = carry
-            grads = jax.grad(loss)(params, hparams, batch)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
+        def full(params: Any, hparams: Any, _: None) -> jax.Array:
+            return loss(params, hparams, batch)  # the same batch in every step
 
-        carry = (params, tx.init(params))
-        return jax.lax.scan(step, carry, length=config.trial_steps)[0][0]
+        first = bilevel.InnerState(params, tx.init(params))
+        return bilevel.descend(full, tx, first, hparams, None, steps=config.trial_steps)[0].params
 
     return train
 
@@ -162,20 +159,21 @@ def _search(method: str, config: Config, params: Any, batches: Batches, records:
     return {"all": best["hidden"]["kernel"]} if method == "grid" else best
 
 
-def step_cost(config: Config) -> float:
-    """G of one outer step: the training steps and the hypergradient."""
-    hypergradient = budget.implicit_hypergradient(config.products + 1)
-    return budget.training(config.inner_steps).plus(hypergradient).cost
+def step_cost(config: Config, held: int = 0) -> float:
+    """G of one outer step, `held` validation images held back."""
+    outer = budget.weight(config.valid - held, config.train)
+    hypergradient = budget.implicit_hypergradient(config.products + 1, outer)
+    return budget.training(config.inner_steps).plus(hypergradient).total
 
 
-def outer_steps(config: Config) -> int:
+def outer_steps(config: Config, held: int = 0) -> int:
     """What the budget pays for, less the training before the tuning and that with its result."""
-    return int((config.budget - 2 * config.trial_steps) // step_cost(config))
+    return int((config.budget - 2 * config.trial_steps) // step_cost(config, held))
 
 
 @functools.cache
-def _algorithm(config: Config) -> tuple[Any, Any]:
-    op, steps = problem.operator(config.damping), outer_steps(config)
+def _algorithm(config: Config, held: int) -> tuple[Any, Any]:
+    op, steps = problem.operator(config.damping), outer_steps(config, held)
     inner = optax.cosine_decay_schedule(config.inner_lr, steps * config.inner_steps)
     algorithm = bilevel.alternate(
         problem.outer,
@@ -205,13 +203,13 @@ def _tune(method: str, config: Config, params: Any, batches: Batches, records: A
     }
     if stopped:
         parts["guard"] = jax.tree.map(lambda x: x[:held], batches["validation"])
-    algorithm, step = _algorithm(config)
+    algorithm, step = _algorithm(config, held)
     state = algorithm.init(_train(config)(params, hparams, batches["train"]), hparams)
     # Full-batch training: the same batch for every step.
     stack = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (config.inner_steps, *x.shape)), batches["train"]
     )
-    steps = outer_steps(config)
+    steps = outer_steps(config, held)
     every, lowest, best = max(1, steps // config.points), np.inf, hparams
     for k in range(1, steps + 1):
         used = state.hparams  # those that the parameters below were trained with
@@ -221,6 +219,6 @@ def _tune(method: str, config: Config, params: Any, batches: Batches, records: A
         measured = _measured(state.params, parts, *parts)
         if stopped and measured["guard_loss"] < lowest:
             lowest, best = measured["guard_loss"], used
-        spent = config.trial_steps + k * step_cost(config)
+        spent = config.trial_steps + k * step_cost(config, held)
         records.append(f"{method}_path", k, spent, **measured)
     return best if stopped else state.hparams

@@ -26,8 +26,9 @@ def products(method: str, config: Config) -> int:
 
 def step_cost(method: str, config: Config) -> float:
     """G of one outer step: the training steps and the hypergradient."""
-    hypergradient = budget.implicit_hypergradient(products(method, config))
-    return budget.training(config.inner_steps).plus(hypergradient).cost
+    outer = budget.weight(config.valid, config.train)
+    hypergradient = budget.implicit_hypergradient(products(method, config), outer)
+    return budget.training(config.inner_steps).plus(hypergradient).total
 
 
 def outer_steps(method: str, config: Config) -> int:

@@ -45,15 +45,12 @@ def _pieces(config: Config) -> tuple[Any, Any, Any]:
     operator = problem.operator(config)
     tx = optax.adam(config.inner_lr)
 
-    @jax.jit
-    def train(params: Any, opt_state: Any, hparams: Any, batch: Any, steps: Any) -> Any:
-        def step(_: Any, carry: Any) -> Any:
-            params, opt_state = carry
-            grads = jax.grad(operator.loss)(params, hparams, batch)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
+    @functools.partial(jax.jit, static_argnames="steps")
+    def train(state: bilevel.InnerState, hparams: Any, batch: Any, steps: int) -> Any:
+        def full(params: Any, hparams: Any, _: None) -> jax.Array:
+            return operator.loss(params, hparams, batch)  # the same batch in every step
 
-        return jax.lax.fori_loop(0, steps, step, (params, opt_state))
+        return bilevel.descend(full, tx, state, hparams, None, steps=steps)[0]
 
     @jax.jit
     def evaluate(params: Any, batches: Any) -> dict[str, jax.Array]:
@@ -83,11 +80,11 @@ def _no_tuning(config: Config, seed: int, batches: Any, records: record.Records)
     _, train, evaluate = _pieces(config)
     params = problem.initial(config, seed)
     hparams = problem.decays(params, config.start, per_weight=False)
-    opt_state = optax.adam(config.inner_lr).init(params)
+    state = bilevel.InnerState(params, optax.adam(config.inner_lr).init(params))
     every = max(1, int(config.budget) // 40)
     for step in range(int(config.budget) // every):
-        params, opt_state = train(params, opt_state, hparams, batches["train"], every)
-        metrics = _floats(evaluate(params, batches))
+        state = train(state, hparams, batches["train"], steps=every)
+        metrics = _floats(evaluate(state.params, batches))
         records.append("no_tuning", step, every * (step + 1), **metrics)
 
 
@@ -104,8 +101,9 @@ def _search(method: str, config: Config, seed: int, batches: Any, records: recor
     def objective(setting: dict[str, Any]) -> float:
         leaves = [jnp.float32(setting[name]) for name in names]
         hparams = jax.tree.unflatten(jax.tree.structure(start), leaves)
-        params, _ = train(start, tx.init(start), hparams, batches["train"], config.trial_steps)
-        measured.update(_floats(evaluate(params, batches)))
+        first = bilevel.InnerState(start, tx.init(start))
+        last = train(first, hparams, batches["train"], steps=config.trial_steps)
+        measured.update(_floats(evaluate(last.params, batches)))
         return measured["validation_loss"]
 
     def log(trial: baselines.Trial) -> None:

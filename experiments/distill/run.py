@@ -59,14 +59,12 @@ def _retrain(config: Config) -> Any:
     def train(images: Any, batch: Any, decay: Any) -> Any:
         loss = problem.operator(decay).loss
 
-        def step(carry: Any, _: Any) -> Any:
-            params, opt_state = carry
-            updates, opt_state = tx.update(jax.grad(loss)(params, images, batch), opt_state)
-            return (optax.apply_updates(params, updates), opt_state), None
+        def full(params: Any, images: Any, _: None) -> jax.Array:
+            return loss(params, images, batch)  # the same batch in every step
 
         params = problem.zeros(images.shape[1])
-        carry = (params, tx.init(params))
-        return jax.lax.scan(step, carry, length=config.retrain_steps)[0][0]
+        first = bilevel.InnerState(params, tx.init(params))
+        return bilevel.descend(full, tx, first, images, None, steps=config.retrain_steps)[0].params
 
     return train
 
@@ -112,6 +110,12 @@ def _step(config: Config) -> Any:
     return start, step, jax.jit(functools.partial(problem.to_minimum, op, config=config))
 
 
+def step_cost(config: Config, outer: float) -> float:
+    """G of the Newton steps and of the hypergradient; `outer` is that of its outer gradient."""
+    newton = budget.Cost(config.newton_steps, config.newton_steps * config.products)
+    return newton.plus(budget.implicit_hypergradient(config.products + 1, outer)).total
+
+
 def _distill(
     name: str,
     per_class: int,
@@ -132,13 +136,10 @@ def _distill(
     pixels = train["x"].shape[1]
     first = rng.normal(0, config.noise, (len(batch["y"]), pixels)).astype(np.float32)
     carry = start(jnp.asarray(first))
-    newton = budget.training(config.newton_steps).plus(
-        budget.Counts(hessian_products=config.newton_steps * config.products)
-    )
-    cost = newton.plus(budget.implicit_hypergradient(config.products + 1)).cost
     every = max(1, config.outer_steps // config.points)
     order, place = rng.permutation(len(train["y"])), 0
     size = min(config.outer_batch, len(order))
+    cost = step_cost(config, budget.weight(size, len(batch["y"])))
     for k in range(1, config.outer_steps + 1):
         if place + size > len(order):
             order, place = rng.permutation(len(order)), 0
@@ -222,18 +223,18 @@ def _whole_set(
     records.rewind(method)
     params = problem.zeros(train["x"].shape[1])
 
-    @jax.jit
-    def step(params: Any, opt_state: Any, batch: Any) -> Any:
-        updates, opt_state = tx.update(jax.grad(problem.outer)(params, None, batch), opt_state)
-        return optax.apply_updates(params, updates), opt_state
+    rng, size = np.random.default_rng(seed), min(config.outer_batch, len(train["y"]))
+    rows = [rng.choice(len(train["y"]), size, False) for _ in range(config.outer_steps)]
 
-    opt_state, rng = tx.init(params), np.random.default_rng(seed)
-    size = min(config.outer_batch, len(train["y"]))
-    for _ in range(config.outer_steps):
-        rows = rng.choice(len(train["y"]), size, False)
-        params, opt_state = step(
-            params, opt_state, jax.tree.map(lambda x, rows=rows: x[rows], train)
-        )
+    @jax.jit
+    def fit(params: Any, train: Any, rows: jax.Array) -> Any:
+        def loss(params: Any, train: Any, rows: jax.Array) -> jax.Array:
+            return problem.outer(params, None, jax.tree.map(lambda x: x[rows], train))
+
+        first = bilevel.InnerState(params, tx.init(params))
+        return bilevel.descend(loss, tx, first, train, rows, steps=config.outer_steps)[0].params
+
+    params = fit(params, train, jnp.asarray(np.stack(rows)))
     measured = {key: float(v) for key, v in _measure(params, train, test).items()}
     records.append(
         method,

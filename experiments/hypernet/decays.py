@@ -73,15 +73,20 @@ def network(method: str, config: Decays) -> bilevel.Hypernetwork:
     )
 
 
+def step_cost(config: Decays) -> float:
+    """G of a step of local training."""
+    return budget.global_response(
+        config.draws, budget.weight(config.outer_batch, config.batch)
+    ).total
+
+
 def steps(config: Decays) -> int:
-    """Of the local algorithm: each has a gradient for every draw, and an outer one."""
-    cost = budget.training(config.draws).plus(budget.Counts(outer_gradients=1)).cost
-    return int(config.budget // cost)
+    """As many as the budget pays for."""
+    return int(config.budget // step_cost(config))
 
 
-@functools.cache
-def local(method: str, config: Decays) -> Any:
-    """``(key, train, valid, test) -> (valid, test, decays)`` at ``points`` of local training."""
+def algorithm(method: str, config: Decays) -> bilevel.Algorithm:
+    """Local training."""
     net = network(method, config)
 
     def sample(key: jax.Array, lam: Any) -> Any:
@@ -104,7 +109,7 @@ def local(method: str, config: Decays) -> Any:
         ],
         [warm],
     )
-    made = bilevel.global_response(
+    return bilevel.global_response(
         outer,
         inner,
         net,
@@ -113,6 +118,12 @@ def local(method: str, config: Decays) -> Any:
         optax.adam(outer_rate),
         draws=config.draws,
     )
+
+
+@functools.cache
+def local(method: str, config: Decays) -> Any:
+    """``(key, train, valid, test) -> (valid, test, decays)`` at ``points`` of local training."""
+    made = algorithm(method, config)
 
     def whole(key: jax.Array, train: Any, valid: Any, test: Any) -> Any:
         pixels = train[0].shape[1]
@@ -146,14 +157,12 @@ def plain(config: Decays) -> Any:
     tx = optax.adam(optax.cosine_decay_schedule(10 * config.rate, count))
 
     def whole(lam: Any, key: jax.Array, train: Any, valid: Any, test: Any) -> Any:
-        def step(carry: Any, key: jax.Array) -> Any:
-            w, opt_state = carry
-            grads = jax.grad(inner)(w, lam, batches.draw(train, key, (config.batch,)))
-            updates, opt_state = tx.update(grads, opt_state)
-            return (optax.apply_updates(w, updates), opt_state), None
+        def loss(w: Any, lam: Any, key: jax.Array) -> jax.Array:
+            return inner(w, lam, batches.draw(train, key, (config.batch,)))
 
         w = initial(train[0].shape[1])
-        (w, _), _ = jax.lax.scan(step, (w, tx.init(w)), jax.random.split(key, count))
+        first, keys = bilevel.InnerState(w, tx.init(w)), jax.random.split(key, count)
+        w = bilevel.descend(loss, tx, first, lam, keys, steps=count)[0].params
         return outer(w, None, valid), outer(w, None, test)
 
     return jax.jit(whole)

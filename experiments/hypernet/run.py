@@ -46,7 +46,7 @@ def _curves(config: Curve, records: record.Records, out: Path) -> None:
         path, curves, phi = runner(jax.random.key(records.seed), train, valid)
         path, curves = np.asarray(path, np.float64), np.asarray(curves, np.float64)
         kept[method], kept[f"{method}_path"] = curves, path
-        each = config.steps // POINTS * (config.draws + (method == "local"))
+        each = config.steps // POINTS * training.step_cost(method, config, len(valid[1]))
         for i in range(POINTS):
             learnt = problem.lowest(lam, curves[i])
             extra: dict[str, Any] = {}

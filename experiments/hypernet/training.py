@@ -9,6 +9,7 @@ import optax
 
 import bilevel
 from bilevel.inner.hypernetwork import clipped_normal
+from experiments.common import budget
 from experiments.hypernet import problem
 from experiments.hypernet.config import Curve
 
@@ -56,6 +57,12 @@ def algorithm(method: str, config: Curve) -> bilevel.Algorithm:
         outer_tx,
         draws=config.draws,
     )
+
+
+def step_cost(method: str, config: Curve, valid: int) -> float:
+    """G of a step; ten images are trained on, and the global one reads one of the `valid`."""
+    outer = 1 if method == "global" else config.outer_batch or valid
+    return budget.global_response(config.draws, budget.weight(outer, problem.CLASSES)).total
 
 
 @functools.cache

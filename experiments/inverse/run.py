@@ -84,12 +84,15 @@ def compare(measured: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
-def _append(records: record.Records, name: str, k: int, got: Any, truth: np.ndarray) -> None:
+def _append(
+    records: record.Records, name: str, k: int, case: problem.Case, got: Any, truth: np.ndarray
+) -> None:
     products = float(got["stats"]["num_matvecs"])
+    outer = budget.weight(len(case.valid["y"]), len(case.train["y"]))
     records.append(
         name,
         k,
-        budget.implicit_hypergradient(products).cost,
+        budget.implicit_hypergradient(products, outer).total,
         products=products,
         result=int(got["result"]),
         **compare(got["hypergradient"], truth),
@@ -115,7 +118,7 @@ def _regression(
     for method, k, solver in solvers(config, step, len(exact.g)):
         operator = small if method == "nystrom" else bilevel.Hessian()
         got = solved[method, k] = measure(solver, operator, case, key)
-        _append(records, f"{name}_{method}", k, got, exact.hypergradient)
+        _append(records, f"{name}_{method}", k, case, got, exact.hypergradient)
     for k in config.long_series:
         series = bilevel.Neumann(num_matvecs=k, step_size=step)
         solved["neumann", k] = measure(series, bilevel.Hessian(), case, key)
@@ -150,7 +153,7 @@ def _network(config: Config, seed: int, records: record.Records) -> None:
             more = dataclasses.replace(operator, damping=config.nystrom_damping * largest)
             chosen = more if method == "nystrom" else operator
             got = solved[method, k] = measure(solver, chosen, case, key)
-            _append(records, f"digits_{name}_{method}", k, got, truth["hypergradient"])
+            _append(records, f"digits_{name}_{method}", k, case, got, truth["hypergradient"])
         # How far the damped equation itself is from the Hessian's: no solver can undo that.
         apart = compare(truth["hypergradient"], undamped["hypergradient"])
         records.append(

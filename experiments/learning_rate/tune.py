@@ -16,7 +16,9 @@ from experiments.learning_rate.config import Config
 
 def cost(config: Config, length: int) -> float:
     """Inner gradients of one move: T differentiated steps, an outer gradient a window."""
-    return budget.unrolled_hypergradient(length).times(config.steps // length).cost
+    outer = budget.weight(config.outer_batch, config.batch)
+    one = budget.hypergradient(response(config, length), outer=outer)
+    return one.times(config.steps // length).total
 
 
 def response(config: Config, length: int) -> bilevel.Unroll:
@@ -100,20 +102,20 @@ def replay(config: Config, model: str) -> Callable[..., Any]:
         tx = schedules.sgd(schedule, every)
         params = problem.initial(model, keys[0])
 
-        def step(carry: Any, key: jax.Array) -> Any:
-            params, opt_state = carry
-            batch = batches.draw(train, key, (config.batch,))
-            value, grads = jax.value_and_grad(problem.loss)(params, None, batch)
-            moves, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, moves), opt_state), value
+        def loss(params: Any, hparams: None, key: jax.Array) -> jax.Array:
+            return problem.loss(params, hparams, batches.draw(train, key, (config.batch,)))
 
-        steps = jax.random.split(keys[1], config.steps)
-        (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), steps)
+        first, steps = bilevel.InnerState(params, tx.init(params)), config.steps
+        # A whole run is too long to be straight-line code.
+        state, seen = bilevel.descend(
+            loss, tx, first, None, jax.random.split(keys[1], steps), steps=steps, unroll=False
+        )
+        params = state.params
         wrong = jnp.argmax(problem.logits(params, test[0]), -1) != test[1]
         return {
             "final_loss": problem.loss(params, None, train),
             "test_error": jnp.mean(wrong),
-            "curve": losses,
+            "curve": seen.loss,
         }
 
     return run

@@ -45,7 +45,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
 def outer_cost(config: Config) -> float:
     """G of one outer step: its training steps and its hypergradient."""
     hypergradient = budget.implicit_hypergradient(config.products)
-    return budget.training(config.inner_steps).plus(hypergradient).cost
+    return budget.training(config.inner_steps).plus(hypergradient).total
 
 
 def stretches(config: Config, tuned: bool) -> list[tuple[bool, int]]:

@@ -11,6 +11,7 @@ import optax
 import bilevel
 from bilevel.ground import tree
 from bilevel.inner.hypernetwork import Encoding, encode
+from experiments.common import budget
 from experiments.mip import tasks
 from experiments.mip.config import Config, Task
 
@@ -40,33 +41,37 @@ def to_unit(variant: str, task: Task) -> Callable[[jax.Array], jax.Array]:
     return lambda x: (x - low) / (high - low)
 
 
+def step_cost(task: Task) -> float:
+    """G of a step; its outer gradient, on the same images, moves nothing and counts as one."""
+    return budget.global_response(task.draws).total
+
+
+def algorithm(variant: str, task: Task, tx: optax.GradientTransformation) -> bilevel.Algorithm:
+    """Training over inputs drawn from the whole range."""
+    low, high = tasks.input_range(task)
+    return bilevel.global_response(
+        lambda w, lam, batch: tasks.data_loss(task, w, batch),
+        functools.partial(tasks.training_loss, task),
+        hypernetwork(variant, task),
+        lambda key, lam: jax.random.uniform(key, (), minval=low, maxval=high),
+        tx,
+        optax.set_to_zero(),  # the hypernetwork is what is measured; nothing is searched
+        draws=task.draws,
+    )
+
+
 @functools.cache
 def train(variant: str, optimizer: str, task: Task, config: Config) -> Any:
     """``(rates, key, data) -> (rates, points)``: mean training loss over inputs along each run."""
-    network = hypernetwork(variant, task)
     low, high = tasks.input_range(task)
     grid = jnp.linspace(low, high, config.grid)
 
-    def inner(w: Any, lam: jax.Array, batch: Any) -> jax.Array:
-        return tasks.training_loss(task, w, lam, batch)
-
-    def outer(w: Any, lam: jax.Array, batch: Any) -> jax.Array:
-        return tasks.data_loss(task, w, batch)
-
     def one(rate: jax.Array, key: jax.Array, data: Any) -> jax.Array:
         tx = optax.adam(rate) if optimizer == "adam" else optax.sgd(rate, momentum=MOMENTUM)
-        algorithm = bilevel.global_response(
-            outer,
-            inner,
-            network,
-            lambda key, lam: jax.random.uniform(key, (), minval=low, maxval=high),
-            tx,
-            optax.set_to_zero(),  # the hypernetwork is what is measured; nothing is searched
-            draws=task.draws,
-        )
+        loop = algorithm(variant, task, tx)
         base_key, response_key, key = jax.random.split(key, 3)
         first = tasks.initial(task, data[0].shape[1], base_key)
-        state = algorithm.init(first, jnp.float32((low + high) / 2), key=response_key)
+        state = loop.init(first, jnp.float32((low + high) / 2), key=response_key)
 
         def sample(key: jax.Array) -> Any:
             batch = data
@@ -77,13 +82,14 @@ def train(variant: str, optimizer: str, task: Task, config: Config) -> Any:
 
         def stretch(state: Any, key: jax.Array) -> Any:
             count = task.steps // task.points
-            state = bilevel.scan_run(algorithm, state, sample, count, key=key).state
+            state = bilevel.scan_run(loop, state, sample, count, key=key).state
 
             def loss(lam: jax.Array) -> jax.Array:
-                w = algorithm.deploy(state, lam)
+                w = loop.deploy(state, lam)
+                inner = functools.partial(tasks.training_loss, task, w, lam)
                 if not task.channels:
-                    return inner(w, lam, seen(task, data))
-                return jax.lax.map(lambda part: inner(w, lam, part), seen(task, data)).mean()
+                    return inner(seen(task, data))
+                return jax.lax.map(inner, seen(task, data)).mean()
 
             losses = jax.lax.map(loss, grid) if task.channels else jax.vmap(loss)(grid)
             return state, losses.mean()

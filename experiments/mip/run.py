@@ -63,7 +63,12 @@ def _record(
                 "zero_loss": tasks.loss_of_zero(task),
             }
         records.append(
-            method, i, task.draws * every * (i + 1), losses=losses[:, i], rates=rates, **extra
+            method,
+            i,
+            networks.step_cost(task) * every * (i + 1),
+            losses=losses[:, i],
+            rates=rates,
+            **extra,
         )
 
 

@@ -82,6 +82,13 @@ def _algorithm(config: Config, steps: int) -> tuple[Any, Any, Any]:
     return algorithm, jax.jit(step, donate_argnums=0), jax.jit(problem.metrics)
 
 
+def step_cost(config: Config) -> float:
+    """G of one outer step: the training steps and the hypergradient, CG from a warm start."""
+    outer = budget.weight(config.valid, config.train)
+    hypergradient = budget.implicit_hypergradient(config.products + 1, outer)
+    return budget.training(config.inner_steps).plus(hypergradient).total
+
+
 def _start(model: str, granularity: str, config: Config, seed: int) -> tuple[Any, Any]:
     params = problem.initial(model, config.width[model == "cnn"], seed)
     return params, problem.decays(params, config.start, granularity)
@@ -112,8 +119,7 @@ def _tune(
     params, hparams = _start(model, granularity, config, seed)
     state = algorithm.init(params, hparams)
     stack = _stack(batches["train"], config.inner_steps)
-    hypergradient = budget.implicit_hypergradient(config.products + 1)
-    cost = budget.training(config.inner_steps).plus(hypergradient).cost
+    cost = step_cost(config)
     count = sum(x.size for x in jax.tree.leaves(hparams))
     best = np.inf
     every = max(1, steps // config.points)

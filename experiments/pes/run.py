@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import record
+from experiments.common import budget, record
 from experiments.pes import problem, scalar, tune
 from experiments.pes.config import Config
 
@@ -37,12 +37,13 @@ def _scalar(config: Config, seed: int, records: record.Records, persistent: bool
     truth, variance = scalar.closed_form()
     key = jax.random.fold_in(jax.random.key(seed), persistent)
     means, errors = scalar.estimates(config.particles, key, persistent=persistent)
+    cost = budget.hypergradient(scalar.evolution(config.particles, persistent)).total
     for t in range(scalar.STEPS):
         exact = np.sqrt(variance[t] / config.particles)
         records.append(
             method,
             t,
-            2 * config.particles * (t + 1),
+            cost * (t + 1),
             estimate=float(means[t]),
             truth=float(truth[t]),
             error_in_se=float(abs(means[t] - truth[t]) / exact),
@@ -90,13 +91,14 @@ def _tune(
     key = jax.random.key(seed)
     params = problem.initial(train[0].shape[1], config.hidden, jax.random.fold_in(key, 1))
     carry = tune.start(method, config, params)
-    moves = tune.updates(method, config) // config.records
+    total, made = tune.updates(method, config), 0
     for i in range(config.records):
+        moves = total * (i + 1) // config.records - made  # of two lengths, if they do not divide
         carry = tune.tuner(method, config)(carry, train, jax.random.fold_in(key, 10 + i), moves)
+        made += moves
         metrics = _described(carry[0])
         if i == config.records - 1:
             metrics |= _replayed(carry[0], config, seed, train)
-        made = moves * (i + 1)
         records.append(title, made, made * tune.cost(method, config), **metrics)
 
 

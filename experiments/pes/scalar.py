@@ -33,11 +33,16 @@ def loss(s: jax.Array, theta: jax.Array, batch: Any) -> jax.Array:
     return s
 
 
-def estimates(pairs: int, key: jax.Array, *, persistent: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The estimate and its standard error after every step, from one population."""
-    response = bilevel.Evolution(
+def evolution(pairs: int, persistent: bool) -> bilevel.Evolution:
+    """PES or truncated ES, a step at a time."""
+    return bilevel.Evolution(
         optax.sgd(1.0), steps=1, particles=pairs, sigma=SIGMA, persistent=persistent
     )
+
+
+def estimates(pairs: int, key: jax.Array, *, persistent: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The estimate and its standard error after every step, from one population."""
+    response = evolution(pairs, persistent)
     theta, start = jnp.float32(THETA), jnp.float32(0)
 
     @jax.jit

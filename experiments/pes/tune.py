@@ -34,16 +34,14 @@ def response(method: str, config: Config) -> Any:
 
 
 def cost(method: str, config: Config) -> float:
-    """Inner gradients of one move."""
-    if method == "truncated_gradient":
-        return budget.unrolled_hypergradient(config.window).cost
-    return budget.training((2 * config.pairs + 1) * config.window).cost
+    """Inner gradients of one move; its outer loss reads all training images."""
+    outer = budget.weight(config.train, config.batch)
+    return budget.hypergradient(response(method, config), outer=outer).total
 
 
 def updates(method: str, config: Config) -> int:
-    """As many moves as cost what those of PES do, cut to whole records."""
-    count = config.updates * cost("pes", config) / cost(method, config)
-    return int(count) // config.records * config.records
+    """As many moves as cost what those of PES do."""
+    return int(config.updates * cost("pes", config) / cost(method, config))
 
 
 @functools.cache
@@ -107,18 +105,14 @@ def replay(config: Config) -> Callable[..., Any]:
         tx = problem.sgd(schedule, config.steps)
         params = problem.initial(train[0].shape[1], config.hidden, keys[0])
 
-        def step(carry: Any, key: jax.Array) -> Any:
-            params, opt_state = carry
-            batch = batches.draw(train, key, (config.batch,))
-            grads = jax.grad(problem.loss)(params, None, batch)
-            direction, opt_state = tx.update(grads, opt_state)
-            return (optax.apply_updates(params, direction), opt_state), None
+        def loss(params: Any, hparams: None, key: jax.Array) -> jax.Array:
+            return problem.loss(params, hparams, batches.draw(train, key, (config.batch,)))
 
-        def window(carry: Any, keys: jax.Array) -> Any:
-            carry = jax.lax.scan(step, carry, keys)[0]
-            return carry, problem.loss(carry[0], None, train)
+        def window(state: bilevel.InnerState, keys: jax.Array) -> Any:
+            state, _ = bilevel.descend(loss, tx, state, None, keys, steps=config.window)
+            return state, problem.loss(state.params, None, train)
 
         steps = jax.random.split(keys[1], (config.steps // config.window, config.window))
-        return jax.lax.scan(window, (params, tx.init(params)), steps)[1]
+        return jax.lax.scan(window, bilevel.InnerState(params, tx.init(params)), steps)[1]
 
     return jax.jit(jax.vmap(run, in_axes=(0, None, None)))

@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from experiments.common import batches
+from experiments.common import batches, budget
 from experiments.stn_cifar import problem
 from experiments.stn_cifar.config import Config
 
 
-def cycle_cost(config: Config) -> int:
-    """G of a cycle: a training step has the general gradient, 1, and that of the response, 2 (a
-    perturbed layer makes two products instead of one); a perturbed validation gradient is 2."""
-    return 3 * config.inner_steps + 2
+def cycle_cost(config: Config) -> float:
+    """G of the training steps of a cycle and of its validation step."""
+    return budget.self_tuning(problem.network(config), config.inner_steps).total
 
 
 def cycles(config: Config) -> int:
@@ -53,6 +52,36 @@ def evaluated(config: Config, params: Any, parts: Any) -> dict[str, jax.Array]:
     return measured
 
 
+def algorithm(config: Config) -> bilevel.Algorithm:
+    """The loop of a run."""
+    count = cycles(config)
+    outer, inner = problem.losses(config)
+    rate = optax.cosine_decay_schedule(config.outer_lr, count)
+    return bilevel.self_tuning(
+        outer,
+        inner,
+        _optimizer(config, config.lr, config.inner_steps * count),
+        optax.adam(rate, eps=config.outer_eps),
+        config.inner_steps,
+        network=problem.network(config),
+        response_tx=_optimizer(
+            config, config.response_lr, config.inner_steps * count, config.response_eps
+        ),
+        scale=config.scale,
+        entropy=config.entropy,
+        constrain=problem.space(config),
+        warm_up=round(config.warm_up * count),
+    )
+
+
+def sample(config: Config, train: Any, valid: Any, key: Any) -> Any:
+    """Batches of a cycle: a stack to train, with keys of dropout, and one to validate."""
+    inner_key, outer_key, drop_key = jax.random.split(key, 3)
+    inner_batches = batches.draw(train, inner_key, (config.inner_steps, config.batch))
+    inner_batches["key"] = jax.random.split(drop_key, config.inner_steps)
+    return inner_batches, batches.draw(valid, outer_key, (config.batch,))
+
+
 @functools.cache
 def tuned(config: Config) -> Any:
     """``(params, key, train, held_out) -> (hparams, scales, norms, measured, schedule)``.
@@ -60,42 +89,19 @@ def tuned(config: Config) -> Any:
     ``held_out`` has the parts "validation" and "test". All are stacked over the recorded points;
     the schedule is what training read in every cycle.
     """
-    count = cycles(config)
-    network, bounds = problem.network(config), problem.space(config)
-    outer, inner = problem.losses(config)
-    rate = optax.cosine_decay_schedule(config.outer_lr, count)
-    algorithm = bilevel.self_tuning(
-        outer,
-        inner,
-        _optimizer(config, config.lr, config.inner_steps * count),
-        optax.adam(rate, eps=config.outer_eps),
-        config.inner_steps,
-        network=network,
-        response_tx=_optimizer(
-            config, config.response_lr, config.inner_steps * count, config.response_eps
-        ),
-        scale=config.scale,
-        entropy=config.entropy,
-        constrain=bounds,
-        warm_up=round(config.warm_up * count),
-    )
-    every = count // config.points
+    loop, bounds = algorithm(config), problem.space(config)
+    every = cycles(config) // config.points
 
     @jax.jit
     def some(state: Any, key: Any, train: Any, held_out: Any) -> Any:
-        def sample(key: Any) -> Any:
-            inner_key, outer_key, drop_key = jax.random.split(key, 3)
-            inner_batches = batches.draw(train, inner_key, (config.inner_steps, config.batch))
-            inner_batches["key"] = jax.random.split(drop_key, config.inner_steps)
-            return inner_batches, batches.draw(held_out["validation"], outer_key, (config.batch,))
-
-        result = bilevel.scan_run(algorithm, state, sample, every, key=key)
+        draw = functools.partial(sample, config, train, held_out["validation"])
+        result = bilevel.scan_run(loop, state, draw, every, key=key)
         state = result.state
         norms = {
             "hypergrad_norm": jnp.mean(result.infos.hypergrad_norm),
             "response_norm": result.infos.stats["response_norm"][-1],
         }
-        weights = algorithm.deploy(state)
+        weights = loop.deploy(state)
         return state, (
             bounds.constrain(state.raw),
             state.scales,
@@ -105,7 +111,7 @@ def tuned(config: Config) -> Any:
         )
 
     def whole(params: Any, key: Any, train: Any, held_out: Any) -> Any:
-        state, rows = algorithm.init(params, problem.start(config), key=key), []
+        state, rows = loop.init(params, problem.start(config), key=key), []
         for _ in range(config.points):
             state, row = some(state, key, train, held_out)
             rows.append(row)
@@ -129,26 +135,26 @@ def trained(config: Config, steps: int, points: int) -> Any:
     every = steps // points
 
     @jax.jit
-    def some(carry: Any, first: jax.Array, schedule: Any, key: Any, train: Any, held_out: Any):
+    def some(state: Any, first: jax.Array, schedule: Any, key: Any, train: Any, held_out: Any):
 
-        def step(carry: Any, t: jax.Array) -> Any:
-            params, opt_state = carry
+        def loss(params: Any, schedule: Any, t: jax.Array) -> jax.Array:
             batch_key, drop_key = jax.random.split(jax.random.fold_in(key, t))
             batch = {**batches.draw(train, batch_key, (config.batch,)), "key": drop_key}
             count = len(jax.tree.leaves(schedule)[0])
             row = jnp.minimum(t * count // steps, count - 1)
             hparams = jax.tree.map(lambda x: x[row], schedule)
-            grads = jax.grad(lambda p: inner(network.plain(None, p), hparams, batch))(params)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
+            return inner(network.plain(None, params), hparams, batch)
 
-        carry, _ = jax.lax.scan(step, carry, first + jnp.arange(every))
-        return carry, evaluated(config, network.plain(None, carry[0]), held_out)
+        # A stretch is too long to be straight-line code.
+        state, _ = bilevel.descend(
+            loss, tx, state, schedule, first + jnp.arange(every), steps=every, unroll=False
+        )
+        return state, evaluated(config, network.plain(None, state.params), held_out)
 
     def whole(params: Any, schedule: Any, key: Any, train: Any, held_out: Any) -> Any:
-        carry, rows = (params, tx.init(params)), []
+        state, rows = bilevel.InnerState(params, tx.init(params)), []
         for i in range(points):
-            carry, row = some(carry, i * every, schedule, key, train, held_out)
+            state, row = some(state, i * every, schedule, key, train, held_out)
             rows.append(row)
         return jax.tree.map(lambda *a: jnp.stack(a), *rows)
 

@@ -8,21 +8,18 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from experiments.common import batches, stn
+from experiments.common import batches, budget, stn
 from experiments.stn_digits import problem
 from experiments.stn_digits.config import Config
 
 TRAINING = 5  # training steps a cycle
-# A gradient makes three products a layer. Perturbed, a layer makes two products forward and two
-# back to its input, and one for each of its kernels that learns: both (STN's training), the
-# response (Delta-STN's) or neither (validation).
-BOTH, RESPONSE, NEITHER = 6 / 3, 5 / 3, 4 / 3
 
 
 def cycle_cost(method: str, config: Config) -> float:
-    """G of five training steps and a validation step; a gradient counts by its examples."""
-    step = {"delta_stn": 1 + RESPONSE, "stn": BOTH}[method]
-    return TRAINING * step + NEITHER * config.valid_batch / config.batch
+    """G of five training steps and a validation step."""
+    network = problem.network(config.hidden, method == "delta_stn")
+    outer = budget.weight(config.valid_batch, config.batch)
+    return budget.self_tuning(network, TRAINING, outer).total
 
 
 def cycles(method: str, config: Config) -> int:
@@ -69,9 +66,10 @@ class Mode(NamedTuple):
     learns: Any
 
 
-@functools.cache
-def tuned(method: str, config: Config, normalised: bool = True) -> Any:
-    """``(params, starts, modes, keys, sets) -> records`` of a run from each start.
+def algorithm(
+    method: str, config: Config, mode: Mode, normalised: bool = True
+) -> bilevel.Algorithm:
+    """The loop of a run.
 
     ``normalised``: the rates are moved by Adam. Otherwise by SGD, whose steps are as small as
     their gradients: Adam makes full steps of noise alone.
@@ -82,27 +80,33 @@ def tuned(method: str, config: Config, normalised: bool = True) -> Any:
     rate = optax.cosine_decay_schedule(config.outer_lr, count, exponent=config.outer_power)
     weights_tx = optimizer(config, TRAINING * count)
     outer_tx = optax.adam(rate) if normalised else optax.sgd(config.sgd_outer_lr)
-    every = count // config.points
+    return bilevel.self_tuning(
+        outer,
+        inner,
+        weights_tx,
+        outer_tx,
+        TRAINING,
+        network=network,
+        response_tx=optax.chain(weights_tx, optax.scale(mode.learns)),
+        scale_tx=optax.chain(outer_tx, optax.scale(mode.moves)),
+        entropy=config.entropy,
+        constrain=problem.space(config),
+        warm_up=round(config.warm_up * count),
+    )
+
+
+@functools.cache
+def tuned(method: str, config: Config, normalised: bool = True) -> Any:
+    """``(params, starts, modes, keys, sets) -> records`` of a run from each start."""
+    every = cycles(method, config) // config.points
 
     def one(params: Any, start: jax.Array, mode: Mode, key: Any, sets: Any) -> Any:
-        algorithm = bilevel.self_tuning(
-            outer,
-            inner,
-            weights_tx,
-            outer_tx,
-            TRAINING,
-            network=network,
-            response_tx=optax.chain(weights_tx, optax.scale(mode.learns)),
-            scale_tx=optax.chain(outer_tx, optax.scale(mode.moves)),
-            entropy=config.entropy,
-            constrain=problem.space(config),
-            warm_up=round(config.warm_up * count),
-        )
+        loop = algorithm(method, config, mode, normalised)
         draw = functools.partial(sample, config, sets)
 
         def some(state: Any, _: None) -> Any:
-            result = bilevel.scan_run(algorithm, state, draw, every, key=key)
-            weights = algorithm.deploy(result.state)
+            result = bilevel.scan_run(loop, state, draw, every, key=key)
+            weights = loop.deploy(result.state)
             infos = result.infos
             kept = (
                 infos.hparams,
@@ -112,7 +116,7 @@ def tuned(method: str, config: Config, normalised: bool = True) -> Any:
             )
             return result.state, (kept, evaluated(config, weights, sets))
 
-        state = algorithm.init(params, problem.rates(start), key=key)
+        state = loop.init(params, problem.rates(start), key=key)
         state = stn.with_scale(state, mode.scale)
         return jax.lax.scan(some, state, None, length=config.points)[1]
 
@@ -129,21 +133,18 @@ def trained(config: Config, steps: int, points: int) -> Any:
 
     def one(params: Any, schedule: bilevel.HyperSchedule, key: Any, sets: Any) -> Any:
 
-        def loss(params: Any, rates: Any, batch: Any) -> jax.Array:
-            return inner(network.plain(None, params), rates, batch)
-
-        def step(carry: Any, t: jax.Array) -> Any:
-            params, opt_state = carry
+        def loss(params: Any, schedule: bilevel.HyperSchedule, t: jax.Array) -> jax.Array:
             batch_key, drop_key = jax.random.split(jax.random.fold_in(key, t))
             batch = batches.draw(sets["train"], batch_key, (config.batch,))
-            grads = jax.grad(loss)(params, schedule(t), {**batch, "key": drop_key})
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
+            weights = network.plain(None, params)
+            return inner(weights, schedule(t), {**batch, "key": drop_key})
 
-        def some(carry: Any, i: jax.Array) -> Any:
-            carry, _ = jax.lax.scan(step, carry, i * every + jnp.arange(every))
-            return carry, evaluated(config, network.plain(None, carry[0]), sets)
+        def some(state: bilevel.InnerState, i: jax.Array) -> Any:
+            steps = i * every + jnp.arange(every)
+            state, _ = bilevel.descend(loss, tx, state, schedule, steps, steps=every)
+            return state, evaluated(config, network.plain(None, state.params), sets)
 
-        return jax.lax.scan(some, (params, tx.init(params)), jnp.arange(points))[1]
+        first = bilevel.InnerState(params, tx.init(params))
+        return jax.lax.scan(some, first, jnp.arange(points))[1]
 
     return jax.jit(jax.vmap(one, (None, 0, 0, None)))

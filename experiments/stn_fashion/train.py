@@ -8,21 +8,17 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from experiments.common import batches, stn
+from experiments.common import batches, budget, stn
 from experiments.stn_fashion import problem
 from experiments.stn_fashion.config import Config
 
 TRAINING = 5  # training steps a cycle
-# A gradient makes three products a layer. Perturbed, a layer makes two products forward, two back
-# to its input, and one for each of its kernels that learns: both (STN's training), the response
-# (Delta-STN's) or neither (validation).
-BOTH, RESPONSE, NEITHER = 6 / 3, 5 / 3, 4 / 3
 
 
 def cycle_cost(config: Config, centred: bool = True) -> float:
-    """G of five training steps and a validation step; a gradient counts by its examples."""
-    step = 1 + RESPONSE if centred else BOTH
-    return TRAINING * step + NEITHER * config.valid_batch / config.batch
+    """G of five training steps and a validation step."""
+    outer = budget.weight(config.valid_batch, config.batch)
+    return budget.self_tuning(problem.network(config, centred), TRAINING, outer).total
 
 
 def cycles(config: Config, centred: bool = True) -> int:
@@ -66,11 +62,11 @@ class Mode(NamedTuple):
     learns: float = 1.0
 
 
-@functools.cache
-def tuned(config: Config, centred: bool = True, normalised: bool = False) -> Any:
-    """``(params, start, mode, key, train, held_out) -> records`` of one run.
+def algorithm(
+    config: Config, centred: bool, mode: Mode, normalised: bool = False
+) -> bilevel.Algorithm:
+    """The loop of Delta-STN (``centred``), or of STN.
 
-    Of Delta-STN (``centred``), or of STN. ``held_out`` has the parts "validation" and "test".
     Hyperparameters are moved by SGD. So is the response, whose steps are then as small as its
     gradients: Adam would make full steps of noise alone, and no perturbation would be too narrow
     for it. ``normalised``: by Adam all the same, as the weights are.
@@ -89,36 +85,47 @@ def tuned(config: Config, centred: bool = True, normalised: bool = False) -> Any
             optax.clip_by_global_norm(1.0), optax.sgd(decay(config.response_lr), momentum=0.9)
         )
     )
-    every = count // config.points
+    return bilevel.self_tuning(
+        outer,
+        inner,
+        optax.adam(decay(config.lr)),
+        outer_tx,
+        TRAINING,
+        network=network,
+        response_tx=optax.chain(response_tx, optax.scale(mode.learns)),
+        scale_tx=optax.chain(outer_tx, optax.scale(mode.moves)),
+        entropy=config.entropy,
+        constrain=problem.space(config),
+        warm_up=round(config.warm_up * count),
+    )
+
+
+def sample(config: Config, train: Any, valid: Any, key: Any) -> Any:
+    """Batches of a cycle: ``(5, batch, ...)`` to train, with keys of dropout, one to validate."""
+    inner_key, outer_key, drop_key = jax.random.split(key, 3)
+    inner_batches = batches.draw(train, inner_key, (TRAINING, config.batch))
+    inner_batches["key"] = jax.random.split(drop_key, TRAINING)
+    return inner_batches, batches.draw(valid, outer_key, (config.valid_batch,))
+
+
+@functools.cache
+def tuned(config: Config, centred: bool = True, normalised: bool = False) -> Any:
+    """``(params, start, mode, key, train, held_out) -> records`` of one run.
+
+    ``held_out`` has the parts "validation" and "test".
+    """
+    every = cycles(config, centred) // config.points
     bounds = problem.space(config)
 
     def whole(params: Any, start: Any, mode: Mode, key: Any, train: Any, held_out: Any) -> Any:
-        algorithm = bilevel.self_tuning(
-            outer,
-            inner,
-            optax.adam(decay(config.lr)),
-            outer_tx,
-            TRAINING,
-            network=network,
-            response_tx=optax.chain(response_tx, optax.scale(mode.learns)),
-            scale_tx=optax.chain(outer_tx, optax.scale(mode.moves)),
-            entropy=config.entropy,
-            constrain=bounds,
-            warm_up=round(config.warm_up * count),
-        )
+        loop = algorithm(config, centred, mode, normalised)
 
-        def sample(key: Any) -> Any:
-            inner_key, outer_key, drop_key = jax.random.split(key, 3)
-            inner_batches = batches.draw(train, inner_key, (TRAINING, config.batch))
-            inner_batches["key"] = jax.random.split(drop_key, TRAINING)
-            return inner_batches, batches.draw(
-                held_out["validation"], outer_key, (config.valid_batch,)
-            )
+        draw = functools.partial(sample, config, train, held_out["validation"])
 
         def some(state: Any, _: None) -> Any:
-            result = bilevel.scan_run(algorithm, state, sample, every, key=key)
+            result = bilevel.scan_run(loop, state, draw, every, key=key)
             state = result.state
-            weights = algorithm.deploy(state)
+            weights = loop.deploy(state)
             norms = {
                 "hypergrad_norm": jnp.mean(result.infos.hypergrad_norm),
                 "response_norm": result.infos.stats["response_norm"][-1],
@@ -126,7 +133,7 @@ def tuned(config: Config, centred: bool = True, normalised: bool = False) -> Any
             kept = (bounds.constrain(state.raw), state.scales, norms)
             return state, (*kept, evaluated(config, weights, held_out))
 
-        state = algorithm.init(params, start, key=key)
+        state = loop.init(params, start, key=key)
         state = stn.with_scale(state, mode.scale)
         return jax.lax.scan(some, state, None, length=config.points)[1]
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import bilevel
-from experiments.common import baselines, expected, record
+from experiments.common import baselines, budget, expected, record
 from experiments.lstm import corpus
 from experiments.stn_ptb import problem, starts, starts_summary
 from experiments.stn_ptb.config import Config
@@ -42,7 +42,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     }
     bench = Bench(config, seed, text.words, parts, records)
     schedule = bench.tune()
-    # Equal costs: a plain network makes 3 training steps for 2 of tuning, and holds the last value
+    # Equal costs: a plain network makes more steps than the tuned one, and holds the last value
     # after the end of the schedule.
     bench.train("replay", schedule)
     bench.train("final_value", bench.constant(jax.tree.map(lambda x: x[-1], schedule.values)))
@@ -68,9 +68,16 @@ def best_grid(records: list[record.Record]) -> str:
     return min(grid, key=lambda method: float(np.mean(grid[method])))
 
 
+@functools.cache
+def cycle_cost(config: Config) -> float:
+    """G of the training steps of a cycle and of its validation step."""
+    network, _ = problem.build(config, 2, jax.random.key(0))  # any vocabulary counts alike
+    return budget.self_tuning(network, config.inner_steps).total
+
+
 def cycles(config: Config) -> int:
-    """As many as the budget pays: training steps at 1 G and a validation step at 1 G."""
-    return int(config.budget // (config.inner_steps + 1))
+    """As many as the budget pays."""
+    return int(config.budget // cycle_cost(config))
 
 
 class Bench:
@@ -117,7 +124,7 @@ class Bench:
             "stn",
             state,
             total,
-            config.inner_steps + 1,
+            cycle_cost(config),
             advance,
             pieces.algorithm.deploy,
             lambda state: state.hparams,

@@ -82,7 +82,7 @@ class Part:
             self._append(
                 name,
                 i,
-                problem.cycle_cost(config, self.words, method) * every * (i + 1),
+                problem.cycle_cost(config, method) * every * (i + 1),
                 losses,
                 test,
                 rates=now,
@@ -157,7 +157,7 @@ class Part:
 
     def _train(self, rates: np.ndarray, every: int, keys: jax.Array) -> Any:
         """Plain runs, a rate (n, k) for each cycle; the last is held from there on."""
-        longest = max(problem.cycles(self.config, self.words, method) for method in TUNED)
+        longest = max(problem.cycles(self.config, method) for method in TUNED)
         # Schedules of one length are one program.
         rates = np.pad(rates, ((0, 0), (0, longest - rates.shape[1])), "edge")
         steps = jnp.broadcast_to(self.config.inner_steps * jnp.arange(longest), rates.shape)

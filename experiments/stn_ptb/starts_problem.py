@@ -1,5 +1,6 @@
 """One LSTM layer whose output dropout is tuned: the network, its losses, and what a step costs."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 import bilevel
 from bilevel.inner.layers import LayerResponse, TunedEmbedding, TunedLSTMCell, split_layers
 from bilevel.regularizers import locked_dropout
+from experiments.common import budget
 from experiments.lstm.problem import cross_entropy
 from experiments.stn_ptb.config import Starts
 
@@ -102,24 +104,15 @@ def measure(config: Starts, network: LayerResponse, weights: Any, stream: jax.Ar
     return jax.lax.scan(body, carry, jnp.arange((stream.shape[1] - 1) // t))[1].mean()
 
 
-def cycle_cost(config: Starts, words: int, method: str) -> float:
-    """G of a cycle, counted by matrix products.
-
-    A plain gradient makes three products a kernel: forward, back to the input, back to the kernel.
-    A perturbed one doubles those of the LSTM's kernels, of which only those that learn go back to
-    a kernel: both (STN's training), the response (Delta-STN's), or none (validation). The decoder
-    does not respond; its product back to the kernel is made in STN's training only.
-    """
-    lstm, decoder = 8 * config.units**2, config.units * words
-    gradient = 3 * lstm + 3 * decoder
-    step = {
-        "stn": (6 * lstm + 3 * decoder) / gradient,
-        "delta_stn": 1 + (5 * lstm + 2 * decoder) / gradient,
-    }[method]
-    validation = (4 * lstm + 2 * decoder) / gradient
-    return config.inner_steps * step + validation * config.valid_batch / config.batch
+@functools.cache
+def cycle_cost(config: Starts, method: str) -> float:
+    """G of the training steps of a cycle and of its validation step."""
+    # Every layer counts alike: a vocabulary of two words does.
+    network, _ = build(config, 2, method == "delta_stn", jax.random.key(0))
+    outer = budget.weight(config.valid_batch, config.batch)
+    return budget.self_tuning(network, config.inner_steps, outer).total
 
 
-def cycles(config: Starts, words: int, method: str) -> int:
+def cycles(config: Starts, method: str) -> int:
     """As many as the budget pays, a multiple of the measured points."""
-    return int(config.budget / cycle_cost(config, words, method) // config.points) * config.points
+    return int(config.budget / cycle_cost(config, method) // config.points) * config.points

@@ -57,16 +57,12 @@ def _keep(best: Any, loss: jax.Array, weights: Any) -> Any:
     return jax.tree.map(lambda new, old: jnp.where(better, new, old), (loss, weights), best)
 
 
-@functools.cache
-def tuned(method: str, config: Starts, words: int) -> Any:
-    """``(params, starts, keys, sets) -> (rates, losses, test)`` of a run from each start.
-
-    Rates (n, cycles), validation losses (n, points), test losses (n,) at the best point.
-    """
+def algorithm(method: str, config: Starts, words: int) -> bilevel.Algorithm:
+    """The loop of a run."""
     network, _ = problem.build(config, words, method == "delta_stn", jax.random.key(0))
     outer, inner = problem.losses(network)
-    count = problem.cycles(config, words, method)
-    algorithm = bilevel.self_tuning(
+    count = problem.cycles(config, method)
+    return bilevel.self_tuning(
         outer,
         inner,
         _optimizer(config, config.inner_steps * count),
@@ -79,11 +75,21 @@ def tuned(method: str, config: Starts, words: int) -> Any:
         warm_up=round(config.warm_up * count),
     )
 
+
+@functools.cache
+def tuned(method: str, config: Starts, words: int) -> Any:
+    """``(params, starts, keys, sets) -> (rates, losses, test)`` of a run from each start.
+
+    Rates (n, cycles), validation losses (n, points), test losses (n,) at the best point.
+    """
+    network, _ = problem.build(config, words, method == "delta_stn", jax.random.key(0))
+    loop, count = algorithm(method, config, words), problem.cycles(config, method)
+
     def one(params: Any, start: jax.Array, key: jax.Array, sets: Any) -> Any:
         def cycle(state: Any, _: None) -> Any:
             keys = jax.random.split(jax.random.fold_in(key, state.step), 3)
             shape = (config.inner_steps, config.batch)
-            state, info = algorithm.step(
+            state, info = loop.step(
                 state,
                 inner_batches=problem.windows(config, sets["train"], keys[0], shape),
                 outer_batch=problem.windows(config, sets["valid"], keys[1], (config.valid_batch,)),
@@ -93,12 +99,12 @@ def tuned(method: str, config: Starts, words: int) -> Any:
 
         def some(carry: Any, _: None) -> Any:
             state, rates = jax.lax.scan(cycle, carry[0], None, length=count // config.points)
-            weights = algorithm.deploy(state)
+            weights = loop.deploy(state)
             loss = problem.measure(config, network, weights, sets["valid_streams"])
             return (state, _keep(carry[1], loss, weights)), (rates, loss)
 
-        state = algorithm.init(params, problem.hparams(start), key=key)
-        first = (state, (jnp.inf, algorithm.deploy(state)))
+        state = loop.init(params, problem.hparams(start), key=key)
+        first = (state, (jnp.inf, loop.deploy(state)))
         (_, best), (rates, losses) = jax.lax.scan(some, first, None, length=config.points)
         test = problem.measure(config, network, best[1], sets["test_streams"])
         return rates.reshape(-1), losses, test

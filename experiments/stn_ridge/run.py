@@ -10,14 +10,13 @@ import numpy as np
 import optax
 
 import bilevel
-from experiments.common import record
+from experiments.common import budget, record
 from experiments.stn_ridge import problem
 from experiments.stn_ridge.config import Config
 
 METHODS = ("delta_stn", "stn")
 TRAINING = 5  # training steps a cycle
 KEPT = 100  # points of a trajectory that are recorded
-COST = {"delta_stn": 2 * TRAINING + 1, "stn": TRAINING + 1}  # inner gradients a cycle
 TABLE = (
     "relative_error",
     "worst_error",
@@ -50,7 +49,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
             records.append(
                 method,
                 i,
-                COST[method] * every * (i + 1),
+                cycle_cost(method) * every * (i + 1),
                 lam=now,
                 optimum=best,
                 relative_error=float(np.mean(np.abs(now - best)) / abs(best)),
@@ -61,6 +60,11 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
                 steps_to_tenth=_first_below(errors, 0.1) * config.response_steps / KEPT,
                 formula_error=averaged,
             )
+
+
+def cycle_cost(method: str) -> float:
+    """G of five training steps and a validation step; displaced weights cost no product."""
+    return budget.self_tuning(_network(method), TRAINING).total
 
 
 def cycles(method: str, config: Config) -> int:
@@ -79,9 +83,8 @@ def _whole_set(train: Any, valid: Any) -> Any:
     return lambda key: (stack, valid)
 
 
-@functools.cache
-def _tuned(method: str, config: Config) -> Any:
-    """``(starts, key, train, valid) -> (starts, KEPT)`` log decays along each run."""
+def algorithm(method: str, config: Config) -> bilevel.Algorithm:
+    """The loop of a run."""
     count = cycles(method, config)
     if method == "stn":
         tx = response_tx = optax.adam(optax.cosine_decay_schedule(config.stn_lr, TRAINING * count))
@@ -89,7 +92,7 @@ def _tuned(method: str, config: Config) -> Any:
         tx = optax.sgd(config.delta_lr[0])
         # The gradient of U is of the size of d: a rate over its variance makes it scale-free.
         response_tx = optax.sgd(config.delta_lr[1] / config.sigma**2)
-    algorithm = bilevel.self_tuning(
+    return bilevel.self_tuning(
         problem.outer,
         problem.inner,
         tx,
@@ -103,10 +106,16 @@ def _tuned(method: str, config: Config) -> Any:
         warm_up=round(config.warm_up * count),
     )
 
+
+@functools.cache
+def _tuned(method: str, config: Config) -> Any:
+    """``(starts, key, train, valid) -> (starts, KEPT)`` log decays along each run."""
+    loop, count = algorithm(method, config), cycles(method, config)
+
     def one(lam: jax.Array, key: Any, train: Any, valid: Any) -> jax.Array:
-        state = algorithm.init(jnp.zeros(config.features), lam, key=key)
+        state = loop.init(jnp.zeros(config.features), lam, key=key)
         sample = _whole_set(train, valid)
-        infos = bilevel.scan_run(algorithm, state, sample, count, key=key).infos
+        infos = bilevel.scan_run(loop, state, sample, count, key=key).infos
         return infos.hparams[count // KEPT - 1 :: count // KEPT][:KEPT]
 
     return jax.jit(jax.vmap(one, (0, None, None, None)))

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import optax
 import pytest
 
 pytest.importorskip("optuna", reason="needs bilevel[experiments]")
 pytest.importorskip("matplotlib", reason="needs bilevel[experiments]")
 
-from experiments.common import baselines, budget, cli, expected, figures, record, report
+import bilevel
+from experiments.common import baselines, budget, catalog, cli, expected, figures, record, report
 
 ROOT = Path(__file__).resolve().parents[2]
 numbers = itertools.count()
@@ -128,7 +130,7 @@ def test_run_writes_everything_and_judges(package, capsys):
     assert [verdict["met"] for verdict in verdicts] == [True, False, None]
     said = capsys.readouterr().out
     assert "cg beats TPE" in said and "met" in said and "not judged" in said
-    committed = cli.folder_of(package) / "toy/results/summary.json"
+    committed = catalog.folder_of(package) / "toy/results/summary.json"
     assert record.read_json(committed) == record.read_json(out / "summary.json")
 
 
@@ -192,7 +194,7 @@ def test_a_folder_with_other_files_is_refused(package, capsys):
 
 def test_an_edited_source_is_another_run(package, capsys):
     assert run(package, "--preset", "smoke", "--out", "here") == 0
-    path = cli.folder_of(package) / "toy/run.py"
+    path = catalog.folder_of(package) / "toy/run.py"
     path.write_text(path.read_text() + "\n# edited\n")
     assert run(package, "--preset", "smoke", "--out", "here", "--resume") == 2
     assert "code: there" in capsys.readouterr().err
@@ -287,9 +289,12 @@ def test_expected_json_is_checked(tmp_path):
 
 def test_costs_follow_the_one_convention():
     step = budget.training(20).plus(budget.implicit_hypergradient(num_matvecs=10))
-    assert step.cost == 20 + 10 * 2.5 + 2.5 + 1
-    assert step.times(3).cost == 3 * step.cost
-    assert budget.unrolled_hypergradient(4).cost == 4 + 4 * 2.5 + 1
+    assert step.total == 20 + 10 * 2.5 + 2.5 + 1
+    assert step.times(3).total == 3 * step.total
+    unroll = bilevel.Unroll(optax.sgd(0.1), steps=4)
+    assert budget.hypergradient(unroll).total == 4 + 4 * 2.5 + 1
+    # An outer gradient on four times the examples of a training step is four.
+    assert budget.hypergradient(unroll, outer=budget.weight(64, 16)).total == 4 + 4 * 2.5 + 4
 
 
 @pytest.mark.parametrize("sampler", baselines.SAMPLERS)
@@ -355,13 +360,13 @@ def test_a_method_keeps_its_colour_and_figures_are_reproducible(tmp_path):
 
 
 def test_every_experiment_of_the_project_is_complete():
-    for name in cli.discover():
-        folder = cli.folder_of("experiments") / name
+    for name in catalog.discover():
+        folder = catalog.folder_of("experiments") / name
         for preset in ("smoke", "cpu"):
-            assert cli.configuration("experiments", name, preset) is not None, (name, preset)
-        assert callable(cli.part("experiments", name, "figure").figures), name
+            assert catalog.configuration("experiments", name, preset) is not None, (name, preset)
+        assert callable(catalog.part("experiments", name, "figure").figures), name
         assert expected.load(folder / "expected.json"), name
-        assert cli.claim_of(folder), name
+        assert catalog.claim_of(folder), name
 
 
 def test_report_reads_only_finished_runs(package):

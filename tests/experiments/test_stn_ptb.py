@@ -158,11 +158,9 @@ def test_a_plain_network_follows_its_schedule(tmp_path):
     assert abs(float(losses[0, 1] - losses[1, 1])) > 1e-3 and np.all(np.isfinite(test))
 
 
-def test_costs_are_those_of_the_products_made():
-    # Without a decoder, by hand: 6/3, 5/3 and 4/3 of a gradient; with an endless one, 1, 2/3, 2/3.
+def test_costs_are_those_of_the_convention():
+    # A layer, by hand: 6/3, 5/3 and 4/3 of a gradient; validation reads two batches.
     small = dataclasses.replace(SMALL.starts, inner_steps=2, batch=8, valid_batch=16)
-    cost = starts_problem.cycle_cost
-    assert cost(small, 0, "stn") == pytest.approx(2 * 2 + 2 * 4 / 3)
-    assert cost(small, 0, "delta_stn") == pytest.approx(2 * (1 + 5 / 3) + 2 * 4 / 3)
-    assert cost(small, 10**9, "stn") == pytest.approx(2 + 2 * 2 / 3, rel=1e-5)
-    assert cost(small, 10**9, "delta_stn") == pytest.approx(2 * (1 + 2 / 3) + 2 * 2 / 3, rel=1e-5)
+    assert starts_problem.cycle_cost(small, "stn") == pytest.approx(2 * 2 + 2 * 4 / 3)
+    assert starts_problem.cycle_cost(small, "delta_stn") == pytest.approx(2 * 8 / 3 + 2 * 4 / 3)
+    assert run.cycle_cost(dataclasses.replace(SMALL, inner_steps=3)) == pytest.approx(6 + 4 / 3)
