@@ -108,7 +108,7 @@ def copied(tree: Any) -> Any:
 
 
 def differing(a: list[np.ndarray], b: list[np.ndarray]) -> list[int]:
-    """Positions of leaves that differ; NaN equals NaN."""
+    """Positions of leaves that differ in a bit."""
     return [
         i
         for i, (x, y) in enumerate(zip(a, b, strict=True))
