@@ -45,8 +45,11 @@ from bilevel.outer import alternate as alternate
 from bilevel.outer import global_response as global_response
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
+from bilevel.problem.conditions import FixedPoint as FixedPoint
+from bilevel.problem.conditions import Root as Root
 from bilevel.problem.operators.gauss_newton import GaussNewton as GaussNewton
 from bilevel.problem.operators.hessian import Hessian as Hessian
+from bilevel.problem.operators.jacobian import Jacobian as Jacobian
 from bilevel.problem.operators.linear_model import LinearModel as LinearModel
 from bilevel.problem.two_losses import Problem as Problem
 from bilevel.run import FitResult as FitResult

@@ -26,11 +26,13 @@ FLOORS = {
         "ground.cost",
     ],
     "problem: two losses and their products": [
+        "problem.conditions",
         "problem.two_losses",
         "problem",
         "problem.validate",
         "problem.operators.base",
         "problem.operators.hessian",
+        "problem.operators.jacobian",
         "problem.operators.linear_model",
         "problem.operators.gauss_newton",
         "problem.operators",

@@ -39,7 +39,7 @@ class SampledDiagonal(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LinearMap:
-    r""":math:`v \mapsto (M + \rho I) v` for a symmetric :math:`M`, with optional structure.
+    r""":math:`v \mapsto (M + \rho I) v`, with optional structure.
 
     Attributes:
       undamped: :math:`v \mapsto M v`.
@@ -50,6 +50,7 @@ class LinearMap:
       factors: returns :class:`Factors`, where known.
       penalized: whether :class:`Factors` have a diagonal of their own, beside the damping.
       fresh: ``fresh(v, i)`` is the damped product on batch ``i``, where batches are fresh.
+      transpose: :math:`v \mapsto M^\top v`; ``None`` for a symmetric M.
     """
 
     undamped: MatVec
@@ -60,6 +61,13 @@ class LinearMap:
     factors: Callable[[], Factors] | None = None
     penalized: bool = False
     fresh: Callable[[Vector, Any], Vector] | None = None
+    transpose: MatVec | None = None
+
+    def transposed(self) -> "LinearMap":
+        """The map of the transposed matrix; a symmetric one is its own."""
+        if self.transpose is None:
+            return self
+        return dataclasses.replace(self, undamped=self.transpose, transpose=self.undamped)
 
     def __call__(self, v: Vector) -> Vector:
         product = tree.cast_like(self.undamped(v), v)

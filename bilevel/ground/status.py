@@ -78,7 +78,8 @@ MESSAGES: dict[Status, str] = {
         "The parameters are not at a minimum of the inner loss, as an implicit hypergradient "
         "assumes: see `relative_stationarity` and `predicted_change`. Train further; use "
         "`Unroll(...)`, which assumes no minimum; or, where parameters are held by a constraint or "
-        "a kink of the loss (L1, hinge, bounds), use a response that knows of it. On a minibatch "
+        "a kink of the loss (L1, hinge, bounds), pass the condition that they satisfy: "
+        "`FixedPoint(step)` in place of the loss. On a minibatch "
         "the noise of its gradient counts too. To accept more: `raise_for_status(solution, "
         "stationarity=...)`."
     ),

@@ -109,7 +109,7 @@ def _implicit_tangent(
         \begin{pmatrix} A & B \\ 0 & I \end{pmatrix}
         \begin{pmatrix} \dot w \\ \mu \end{pmatrix}
         = \begin{pmatrix} 0 \\ \dot\lambda \end{pmatrix}, \qquad
-        \begin{pmatrix} A & 0 \\ B^\top & I \end{pmatrix}
+        \begin{pmatrix} A^\top & 0 \\ B^\top & I \end{pmatrix}
         \begin{pmatrix} q \\ \bar\lambda \end{pmatrix}
         = \begin{pmatrix} \bar w \\ 0 \end{pmatrix}
 
@@ -120,16 +120,17 @@ def _implicit_tangent(
     # Bound where it is used and not once here: a scan over `solve` then keeps w and not the
     # residuals of a linearization for its backward pass.
     def product(q: Vector) -> Vector:
-        mv = response.operator.bind(problem, w, hparams, batch, fresh=False).mv
-        return tree.cast_like(mv(q), q)
+        forward = response.bind(problem, w, hparams, batch).mv.transposed()
+        return tree.cast_like(forward(q), q)
 
-    def inverse(g: Vector) -> Vector:
-        mv = response.operator.bind(problem, w, hparams, batch, fresh=False).mv
+    def inverse(g: Vector, adjoint: bool) -> Vector:
+        mv = response.bind(problem, w, hparams, batch).mv
+        mv = mv if adjoint else mv.transposed()
         q, result, _ = response.solver.solve(mv, g, None, key=key)
         return tree.cast_like(_nan_where(failed(result), q) if marked else q, g)
 
     def mixed(mu: Hparams, like: Vector) -> Vector:
-        image = jax.jvp(lambda lam: problem.inner_grad(w, lam, batch), (hparams,), (mu,))[1]
+        image = jax.jvp(lambda lam: problem.condition(w, lam, batch), (hparams,), (mu,))[1]
         return tree.cast_like(image, like)
 
     def matvec(x: tuple[Vector, Hparams]) -> tuple[Vector, Hparams]:
@@ -139,11 +140,11 @@ def _implicit_tangent(
     # Right sides may be partly zero, and must stay runtime values: see `linear.cg._start`.
     def solve(_: Any, b: tuple[Vector, Hparams]) -> tuple[Vector, Hparams]:
         g, mu = jax.lax.optimization_barrier(b)
-        return inverse(tree.sub(g, mixed(mu, g))), mu
+        return inverse(tree.sub(g, mixed(mu, g)), adjoint=False), mu
 
     def transpose_solve(_: Any, b: tuple[Vector, Hparams]) -> tuple[Vector, Hparams]:
         g, mu = jax.lax.optimization_barrier(b)
-        q = inverse(g)
+        q = inverse(g, adjoint=True)
         return q, tree.sub(mu, problem.cross_vjp(w, hparams, batch, q))
 
     b = _coupled((tree.zeros_accumulated(w), v))

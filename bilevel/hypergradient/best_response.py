@@ -22,7 +22,7 @@ from bilevel.inner.groups import draw_noise, fold_keys, loop_over_groups, split_
 from bilevel.inner.network import Network, StructuredResponse, gradient_cost
 from bilevel.problem.operators.gauss_newton import GaussNewton
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inner, check_same_tree, check_split
+from bilevel.problem.validate import check_inner, check_same_tree, check_split, require_loss
 
 
 class BestResponseState(NamedTuple):
@@ -205,6 +205,7 @@ class BestResponse:
         state: Any,
     ) -> None:
         """Raise what this response can tell is wrong, when traced."""
+        require_loss(problem, "BestResponse")
         check_inner(problem, params, hparams, inner_batch)
         check_responds(problem, params, hparams, inner_batch, outer_batch)
         if self.linearize is not None and self.steps:

@@ -19,7 +19,7 @@ from bilevel.hypergradient.unroll import zeros_for_shapes
 from bilevel.inner.descend import InnerState, StepInfo, descend, start
 from bilevel.inner.optimizer import InnerTx, build_tx, check_inner_tx, refresh_injected
 from bilevel.problem.two_losses import Point, Problem
-from bilevel.problem.validate import check_inner, check_same_tree
+from bilevel.problem.validate import check_inner, check_same_tree, require_loss
 
 
 class EvolutionState(NamedTuple):
@@ -180,6 +180,7 @@ class Evolution:
         state: Any,
     ) -> None:
         """Raise what this response can tell is wrong, when traced."""
+        require_loss(problem, "Evolution")
         check_stack(inner_batch, self.steps)
         check_inner(problem, params, hparams, one_batch(inner_batch))
         if state is not None:

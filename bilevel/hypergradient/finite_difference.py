@@ -26,7 +26,7 @@ from bilevel.inner.optimizer import (
     refresh_injected,
 )
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inner, check_same_tree
+from bilevel.problem.validate import check_inner, check_same_tree, require_loss
 
 LOST = 0.05
 """Largest part of the perturbation that the parameters' dtype may lose: it errs by as much."""
@@ -108,6 +108,7 @@ class FiniteDifference:
         state: Any,
     ) -> None:
         """Raise what this response can tell is wrong, when traced."""
+        require_loss(problem, "FiniteDifference")
         check_inner(problem, params, hparams, inner_batch)
         if state is not None:
             expected = jax.eval_shape(lambda: self.init(problem, params, hparams))

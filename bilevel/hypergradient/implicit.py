@@ -16,8 +16,9 @@ from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.judge import stationarity_stats
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.cg import CG
-from bilevel.problem.operators.base import Operator
+from bilevel.problem.operators.base import BoundOperator, Operator
 from bilevel.problem.operators.hessian import Hessian
+from bilevel.problem.operators.jacobian import Jacobian
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_inner, check_is_read, check_same_tree
 
@@ -35,6 +36,9 @@ class Implicit:
 
     Parameters that the inner loss does not read differentiably (leaves behind a
     ``stop_gradient``, frozen ones) do not respond, and are left out of the system.
+
+    Where the inner problem is a ``FixedPoint`` or a ``Root``, the same with the Jacobian of its
+    condition in place of H: the system is not symmetric, and the solver must allow that.
 
     Args:
       solver: how :math:`A q = g` is solved: ``CG``, ``Neumann``, ``Nystrom``, ``Woodbury``,
@@ -111,6 +115,21 @@ class Implicit:
         )
         check_stack(inner_batch, needed, "inner_batch", reads)
 
+    def bind(
+        self, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+    ) -> BoundOperator:
+        """The condition at ``params`` and :math:`A`; that of a condition is its Jacobian's."""
+        operator = self.operator
+        if not problem.has_loss:
+            if not isinstance(operator, (Hessian, Jacobian)):
+                raise TypeError(
+                    f"`operator` is {type(operator).__name__}, which stands for the curvature of a "
+                    "loss: leave it out for a `FixedPoint` or a `Root`, or pass "
+                    "`Jacobian(damping=...)`."
+                )
+            operator = Jacobian(operator.damping)
+        return operator.bind(problem, params, hparams, batch, fresh=self.fresh_batches)
+
     def vjp(
         self,
         problem: Problem,
@@ -122,9 +141,7 @@ class Implicit:
         key: Key | None = None,
     ) -> tuple[Params, Pullback]:
         """``params`` and the pullback through the minimum they are taken for."""
-        inner_grad, mv = self.operator.bind(
-            problem, params, hparams, inner_batch, fresh=self.fresh_batches
-        )
+        inner_grad, mv = self.bind(problem, params, hparams, inner_batch)
         mixed_batch = inner_batch
         if self.fresh_batches:
             mixed_batch = select_batch(inner_batch, (self.num_inner_batches() or 1) - 1)
@@ -149,6 +166,6 @@ def _responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch
     """
 
     def gradient(point: tuple[Params, Hparams], batch: Batch) -> Vector:
-        return problem.inner_grad(point[0], point[1], batch)
+        return problem.condition(point[0], point[1], batch)
 
     return depends(gradient, (params, hparams), batch)

@@ -11,13 +11,19 @@ from bilevel.ground.settings import check_flag
 from bilevel.hypergradient.base import Hypergradient, Response
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.solve import check_solve, solve
+from bilevel.problem.conditions import Condition
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_loss_arguments, check_losses, check_response
+from bilevel.problem.validate import (
+    check_inner_problem,
+    check_loss_arguments,
+    check_losses,
+    check_response,
+)
 
 
 def hypergrad_solve(
     outer: Loss,
-    inner: Loss,
+    inner: Loss | Condition,
     response: Response,
     params: Params,
     *hparams: Hparams,
@@ -38,7 +44,8 @@ def hypergrad_solve(
 
     Args:
       outer: :math:`f`, ``loss(params, hparams, batch) -> scalar`` (the validation loss).
-      inner: :math:`h`, ``loss(params, hparams, batch) -> scalar`` (the training loss).
+      inner: :math:`h`, ``loss(params, hparams, batch) -> scalar`` (the training loss); or a
+        :class:`~bilevel.FixedPoint` or :class:`~bilevel.Root`, for implicit responses.
       response: how the parameters follow the hyperparameters, e.g. ``Implicit(CG())``.
       params: the inner variable, n real numbers in any pytree.
       *hparams: the outer variable, p real numbers in any pytree. Several positions are
@@ -81,7 +88,7 @@ def hypergrad_solve(
 
 def hypergrad_init(
     outer: Loss,
-    inner: Loss,
+    inner: Loss | Condition,
     response: Response,
     params: Params,
     *hparams: Hparams,
@@ -102,7 +109,7 @@ def hypergrad_init(
 
 def value_and_hypergrad(
     outer: Loss,
-    inner: Loss,
+    inner: Loss | Condition,
     response: Response | None = None,
     *,
     argnums: int | Sequence[int] = 1,
@@ -142,7 +149,7 @@ def value_and_hypergrad(
 
 def hypergrad(
     outer: Loss,
-    inner: Loss,
+    inner: Loss | Condition,
     response: Response | None = None,
     *,
     argnums: int | Sequence[int] = 1,
@@ -201,7 +208,7 @@ def _check_argnums(argnums: int | Sequence[int]) -> tuple[int, ...]:
 
 def _pack(
     outer: Loss,
-    inner: Loss,
+    inner: Loss | Condition,
     hparams: tuple[Hparams, ...],
     argnums: int | Sequence[int],
     has_aux: bool,
@@ -216,7 +223,8 @@ def _pack(
     numbers = _check_argnums(argnums)
     check_flag("has_aux", has_aux)
     check_flag("has_state", has_state)
-    check_losses(outer=outer, inner=inner)
+    check_losses(outer=outer)
+    check_inner_problem(inner, has_state)
     if not has_state and model_state is not None:
         raise ValueError("`model_state` is given but `has_state` is False: pass `has_state=True`.")
     if not hparams:
@@ -231,6 +239,11 @@ def _pack(
         problem = Problem(outer, inner, has_aux, has_state, model_state)
         return problem, hparams[0], (lambda t: t if alone else (t,))
 
+    if isinstance(inner, Condition):
+        raise TypeError(
+            f"`hparams`: {len(hparams)} arguments were passed, but a {type(inner).__name__} takes "
+            "one: pass them as one tuple or dict."
+        )
     for name, loss in (("outer", outer), ("inner", inner)):
         check_loss_arguments(loss, name, has_state, len(hparams))
 

@@ -24,7 +24,7 @@ from bilevel.inner.optimizer import (
     refresh_injected,
 )
 from bilevel.problem.two_losses import Point, Problem
-from bilevel.problem.validate import check_inner, check_returned, check_same_tree
+from bilevel.problem.validate import check_inner, check_returned, check_same_tree, require_loss
 
 Mode = Literal["mixed", "reverse", "forward"]
 
@@ -243,6 +243,7 @@ class Unroll:
         state: Any,
     ) -> None:
         """Raise what this response can tell is wrong, when traced."""
+        require_loss(problem, "Unroll")
         check_stack(inner_batch, self.steps)
         check_inner(problem, params, hparams, one_batch(inner_batch))
         if state is not None:

@@ -25,8 +25,15 @@ from bilevel.hypergradient.attach import attach_implicit, attach_response, diffe
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
 from bilevel.hypergradient.implicit import Implicit
+from bilevel.problem.conditions import Condition
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inexact, check_inner, check_response, check_same_tree
+from bilevel.problem.validate import (
+    check_inexact,
+    check_inner,
+    check_inner_problem,
+    check_response,
+    check_same_tree,
+)
 
 
 class SolveInfo(NamedTuple):
@@ -48,7 +55,7 @@ class SolveInfo(NamedTuple):
 
 def with_response(
     solve: Callable[[Params, Hparams, Batch], Any],
-    inner: Loss,
+    inner: Loss | Condition,
     response: Response,
     *,
     has_aux: bool = False,
@@ -66,7 +73,8 @@ def with_response(
       solve: ``solve(params, hparams, inner_batch) -> params``, from a start to (near) a
         minimizer of ``inner``. It is only called, never differentiated: outside ``jit`` it may
         be ordinary Python (a loop with an early stop, another library), inside it must trace.
-      inner: the loss that ``solve`` minimizes, ``inner(params, hparams, batch) -> scalar``.
+      inner: the loss that ``solve`` minimizes, ``inner(params, hparams, batch) -> scalar``; or
+        the condition that it solves, a :class:`~bilevel.FixedPoint` or :class:`~bilevel.Root`.
       response: applied at the point that ``solve`` returns, e.g. ``Implicit(CG())``. It starts
         cold in every call.
       has_aux: ``solve`` returns ``(params, aux)``; ``aux`` is passed on without a derivative.
@@ -127,12 +135,10 @@ def with_response(
     Reference: Blondel et al., "Efficient and modular implicit differentiation", NeurIPS 2022
     (``custom_root``); here for any response, and with the inner loss as the condition.
     """
-    for name, function, form in (
-        ("solve", solve, "solve(params, hparams, inner_batch) -> params"),
-        ("inner", inner, "inner(params, hparams, batch) -> scalar"),
-    ):
-        if not is_function(function):
-            raise TypeError(f"`{name}` must be callable, as `{form}`, got {function!r}.")
+    if not is_function(solve):
+        form = "solve(params, hparams, inner_batch) -> params"
+        raise TypeError(f"`solve` must be callable, as `{form}`, got {solve!r}.")
+    check_inner_problem(inner)
     check_takes("solve", solve, "solve(params, hparams, inner_batch)")
     check_flag("has_aux", has_aux)
     check_flag("has_status", has_status)
@@ -272,11 +278,11 @@ def _stationarity(
 ) -> tuple[Vector, Scalar]:
     r"""The inner gradient, and its length over the largest curvature times that of ``w``."""
     fresh = response.fresh_batches
-    gradient, mv = response.operator.bind(problem, w, hparams, batch, fresh=fresh)
+    gradient, mv = response.bind(problem, w, hparams, batch)
     if fresh:  # that of the mean loss, or the noise of one batch would count
         count = response.num_inner_batches() or 1
         each = jax.lax.map(
-            lambda i: problem.inner_grad(w, hparams, select_batch(batch, i)), jnp.arange(count)
+            lambda i: problem.condition(w, hparams, select_batch(batch, i)), jnp.arange(count)
         )
         gradient = jax.tree.map(lambda x: jnp.mean(x, 0), each)
     gradient, w = tree.accumulate(gradient), tree.accumulate(w)

@@ -103,6 +103,16 @@ def widen(low: Scalar, high: Scalar, v: Vector, av: Vector) -> tuple[Scalar, Sca
     )
 
 
+def require_symmetric(mv: LinearMap, solver: str) -> None:
+    """Refuse the matrix of a fixed point or a root in a method for symmetric ones."""
+    if mv.transpose is not None:
+        raise ValueError(
+            f"{solver} needs a symmetric matrix, but that of a `FixedPoint` or `Root` is not: use "
+            "`Lineax(lineax.GMRES(rtol=..., atol=...))`, `Neumann(num_matvecs, step_size=1.0)` "
+            "where the map contracts, or `Dense()`."
+        )
+
+
 def require_fixed(mv: LinearMap, solver: str) -> None:
     """Refuse fresh batches in a method whose theory needs one matrix."""
     if mv.fresh is not None:

@@ -11,7 +11,7 @@ from bilevel.ground.aliases import Key, MatVec, Scalar, Vector
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings, count, real
 from bilevel.ground.status import Status, status_of
-from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed
+from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, require_symmetric
 from bilevel.linear.precondition import Diagonal
 
 
@@ -96,6 +96,7 @@ class CG:
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
         require_fixed(amap, "CG")
+        require_symmetric(amap, "CG")
         unroll = amap.unroll if self.unroll is None else self.unroll
         eps = _rounding(amap, rhs)
         tolerance, has_tolerance = self._tolerance(rhs, eps)

@@ -1,6 +1,7 @@
 r"""Materialise the operator and diagonalise it: the exact reference, for small problems."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ class Dense:
     A singular matrix gives the solution of least norm, least-squares where there is no other;
     the latter is status ``singular``. An indefinite matrix is solved too (the value is exact)
     and reported as ``negative_curvature`` with its smallest eigenvalue, since the inner point is
-    then no minimum.
+    then no minimum. The matrix of a ``FixedPoint`` or a ``Root`` is not symmetric: it is solved by
+    its singular values, likewise.
 
     Cost: n products (batched), :math:`O(n^3)` arithmetic, :math:`O(n^2)` memory. Raises
     ``ValueError`` above ``max_size``.
@@ -60,6 +62,8 @@ class Dense:
         flat, unravel = ravel_pytree(rhs)
         basis = jnp.eye(n, dtype=flat.dtype)
         columns = jax.vmap(lambda e: ravel_pytree(amap(unravel(e)))[0])(basis)
+        if amap.transpose is not None:
+            return _solve_by_singular_values(amap, rhs, columns.T, flat, unravel, certify)
         matrix = (columns + columns.T) / 2  # rounding aside, a Hessian is symmetric
         eigenvalues, vectors = jnp.linalg.eigh(matrix)
         cut = n * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(eigenvalues))
@@ -79,3 +83,19 @@ class Dense:
             (unsolved, Status.singular),
         )
         return finish(amap, rhs, value, stats, result, certify)
+
+
+def _solve_by_singular_values(
+    amap: MatVec, rhs: Vector, matrix: jax.Array, flat: jax.Array, unravel: Any, certify: bool
+) -> LinearSolution:
+    """The solution of least norm of a matrix that is not symmetric."""
+    left, singular, right = jnp.linalg.svd(matrix)
+    cut = flat.size * jnp.finfo(flat.dtype).eps * singular[0]
+    kept = ~(singular <= cut)
+    parts = left.T @ flat
+    value = unravel(right.T @ jnp.where(kept, parts / jnp.where(kept, singular, 1), 0))
+    lost = jnp.linalg.norm(jnp.where(kept, 0, parts))
+    unsolved = lost > jnp.sqrt(jnp.finfo(flat.dtype).eps) * jnp.linalg.norm(flat)
+    stats = {"num_matvecs": jnp.asarray(flat.size, jnp.int32)}
+    result = status_of(Status.ok, (unsolved, Status.singular))
+    return finish(amap, rhs, value, stats, result, certify)

@@ -9,7 +9,7 @@ import numpy as np
 from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.loops import loop
-from bilevel.linear.base import as_map, require_fixed
+from bilevel.linear.base import as_map, require_fixed, require_symmetric
 
 
 class Tridiagonal(NamedTuple):
@@ -47,6 +47,7 @@ def lanczos(mv: MatVec, like: Vector, steps: int, key: Key) -> Tridiagonal:
     like = tree.accumulate(like)
     amap = as_map(mv, like)
     require_fixed(amap, "lanczos")
+    require_symmetric(amap, "Lanczos")
     start = tree.random_like(key, like, jax.random.normal)
     v = tree.scale(1 / tree.norm(start), start)
     basis = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), v)

@@ -10,7 +10,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.settings import require_extra
 from bilevel.ground.status import Status, status_of
-from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed
+from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, require_symmetric
 
 
 @jax.tree_util.register_pytree_node_class
@@ -26,7 +26,8 @@ class Lineax:
     unless it was given another); its outcome is mapped to a status: ``max_steps``,
     ``stagnated``, ``nonfinite_input``, ``singular``; a breakdown becomes
     ``negative_curvature``, and NaN stays NaN (``nonfinite_output``). The residual is recomputed.
-    ``lineax.CG`` is told that A is positive definite; the others that it is symmetric.
+    ``lineax.CG`` is told that A is positive definite; the others that it is symmetric, unless
+    it is that of a ``FixedPoint`` or a ``Root``.
 
     Two things are done for it. The system is solved as :math:`(cA)(q/c) = g` with a large c,
     because ``lineax.CG`` takes curvature below about :math:`100\,\epsilon\,n` for a breakdown,
@@ -109,10 +110,13 @@ class Lineax:
             start = jax.lax.optimization_barrier(tree.cast_like(x0, rhs))
 
         definite = isinstance(self.solver, lx.CG)
+        if definite:
+            require_symmetric(amap, "lineax.CG")
+        tag = lx.positive_semidefinite_tag if definite else lx.symmetric_tag
         operator = lx.FunctionLinearOperator(
             lambda v: tree.scale(factor, amap(v)),
             jax.eval_shape(lambda: rhs),
-            lx.positive_semidefinite_tag if definite else lx.symmetric_tag,
+            tag if amap.transpose is None else (),
         )
         solution = lx.linear_solve(
             operator,

@@ -39,6 +39,9 @@ class Neumann:
     returned all the same. With fresh batches each product uses its own (the stochastic
     series of stocBiO).
 
+    For a ``FixedPoint`` of T and a step of one (``None`` means that there), it is the series
+    :math:`\sum_j (\partial T^\top)^j g` of the map, convergent where T contracts.
+
     Cost: K products (+ ``power_steps``) and three vectors. ``x0`` is not used: partial sums
     cannot be warm-started. Raises ``ValueError``/``TypeError`` for a bad count or step.
 
@@ -73,7 +76,9 @@ class Neumann:
         amap = as_map(mv, rhs)
         unroll = amap.unroll if self.unroll is None else self.unroll
         product = amap.fresh or (lambda v, i: amap(v))
-        offset, step = 0, self.step_size
+        offset, step, made = 0, self.step_size, self.num_products()
+        if step is None and amap.transpose is not None:
+            step, made = 1.0, self.num_matvecs
         if step is None:
             offset = self.power_steps
             largest = _largest_eigenvalue(product, rhs, self.power_steps, unroll)
@@ -99,18 +104,19 @@ class Neumann:
         last, total, low, high, growth = loop(self.num_matvecs, body, start, unroll)
         value = tree.scale(step, total)
         stats = {
-            "num_matvecs": jnp.asarray(self.num_products(), jnp.int32),
+            "num_matvecs": jnp.asarray(made, jnp.int32),
             "step_size": step.astype(real),
         }
         result = status_of(Status.ok)
         if self.num_matvecs > 0:
-            stats |= {"min_curvature": low, "max_curvature": high}
+            if amap.transpose is None:
+                stats |= {"min_curvature": low, "max_curvature": high}
             # One ulp of slack: at rho = 1 (a singular matrix) rounding may tip the ratio over.
             slack = 8 * jnp.finfo(real).eps
-            if amap.fresh is None:
+            if amap.fresh is None and amap.transpose is None:
                 grows = (growth > 1 + slack) | (step * high > 2 * (1 + slack))
                 indefinite = low < -slack * jnp.maximum(jnp.abs(high), jnp.abs(low))
-            else:  # terms of a random product may grow in one step and still converge
+            else:  # random or not normal: terms may grow in one step and still converge
                 grows = tree.vdot(last, last) > tree.vdot(rhs, rhs)
                 indefinite = jnp.asarray(False)
             result = status_of(

@@ -21,6 +21,7 @@ from bilevel.linear.base import (
     finish,
     replicated_if_explicit,
     require_fixed,
+    require_symmetric,
 )
 
 
@@ -76,6 +77,7 @@ class Nystrom:
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
         require_fixed(amap, "Nystrom")
+        require_symmetric(amap, "Nystrom")
         if isinstance(amap.damping, (int, float)) and amap.damping <= 0:
             raise ValueError(
                 "Nystrom approximates (M + damping I)^-1 and needs `damping` > 0 in its operator, "

@@ -12,7 +12,7 @@ from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.loops import loop
 from bilevel.ground.settings import check_settings, count
 from bilevel.ground.status import Status, status_of
-from bilevel.linear.base import LinearSolution, as_map, finish, widen
+from bilevel.linear.base import LinearSolution, as_map, finish, require_symmetric, widen
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +69,7 @@ class Stochastic:
         """Run the optimizer from ``x0`` (from zero for ``None``); ``key`` is not used."""
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
+        require_symmetric(amap, "Stochastic")
         unroll = amap.unroll if self.unroll is None else self.unroll
         product = amap.fresh or (lambda v, i: amap(v))
 

@@ -10,7 +10,14 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.settings import check_settings, count
 from bilevel.ground.status import Status, status_of
-from bilevel.linear.base import LinearSolution, as_map, contract, finish, require_fixed
+from bilevel.linear.base import (
+    LinearSolution,
+    as_map,
+    contract,
+    finish,
+    require_fixed,
+    require_symmetric,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +64,7 @@ class Woodbury:
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
         require_fixed(amap, "Woodbury")
+        require_symmetric(amap, "Woodbury")
         if amap.factors is None:
             raise ValueError(
                 "Woodbury inverts J'QJ + D through its factors, which only a "

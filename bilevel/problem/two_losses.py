@@ -7,6 +7,7 @@ r"""The bilevel problem: two losses and the derivative products they offer.
 with ``inner`` :math:`h` and ``outer`` :math:`f`. Every method of the field is built from
 
 ============================  ==============================================================
+:meth:`Problem.condition`     :math:`R`, zero at the solution: :math:`\nabla_w h` for a loss
 :meth:`Problem.inner_grad`    :math:`\nabla_w h`
 :meth:`Problem.hvp`           :math:`H v`, with :math:`H = \nabla^2_{ww} h`
 :meth:`Problem.cross_vjp`     :math:`B^\top v`, with :math:`B = \partial_\lambda \nabla_w h`
@@ -24,9 +25,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar, Vector
 from bilevel.ground.tree import cast_like
+from bilevel.problem.conditions import Condition, FixedPoint, Root
 
 
 class Point:
@@ -60,7 +63,8 @@ class Problem:
 
     Attributes:
       outer: ``outer(params, hparams, batch) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
-      inner: ``inner(params, hparams, batch) -> scalar``.
+      inner: ``inner(params, hparams, batch) -> scalar``; or a :class:`~bilevel.FixedPoint` or
+        :class:`~bilevel.Root`, which has no loss.
       has_aux: whether ``outer`` returns an auxiliary pytree beside its value.
       has_state: whether both losses are ``loss(params, hparams, batch, model_state) ->
         (scalar, model_state)``; with ``has_aux`` too, ``outer`` returns
@@ -75,7 +79,7 @@ class Problem:
     """
 
     outer: Loss
-    inner: Loss
+    inner: Any  # a loss, or a condition
     has_aux: bool = False
     has_state: bool = False
     model_state: ModelState = None
@@ -83,6 +87,20 @@ class Problem:
     def at(self, model_state: ModelState) -> "Problem":
         """The same losses, reading these statistics."""
         return dataclasses.replace(self, model_state=model_state)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the inner problem is a loss to be minimized."""
+        return not isinstance(self.inner, Condition)
+
+    def condition(self, params: Params, hparams: Hparams, batch: Batch) -> Vector:
+        r""":math:`R(w, \lambda)`, zero at the solution: :math:`\nabla_w h`, or :math:`w - T(w)`."""
+        if isinstance(self.inner, FixedPoint):
+            step = cast_like(self.inner.step(params, hparams, batch), params)
+            return jax.tree.map(jnp.subtract, params, step)
+        if isinstance(self.inner, Root):
+            return self.inner.equation(params, hparams, batch)
+        return self.inner_grad(params, hparams, batch)
 
     @property
     def state_arguments(self) -> tuple[ModelState, ...]:
@@ -142,6 +160,9 @@ class Problem:
         regularise. Never more than one gradient's memory.
         """
         v = cast_like(v, params)
+        if not self.has_loss:
+            _, pull = jax.vjp(lambda lam: self.condition(params, lam, batch), hparams)
+            return pull(v)[0]
         grad = jax.grad(self.inner_loss, argnums=1)
         return jax.jvp(lambda w: grad(w, hparams, batch), (params,), (v,))[1]
 

@@ -13,6 +13,7 @@ from bilevel.ground.batches import array_dtype, check_batch
 from bilevel.ground.settings import check_takes, is_function
 from bilevel.ground.traced import depends
 from bilevel.ground.tree import paths
+from bilevel.problem.conditions import Condition, FixedPoint
 from bilevel.problem.two_losses import Problem
 
 
@@ -58,8 +59,13 @@ def check_losses(**losses: Any) -> None:
     """Refuse losses that cannot be called."""
     for name, loss in losses.items():
         if not is_function(loss):
+            hint = (
+                " A condition is differentiated by `hypergrad` and `with_response`; this trains."
+                if isinstance(loss, Condition)
+                else ""
+            )
             raise TypeError(
-                f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}."
+                f"`{name}` must be a function loss(params, hparams, batch), got {loss!r}.{hint}"
             )
 
 
@@ -70,6 +76,26 @@ _INNER = (
     " The inner loss has no auxiliary output; with `has_state=True` it returns (scalar, "
     "model_state)."
 )
+
+
+def check_inner_problem(inner: Any, has_state: bool = False) -> None:
+    """Refuse what is neither a loss nor a condition."""
+    if not isinstance(inner, Condition):
+        check_losses(inner=inner)
+    elif has_state:
+        raise ValueError(
+            f"`has_state=True` goes with losses, but `inner` is a {type(inner).__name__}: let its "
+            "function read frozen statistics from `hparams`, `batch` or a closure."
+        )
+
+
+def require_loss(problem: Problem, who: str) -> None:
+    """Refuse a condition where a loss is needed."""
+    if not problem.has_loss:
+        raise TypeError(
+            f"`inner` is a {type(problem.inner).__name__}, but {who} needs a loss: use `Implicit("
+            "...)`, which differentiates conditions."
+        )
 
 
 def check_scalar(shape: Any, name: str, hint: str = "") -> None:
@@ -250,6 +276,11 @@ def check_point(params: Params, hparams: Hparams) -> None:
 
 def check_inner(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> None:
     """The inner loss on *one* batch (a response that takes several checks its first)."""
+    if not problem.has_loss:
+        name = "step" if isinstance(problem.inner, FixedPoint) else "equation"
+        returned = jax.eval_shape(getattr(problem.inner, name), params, hparams, batch)
+        check_returned(returned, params, name)
+        return
     check_scalar(_raw_shape(problem, "inner", params, hparams, batch), "inner", _INNER)
 
 

@@ -53,8 +53,10 @@ def l1_penalty(
     is zero at the solution, the gradient of the loss is not zero there, and an implicit
     hypergradient is wrong in *every* component, also for the weights that are not at the kink:
     the solve lets the weights at zero respond, which they do not. Its status is then
-    ``not_stationary``. Two ways are right:
+    ``not_stationary``. Three ways are right:
 
+    - ``FixedPoint(step)`` in place of the loss, with a step of soft-thresholding (see
+      ``docs/nonsmooth.md``);
     - restrict ``params`` to the support: fit, keep the weights that are not zero, and pass only
       those to the losses;
     - ``Unroll`` with a step of soft-thresholding, which keeps zeros at zero. The penalty then

@@ -23,9 +23,12 @@ from bilevel.ground.settings import (
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.linear.cg import CG
+from bilevel.linear.dense import Dense
+from bilevel.problem.conditions import Condition
 from bilevel.problem.operators.hessian import Hessian
+from bilevel.problem.operators.jacobian import Jacobian
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_losses, check_point, check_response
+from bilevel.problem.validate import check_inner_problem, check_losses, check_point, check_response
 
 NEWTON_STEPS = 50
 LINE_SEARCH = 25
@@ -66,7 +69,7 @@ class HypergradCheck:
 
 def check_hypergrad(
     outer: Loss,
-    inner: Loss,
+    inner: Loss | Condition,
     response: Response,
     params: Params,
     hparams: Hparams,
@@ -116,7 +119,8 @@ def check_hypergrad(
     Newton's method finds from ``params``: look at ``distance``.
     """
     check_count("directions", directions)
-    check_losses(outer=outer, inner=inner)
+    check_losses(outer=outer)
+    check_inner_problem(inner)
     check_response(response)
     check_point(params, hparams)
     check_batch(inner_batch, "inner_batch")
@@ -246,7 +250,14 @@ def _evaluate(
 def _newton_direction(
     problem: Problem, w: Params, hparams: Hparams, batch: Batch
 ) -> tuple[Vector, Vector, jax.Array]:
-    r"""``(\nabla h, p, p' \nabla h)`` with :math:`p \approx -H^{-1}\nabla h`, which descends."""
+    r"""``(\nabla h, p, p' \nabla h)`` with :math:`p \approx -H^{-1}\nabla h`, which descends.
+
+    For a condition :math:`(R, -A^{-1}R, -\|R\|^2)`, the slope of :math:`\tfrac12\|R\|^2`.
+    """
+    if not problem.has_loss:
+        residual, mv = Jacobian().bind(problem, w, hparams, batch, fresh=False)
+        p = tree.scale(-1, Dense().solve(mv.transposed(), residual, certify=False).value)
+        return residual, p, -tree.vdot(residual, residual)
     gradient, mv = Hessian().bind(problem, w, hparams, batch, fresh=False)
     gradient = tree.accumulate(gradient)
     p = tree.scale(-1, CG(max_steps=200, rtol=1e-3).solve(mv, gradient, certify=False).value)
@@ -260,19 +271,23 @@ def _newton_direction(
 def _newton(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> Params:
     """Newton-CG with a backtracking line search, until no step lowers the gradient or the loss."""
 
-    def loss(w: Params) -> jax.Array:
-        return problem.inner_loss(w, hparams, batch)
+    def merit(w: Params) -> tuple[jax.Array, Vector]:
+        """What a step must lower, and what must vanish."""
+        if problem.has_loss:
+            return jax.value_and_grad(problem.inner_loss)(w, hparams, batch)
+        residual = problem.condition(w, hparams, batch)
+        return 0.5 * tree.vdot(residual, residual), residual
 
     def advance(carry):
         w, step, _ = carry
         gradient, p, slope = _newton_direction(problem, w, hparams, batch)
-        here, size = loss(w), tree.norm(gradient)
+        here, size = merit(w)[0], tree.norm(gradient)
 
         def moved(t):
             return tree.cast_like(tree.axpy(t, p, tree.accumulate(w)), w)
 
         def good(t):
-            value, gradient = jax.value_and_grad(loss)(moved(t))
+            value, gradient = merit(moved(t))
             # Near the minimum the loss no longer resolves a decrease; the gradient still does.
             flat = jnp.abs(slope) <= 100 * jnp.finfo(size.dtype).eps * (1 + jnp.abs(here))
             return jnp.where(flat, tree.norm(gradient) < size, value <= here + 1e-4 * t * slope)

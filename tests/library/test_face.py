@@ -17,12 +17,13 @@ ROOT = Path(__file__).parents[2]
 # A snapshot: adding a name is a decision, and so is taking one away.
 NAMES = """
 Algorithm BestResponse BestResponseState CG Dense Diagnosis Diagonal Evolution FiniteDifference
-FitResult Free GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient HypergradientError
-Hypernetwork Identity Implicit InnerState Integer Interval LinearModel LinearSolution LinearSolver
-Lineax MemoryReport Neumann Nystrom Positive Problem Response Simplex Space Split Status Stochastic
-StructuredResponse Unroll WholeRun Woodbury alternate check_hypergrad descend diagnose fit
-global_response hypergrad hypergrad_init hypergrad_solve memory_report raise_for_status scan_run
-self_tuning split_equinox split_linen split_nnx value_and_hypergrad with_response
+FitResult FixedPoint Free GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient
+HypergradientError Hypernetwork Identity Implicit InnerState Integer Interval Jacobian LinearModel
+LinearSolution LinearSolver Lineax MemoryReport Neumann Nystrom Positive Problem Response Root
+Simplex Space Split Status Stochastic StructuredResponse Unroll WholeRun Woodbury alternate
+check_hypergrad descend diagnose fit global_response hypergrad hypergrad_init hypergrad_solve
+memory_report raise_for_status scan_run self_tuning split_equinox split_linen split_nnx
+value_and_hypergrad with_response
 """.split()
 
 
