@@ -84,8 +84,8 @@ def check_inner_problem(inner: Any, has_state: bool = False) -> None:
         check_losses(inner=inner)
     elif has_state:
         raise ValueError(
-            f"`has_state=True` goes with losses, but `inner` is a {type(inner).__name__}: let its "
-            "function read frozen statistics from `hparams`, `batch` or a closure."
+            f"`has_state=True` goes with losses, but `inner` is a {type(inner).__name__}: leave "
+            "it out, and read frozen statistics from `hparams`, `batch` or a closure."
         )
 
 
@@ -278,8 +278,15 @@ def check_inner(problem: Problem, params: Params, hparams: Hparams, batch: Batch
     """The inner loss on *one* batch (a response that takes several checks its first)."""
     if not problem.has_loss:
         name = "step" if isinstance(problem.inner, FixedPoint) else "equation"
-        returned = jax.eval_shape(getattr(problem.inner, name), params, hparams, batch)
-        check_returned(returned, params, name)
+        function = getattr(problem.inner, name)
+
+        def returned(*args: Any) -> Any:
+            out = function(*args)
+            check_returned(out, params, name)
+            check_inexact(out, f"the result of `{name}`", "Return real floating-point arrays.")
+            return out
+
+        jax.eval_shape(returned, params, hparams, batch)
         return
     check_scalar(_raw_shape(problem, "inner", params, hparams, batch), "inner", _INNER)
 

@@ -220,8 +220,59 @@ def _missing() -> Iterator[Case]:
             yield Case("calls", kind, f"{door}: {kind}", call, names)
 
 
+def _conditions() -> Iterator[Case]:
+    """A fixed point or a root in place of the inner loss, right, odd and of no such form."""
+
+    def step(w: Any, lam: Any, batch: Any) -> Any:
+        return w - p.RATE * jax.grad(p.inner)(w, lam, batch)
+
+    slope = jax.grad(p.inner)
+    for name in p.responses():
+        exact = name in ("dense",)  # a series of the map needs more terms than one of its matrix
+        expect = p.truths()["dense"] if exact else ANY if "neumann" in name else REFUSE
+        names = ("inner", "FixedPoint", "operator")
+        for kind, make in (
+            ("fixed point", lambda: b.FixedPoint(step)),
+            ("root", lambda: b.Root(slope)),
+        ):
+            yield _case(kind, "inner", name, {"inner": make}, expect=expect, names=names)
+    bad: dict[str, Callable[..., Any]] = {
+        "none returned": _nothing,
+        "short": lambda w, lam, batch: w[:2],
+        "pair": lambda w, lam, batch: (w, w),
+        "scalar": lambda w, lam, batch: jnp.sum(w),
+        "strings": lambda w, lam, batch: "w",
+        "complex": lambda w, lam, batch: w + 0j,
+        "unread": lambda w, lam, batch: 0.5 * w,
+        "two arguments": lambda w, lam: w,
+    }
+    for kind, function in bad.items():
+        for condition in (b.FixedPoint, b.Root):
+            where = "step" if condition is b.FixedPoint else "equation"
+            yield _case(
+                kind, f"inner={condition.__name__}", "dense",
+                {"inner": lambda c=condition, f=function: c(f)}, names=("inner", where, "hparams"),
+            )  # fmt: skip
+    for kind, value in (("none", None), ("class", dict), ("string", "T"), ("number", 1.0)):
+        for condition in (b.FixedPoint, b.Root):
+            where = "step" if condition is b.FixedPoint else "equation"
+            yield _case(
+                kind, condition.__name__, "dense",
+                {"inner": lambda c=condition, v=value: c(v)}, names=(where,),
+            )  # fmt: skip
+    for kind, options in (("state", {"has_state": True, "model_state": 0.0}), ("nan", {"w": None})):
+        changes = {k: lambda v=v: v for k, v in options.items() if k != "w"}
+        if kind == "nan":
+            changes = {"params": lambda: p.W * np.nan}
+        yield _case(
+            kind, "inner=FixedPoint", "dense", {"inner": lambda: b.FixedPoint(step), **changes},
+            names=("has_state", "inner", "params"), expect=REFUSE,
+        )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
     yield from _trees()
+    yield from _conditions()
     yield from _objects()
     yield from _flags()
     yield from _missing()
