@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,8 @@ def run(folder, **kwargs):
 
 if __name__ == "__main__":
     target, steps, pause = sys.argv[1:]
+    # A shell starts what it puts in the background with interrupts ignored, and a child inherits it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def callback(step, record):
         Path(target, "at").write_text(f"{os.getpid()} {step}")
