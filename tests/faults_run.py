@@ -63,7 +63,7 @@ def run(folder, **kwargs):
 
 if __name__ == "__main__":
     target, steps, pause = sys.argv[1:]
-    # A shell starts what it puts in the background with interrupts ignored, and a child inherits it.
+    # A shell starts what it puts in the background with interrupts ignored: children inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def callback(step, record):
