@@ -317,7 +317,7 @@ def test_adapters():
     ("match", "make"),
     [
         ("`solve` must be callable", lambda: bilevel.with_response(1, inner, Implicit())),
-        ("`inner` must be callable", lambda: bilevel.with_response(inner, 1, Implicit())),
+        ("`inner` must be a function loss", lambda: bilevel.with_response(inner, 1, Implicit())),
         ("`response` must be a response", lambda: bilevel.with_response(inner, inner, CG())),
     ],
 )

@@ -140,7 +140,7 @@ def test_bad_calls():
             inner_batch=jnp.zeros((steps, 1)), outer_batch=None, key=key,
         )  # fmt: skip
 
-    with pytest.raises(ValueError, match=r"pass `key=jax.random.key"):
+    with pytest.raises(ValueError, match=r"Pass `key=jax.random.key"):
         solve(None)
     for steps in (1, 3):
         with pytest.raises(ValueError, match="leading axis of 2:"):
