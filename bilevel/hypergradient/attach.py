@@ -130,8 +130,7 @@ def _implicit_tangent(
         return tree.cast_like(_nan_where(failed(result), q) if marked else q, g)
 
     def mixed(mu: Hparams, like: Vector) -> Vector:
-        image = jax.jvp(lambda lam: problem.condition(w, lam, batch), (hparams,), (mu,))[1]
-        return tree.cast_like(image, like)
+        return tree.cast_like(problem.cross_jvp(w, hparams, batch, mu), like)
 
     def matvec(x: tuple[Vector, Hparams]) -> tuple[Vector, Hparams]:
         q, mu = _coupled(x)
@@ -319,6 +318,6 @@ def _first_order_only(response: Response) -> str:
         f"`with_response` gives the first derivative only for {type(response).__name__}{fresh}, "
         "and a second one is asked (`jax.grad` of `jax.grad`, `jax.hessian`, `jax.jvp` of "
         "`jax.grad`): its pullback does not tell how it changes with `hparams`. Use "
-        "`Implicit(...)` with one fixed batch, whose derivatives of every order are right, or "
-        "take differences of the first derivative."
+        "`Implicit(...)` with one fixed batch and a loss without `jax.custom_vjp`, whose derivatives "
+        "of every order are right, or take differences of the first derivative."
     )

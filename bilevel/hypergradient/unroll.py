@@ -13,6 +13,7 @@ from bilevel.ground.batches import check_stack, one_batch
 from bilevel.ground.cost import Cost
 from bilevel.ground.settings import check_settings, check_takes, count
 from bilevel.ground.status import Status, code
+from bilevel.ground.traced import contains_primitive
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.forward import no_tangents, push_forward
 from bilevel.hypergradient.reach import check_reaches
@@ -249,6 +250,15 @@ class Unroll:
         if state is not None:
             expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
             check_same_tree(state, expected, "state")
+        one = one_batch(inner_batch)
+        if self.mode == "forward" and contains_primitive(
+            problem.inner_loss, params, hparams, one, prefix="custom_vjp_call"
+        ):
+            raise TypeError(
+                "`mode='forward'` pushes tangents through `inner`, which contains a function with "
+                "a backward rule only (`jax.custom_vjp`: a fused loss, an attention kernel): use "
+                "`mode='mixed'`."
+            )
         if self.mode == "forward" and tree.size(hparams) > self.max_hparams:
             raise ValueError(
                 f"`mode='forward'` carries one tangent a hyperparameter, and `hparams` has "
@@ -270,7 +280,6 @@ class Unroll:
             )
 
         by = "forward" if self.mode == "forward" else "reverse"
-        one = one_batch(inner_batch)
         check_reaches(
             problem, advance, params, hparams, one, outer_batch, inner_tx=self.inner_tx, by=by
         )

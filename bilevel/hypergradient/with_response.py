@@ -21,6 +21,7 @@ from bilevel.ground.settings import (
     out_of_range,
 )
 from bilevel.ground.status import STATIONARITY, Status, status_of
+from bilevel.ground.traced import contains_primitive
 from bilevel.hypergradient.attach import attach_implicit, attach_response, differentiates_fully
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
@@ -91,7 +92,8 @@ def with_response(
 
     **Derivatives.** With ``Implicit(...)`` on one fixed batch, of every order and in both modes
     (``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.grad`` of ``jax.grad``), under ``jit``,
-    ``vmap`` and ``scan``. The rule is applied again to its own derivative, so each order costs
+    ``vmap`` and ``scan`` (of an ``inner`` that contains a function with ``jax.custom_vjp`` the
+    first, in reverse mode). The rule is applied again to its own derivative, so each order costs
     further solves by the same solver. All of them are exact where the solver and the operator
     are. A truncated solver (``Neumann(5)``, ``Identity()``) approximates :math:`A^{-1}` in each of
     these solves: higher derivatives then approximate those of the solution, and are not the
@@ -148,9 +150,6 @@ def with_response(
     check_settings_used(response, "response")
     _refuse_untrained(response)
     problem = Problem(outer=_no_outer, inner=inner)
-    attach: Callable[..., Params] = attach_response
-    if differentiates_fully(response):
-        attach = attach_implicit
 
     def solved(
         params: Params, hparams: Hparams, inner_batch: Batch, *, key: Key | None = None
@@ -174,6 +173,12 @@ def with_response(
         elif _known((w, fixed, batch, response)):
             _warn(_judge(problem, response, w, fixed, batch))
         marked = on_failure == "nan"
+        attach: Callable[..., Params] = attach_response
+        # JAX gives no derivative of a derivative through a backward rule of the user's own.
+        if differentiates_fully(response) and not contains_primitive(
+            problem.condition, w, fixed, batch, prefix="custom_vjp_call"
+        ):
+            attach = attach_implicit
         out = (attach(problem, response, w, hparams, inner_batch, key, marked),)
         out += (aux,) * has_aux + (info,) * has_status
         return out if len(out) > 1 else out[0]
