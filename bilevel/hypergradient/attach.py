@@ -318,6 +318,6 @@ def _first_order_only(response: Response) -> str:
         f"`with_response` gives the first derivative only for {type(response).__name__}{fresh}, "
         "and a second one is asked (`jax.grad` of `jax.grad`, `jax.hessian`, `jax.jvp` of "
         "`jax.grad`): its pullback does not tell how it changes with `hparams`. Use "
-        "`Implicit(...)` with one fixed batch and a loss without `jax.custom_vjp`, whose derivatives "
-        "of every order are right, or take differences of the first derivative."
+        "`Implicit(...)` with one fixed batch and a loss without `jax.custom_vjp`, whose "
+        "derivatives of every order are right, or take differences of the first derivative."
     )

@@ -1,6 +1,6 @@
-r"""How far an implicit hypergradient can be trusted: is the point a minimum of the inner loss?
+r"""How far a hypergradient can be trusted: is the point a minimum, is the dtype wide enough?
 
-With :math:`A q = g` solved, two numbers cost nothing more than inner products:
+For an implicit one with :math:`A q = g` solved, two numbers cost nothing more than inner products:
 
 .. math::
     \text{relative stationarity} = \frac{\|\nabla_w h\|}{c\,\|w\|}, \qquad
@@ -19,7 +19,19 @@ import jax.numpy as jnp
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Params, Scalar, Stats, Vector
-from bilevel.ground.status import STATIONARITY
+from bilevel.ground.status import STATIONARITY, Status, code
+from bilevel.inner.descend import StepInfo
+
+LOST = 0.2
+"""Largest part of their updates that parameters of half precision may lose to rounding."""
+
+WALK = 0.025
+"""Largest unit roundoff of the parameters times the root of the number of steps.
+
+With both limits, bfloat16 (40 steps at most) errs by less than 6 % on ridge regressions and
+small networks trained by SGD, momentum or Adam, and by 10 to 200 % from 80 steps on; float16 may
+make 2600.
+"""
 
 SOLVED = 0.5
 """A solve with a larger relative residual predicts nothing."""
@@ -54,3 +66,19 @@ def not_stationary(value: Scalar, g: Vector, params: Params, stats: Stats) -> ja
     matters = change > STATIONARITY * jnp.maximum(jnp.abs(value), noise)
     residual: Any = stats.get("residual_norm", 0.0)
     return far | matters & (residual <= SOLVED * stats.get("rhs_norm", jnp.inf))
+
+
+def status_of_rounding(told: list[StepInfo], params: Params) -> jax.Array:
+    """``rounding`` where parameters of half precision make the derivative untrustworthy.
+
+    Either the additions to the parameters lost too much of what the optimizer asked for, or so
+    many roundings followed each other that what they add up to, as a random walk, is too large.
+    """
+    rounded = [info.rounded for info in told if info.rounded is not None]
+    if not rounded:
+        return code(Status.ok)
+    asked, lost = (sum(jnp.sum(norms[i]) for norms in rounded) for i in range(2))
+    steps = sum(info.loss.size for info in told)
+    unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(params))
+    bad = (lost > LOST**2 * asked) | (unit * steps**0.5 > WALK)
+    return jnp.where(bad, code(Status.rounding), code(Status.ok))

@@ -12,12 +12,12 @@ from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scal
 from bilevel.ground.batches import check_stack, one_batch
 from bilevel.ground.cost import Cost
 from bilevel.ground.settings import check_settings, check_takes, count
-from bilevel.ground.status import Status, code
 from bilevel.ground.traced import contains_primitive
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.forward import no_tangents, push_forward
+from bilevel.hypergradient.judge import status_of_rounding
 from bilevel.hypergradient.reach import check_reaches
-from bilevel.inner.descend import InnerState, Remat, StepInfo, descend, start
+from bilevel.inner.descend import InnerState, Remat, descend, start
 from bilevel.inner.optimizer import (
     InnerTx,
     build_tx,
@@ -28,17 +28,6 @@ from bilevel.problem.two_losses import Point, Problem
 from bilevel.problem.validate import check_inner, check_returned, check_same_tree, require_loss
 
 Mode = Literal["mixed", "reverse", "forward"]
-
-LOST = 0.2
-"""Largest part of their updates that parameters of half precision may lose to rounding."""
-
-WALK = 0.025
-"""Largest unit roundoff of the parameters times the root of the number of steps.
-
-With both limits, bfloat16 (40 steps at most) errs by less than 6 % on ridge regressions and
-small networks trained by SGD, momentum or Adam, and by 10 to 200 % from 80 steps on; float16 may
-make 2600.
-"""
 
 
 class UnrollState(NamedTuple):
@@ -369,7 +358,7 @@ class Unroll:
             pull = reverse
 
         new_state = UnrollState(end.opt_state, end.model_state, tangent if self.real_time else None)
-        result = _status_of_rounding([*told, info], params)
+        result = status_of_rounding([*told, info], params)
 
         def pullback(g: Any) -> tuple[Hparams, UnrollState, jax.Array, Stats]:
             cotangent = (g, None)
@@ -382,22 +371,6 @@ class Unroll:
             evaluated = None if self.evaluate is None else self._read(end)[0]
             return Advanced(end.params, end.model_state, evaluated), pullback
         return end.params, pullback
-
-
-def _status_of_rounding(told: list[StepInfo], params: Params) -> jax.Array:
-    """``rounding`` where parameters of half precision make the derivative untrustworthy.
-
-    Either the additions to the parameters lost too much of what the optimizer asked for, or so
-    many roundings followed each other that what they add up to, as a random walk, is too large.
-    """
-    rounded = [info.rounded for info in told if info.rounded is not None]
-    if not rounded:
-        return code(Status.ok)
-    asked, lost = (sum(jnp.sum(norms[i]) for norms in rounded) for i in range(2))
-    steps = sum(info.loss.size for info in told)
-    unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(params))
-    bad = (lost > LOST**2 * asked) | (unit * steps**0.5 > WALK)
-    return jnp.where(bad, code(Status.rounding), code(Status.ok))
 
 
 def zeros_for_shapes(leaf: Any) -> Any:
