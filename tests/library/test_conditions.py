@@ -128,10 +128,15 @@ def test_fixed_points_of_proximal_and_projected_steps(name):
     step, lam = STEPS[name]
     w, truth = solved(name)
     assert name == "sparse logistic" or bool(jnp.any(w == 0)) or "hinge" in name
-    for solver in SOLVERS.values():
-        sol = bilevel.hypergrad_solve(
-            valid, FixedPoint(step), Implicit(solver), w, lam, inner_batch=TRAIN, outer_batch=VALID
-        )
+    # Every solver on one system that is symmetric on its support and one that is not.
+    solvers = SOLVERS if name in ("lasso, one strength a weight", "simplex") else {"": Dense()}
+    for solver in solvers.values():
+        sol = jax.jit(
+            lambda w, lam, solver=solver: bilevel.hypergrad_solve(
+                valid, FixedPoint(step), Implicit(solver), w, lam,
+                inner_batch=TRAIN, outer_batch=VALID,
+            )
+        )(w, lam)  # fmt: skip
         # Differences of step 1e-6 of a solution converged to rounding: h^2 and eps/h.
         np.testing.assert_allclose(sol.grads, truth, rtol=1e-6, atol=1e-8)
         assert int(sol.result) == Status.ok and float(sol.stats["stationarity"]) < 1e-12
@@ -139,9 +144,9 @@ def test_fixed_points_of_proximal_and_projected_steps(name):
 
 def test_weights_at_zero_stay_there():
     w, truth = solved("lasso, one strength a weight")
-    sol = bilevel.hypergrad(valid, FixedPoint(lasso), Implicit(Dense()))(
-        w, STEPS["lasso, one strength a weight"][1], inner_batch=TRAIN, outer_batch=VALID
-    )
+    solve = bilevel.hypergrad(valid, FixedPoint(lasso), Implicit(Dense()))
+    lam = STEPS["lasso, one strength a weight"][1]
+    sol = jax.jit(lambda w: solve(w, lam, inner_batch=TRAIN, outer_batch=VALID))(w)
     assert int(jnp.sum(w == 0)) == 3 and bool(jnp.all((sol == 0) == (w == 0)))
 
 
@@ -172,9 +177,7 @@ def seen(w, lam, batch):
 
 def test_the_root_of_kkt_conditions_and_its_multipliers():
     truth = jax.grad(lambda lam: seen(kkt_solution(lam), lam, VALID))(KKT)
-    for solver in (Dense(), SOLVERS["gmres"], Lineax(lineax.GMRES(1e-12, 1e-12, restart=N + 2))):
-        if solver is SOLVERS["gmres"]:
-            continue
+    for solver in (Dense(), Lineax(lineax.GMRES(1e-12, 1e-12, restart=N + 2))):
         sol = bilevel.hypergrad_solve(
             seen, Root(kkt), Implicit(solver), kkt_solution(KKT), KKT,
             inner_batch=TRAIN, outer_batch=VALID,
