@@ -26,6 +26,9 @@ from bilevel.hypergradient import with_response as with_response
 from bilevel.inner.descend import InnerState as InnerState
 from bilevel.inner.descend import descend as descend
 from bilevel.inner.hypernetwork import Hypernetwork as Hypernetwork
+from bilevel.inner.minimize import Minimum as Minimum
+from bilevel.inner.minimize import minimize as minimize
+from bilevel.inner.minimize import proximal_step as proximal_step
 from bilevel.inner.network import StructuredResponse as StructuredResponse
 from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense

@@ -58,6 +58,7 @@ FLOORS = {
         "inner.roots",
         "inner.optimizer",
         "inner.descend",
+        "inner.minimize",
         "inner.groups",
         "inner.network",
         "inner.recurrence",

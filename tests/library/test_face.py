@@ -19,11 +19,11 @@ NAMES = """
 Algorithm BestResponse BestResponseState CG Dense Diagnosis Diagonal Evolution FiniteDifference
 FitResult FixedPoint Free GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient
 HypergradientError Hypernetwork Identity Implicit InnerState Integer Interval Jacobian LinearModel
-LinearSolution LinearSolver Lineax MemoryReport Neumann Nystrom Positive Problem Response Root
-Simplex Space Split Status Stochastic StructuredResponse Unroll WholeRun Woodbury alternate
+LinearSolution LinearSolver Lineax MemoryReport Minimum Neumann Nystrom Positive Problem Response
+Root Simplex Space Split Status Stochastic StructuredResponse Unroll WholeRun Woodbury alternate
 check_hypergrad descend diagnose fit global_response hypergrad hypergrad_init hypergrad_solve
-memory_report raise_for_status scan_run self_tuning split_equinox split_linen split_nnx
-value_and_hypergrad with_response
+memory_report minimize proximal_step raise_for_status scan_run self_tuning split_equinox split_linen
+split_nnx value_and_hypergrad with_response
 """.split()
 
 

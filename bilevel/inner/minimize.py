@@ -1,0 +1,253 @@
+r"""The inner problem solved to a tolerance: L-BFGS, or accelerated proximal gradient steps."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel.ground import tree
+from bilevel.ground.aliases import Batch, Hparams, Loss, Params, Scalar, Stats, Vector
+from bilevel.ground.batches import check_batch
+from bilevel.ground.loops import strong_types
+from bilevel.ground.settings import check_count, check_one_real, check_takes, is_function
+from bilevel.ground.status import Status, status_of
+from bilevel.problem.two_losses import Problem
+from bilevel.problem.validate import check_inner, check_losses, check_point, check_returned
+
+Prox = Callable[[Params, Hparams, Scalar], Params]
+
+
+class Minimum(NamedTuple):
+    r"""What :func:`minimize` found.
+
+    Attributes:
+      params: the last iterate.
+      result: int32 :class:`~bilevel.Status`: ``ok``, ``max_steps``, ``stagnated`` (a step that no
+        longer moves anything, at the level of rounding), ``nonfinite_output``.
+      stats: ``stationarity``, the norm that was to fall below the tolerance; ``tol``; ``value``,
+        the (smooth) loss; ``num_steps``; ``num_gradients``, inner gradients evaluated.
+    """
+
+    params: Params
+    result: jax.Array
+    stats: Stats
+
+
+class _Search(NamedTuple):
+    params: Params
+    memory: Any
+    value: Scalar
+    size: Scalar
+    steps: jax.Array
+    gradients: jax.Array
+    stuck: jax.Array
+
+
+def minimize(
+    inner: Loss,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    *,
+    tol: float | jax.Array | None = None,
+    max_steps: int = 1000,
+    prox: Prox | None = None,
+) -> Minimum:
+    r"""A minimum of a deterministic, smooth inner loss, for the user without a training loop.
+
+    .. math:: \|\nabla_w h(w, \lambda)\| \le \text{tol} \qquad\text{or, with a proximal operator,}
+        \qquad \tfrac1s\,\bigl\|w - \operatorname{prox}_{s r}(w - s\nabla_w h(w))\bigr\|
+            \le \text{tol}
+
+    Without ``prox`` by L-BFGS with a zoom line search (optax). With it by accelerated proximal
+    gradient steps, whose length s is found by backtracking and whose momentum starts anew where it
+    points uphill.
+
+    Args:
+      inner: the smooth part h, ``loss(params, hparams, batch) -> scalar``.
+      params: the start; a warm one saves most of the work in a loop.
+      hparams, batch: passed to the loss.
+      tol: absolute; may be traced (an outer method that tightens it). ``None``:
+        :math:`\sqrt\epsilon\,\max(1, \|\nabla h(w_0)\|)`.
+      max_steps: most steps.
+      prox: ``prox(params, hparams, step_size) -> params``, of the part r that is not smooth:
+        soft-thresholding for L1, a projection for a constraint.
+
+    Returns:
+      :class:`Minimum`. It is not differentiated: pass its ``params`` to ``hypergrad``, or call it
+      in the ``solve`` of ``with_response``; with ``prox`` the condition is
+      ``FixedPoint(proximal_step(inner, prox, step_size))``.
+
+    Raises:
+      TypeError, ValueError: when traced, for trees, dtypes, functions and settings that do not fit.
+
+    Cost: ``num_gradients`` inner gradients; L-BFGS keeps twenty vectors, the other four.
+
+    Reference: Nocedal and Wright, "Numerical Optimization", 2006, Algorithm 7.5; Beck and Teboulle,
+    "A fast iterative shrinkage-thresholding algorithm", SIAM J. Imaging Sciences 2009; O'Donoghue
+    and Candes, "Adaptive restart for accelerated gradient schemes", 2015.
+
+    Example:
+      >>> import jax.numpy as jnp, bilevel
+      >>> def loss(w, lam, y):
+      ...     return 0.5 * jnp.sum((w - y) ** 2)
+      >>> def soft(w, lam, step):
+      ...     return jnp.sign(w) * jnp.maximum(jnp.abs(w) - step * lam, 0)
+      >>> y = jnp.array([2.0, -0.3])
+      >>> bilevel.minimize(loss, jnp.zeros(2), 0.5, y).params.tolist()
+      [2.0, -0.30000001192092896]
+      >>> bilevel.minimize(loss, jnp.zeros(2), 0.5, y, prox=soft).params.tolist()
+      [1.5, 0.0]
+    """
+    check_losses(inner=inner)
+    check_point(params, hparams)
+    check_batch(batch, "batch")
+    check_count("max_steps", max_steps)
+    if tol is not None:
+        check_one_real("tol", tol, 0)
+    problem = Problem(inner, inner)
+    check_inner(problem, params, hparams, batch)
+    params = strong_types(jax.tree.map(jnp.asarray, params))
+
+    def loss(w: Params) -> Scalar:
+        return problem.inner_loss(w, hparams, batch)
+
+    if prox is None:
+        start, advance = _lbfgs(loss, params)
+    else:
+        if not is_function(prox):
+            raise TypeError(f"`prox` must be a function prox(params, hparams, step), got {prox!r}.")
+        check_takes("prox", prox, "prox(params, hparams, step_size)")
+        one = jnp.ones((), tree.norm(params).dtype)
+        check_returned(jax.eval_shape(prox, params, hparams, one), params, "prox")
+        start, advance = _proximal(loss, params, lambda w, s: prox(w, hparams, s))
+    eps = jnp.finfo(start.size.dtype).eps
+    bound = jnp.sqrt(eps) * jnp.maximum(1, start.size) if tol is None else jnp.asarray(tol)
+    bound = bound.astype(start.size.dtype)
+
+    def goes_on(search: _Search) -> jax.Array:
+        return (search.steps < max_steps) & (search.size > bound) & ~search.stuck
+
+    end = jax.lax.while_loop(goes_on, advance, start)
+    result = status_of(
+        Status.ok,
+        (~(jnp.isfinite(end.size) & tree.all_finite(end.params)), Status.nonfinite_output),
+        (end.size <= bound, Status.ok),
+        (end.stuck, Status.stagnated),
+        (jnp.asarray(True), Status.max_steps),
+    )
+    stats = {
+        "stationarity": end.size,
+        "tol": bound,
+        "value": end.value,
+        "num_steps": end.steps,
+        "num_gradients": end.gradients,
+    }
+    return Minimum(end.params, result, stats)
+
+
+def proximal_step(
+    inner: Loss, prox: Prox, step_size: Any
+) -> Callable[[Params, Hparams, Batch], Params]:
+    r""":math:`w \mapsto \operatorname{prox}_{s r}(w - s\nabla_w h(w, \lambda))`.
+
+    What a solution of :func:`minimize` with ``prox`` leaves where it is, for any step size
+    :math:`s > 0`: the condition ``FixedPoint(proximal_step(...))``. A step of about one over the
+    largest curvature conditions its system best, and makes the map contract.
+    """
+
+    def step(params: Params, hparams: Hparams, batch: Batch) -> Params:
+        gradient = jax.grad(inner)(params, hparams, batch)
+        return prox(
+            tree.cast_like(tree.axpy(-step_size, gradient, params), params), hparams, step_size
+        )
+
+    return step
+
+
+Step = Callable[[_Search], _Search]
+ZERO = jnp.int32(0)
+
+
+def _lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[_Search, Step]:
+    tx = optax.lbfgs()
+    eps = jnp.finfo(tree.norm(params).dtype).eps
+
+    def advance(search: _Search) -> _Search:
+        gradient = optax.tree.get(search.memory, "grad")
+        updates, memory = tx.update(
+            gradient, search.memory, search.params,
+            value=search.value, grad=gradient, value_fn=loss,
+        )  # fmt: skip
+        tried = optax.tree.get(memory, "info").num_linesearch_steps
+        # The search has evaluated value and gradient where it stopped.
+        return _Search(
+            optax.apply_updates(search.params, updates),
+            memory,
+            optax.tree.get(memory, "value").astype(search.value.dtype),
+            tree.norm(optax.tree.get(memory, "grad")),
+            search.steps + 1,
+            search.gradients + jnp.asarray(tried, jnp.int32),
+            tree.norm(updates) <= eps * tree.norm(search.params),
+        )
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    memory = strong_types(optax.tree.set(tx.init(params), grad=gradient, value=value))
+    stuck = jnp.asarray(False)
+    return _Search(params, memory, value, tree.norm(gradient), ZERO, ZERO + 1, stuck), advance
+
+
+class _Momentum(NamedTuple):
+    ahead: Params
+    step: Scalar
+    weight: Scalar
+
+
+SHORTEST = 60
+"""Halvings of the step size before a proximal search gives up."""
+
+
+def _proximal(
+    loss: Callable[[Params], Scalar], params: Params, prox: Callable[[Params, Scalar], Params]
+) -> tuple[_Search, Step]:
+    def moved(y: Params, gradient: Vector, s: Scalar) -> Params:
+        return tree.cast_like(prox(tree.cast_like(tree.axpy(-s, gradient, y), y), s), y)
+
+    def advance(search: _Search) -> _Search:
+        y, s, t = search.memory
+        value, gradient = jax.value_and_grad(loss)(y)
+        slack = 4 * jnp.finfo(search.size.dtype).eps * jnp.abs(value)
+
+        def too_long(s: Scalar) -> jax.Array:
+            w = moved(y, gradient, s)
+            d = tree.sub(w, y)
+            model = value + tree.vdot(gradient, d) + tree.vdot(d, d) / (2 * s) + slack
+            return ~(loss(w) <= model)
+
+        s, halvings = jax.lax.while_loop(
+            lambda c: (c[1] < SHORTEST) & too_long(c[0]), lambda c: (c[0] / 2, c[1] + 1), (s, ZERO)
+        )
+        w = moved(y, gradient, s)
+        step = tree.sub(w, search.params)
+        uphill = tree.vdot(tree.sub(y, w), step) > 0
+        following = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
+        push = jnp.where(uphill, 0, (t - 1) / following)
+        ahead = tree.cast_like(tree.axpy(push, step, w), w)
+        return _Search(
+            w,
+            _Momentum(ahead, s, jnp.where(uphill, 1, following).astype(t.dtype)),
+            value,
+            tree.norm(tree.sub(y, w)) / s,
+            search.steps + 1,
+            search.gradients + 1,
+            halvings == SHORTEST,
+        )
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    one = jnp.ones((), tree.norm(params).dtype)
+    size = tree.norm(tree.sub(params, moved(params, gradient, one)))
+    memory = _Momentum(params, one, one)
+    stuck = jnp.asarray(False)
+    return _Search(params, memory, value, size, ZERO, ZERO + 1, stuck), advance

@@ -1,0 +1,159 @@
+"""`minimize`: closed forms, optimality conditions, warm starts, statuses, messages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from bilevel import Dense, FixedPoint, Implicit, minimize, proximal_step
+from bilevel.ground.status import Status
+
+K = jax.random.split(jax.random.key(1), 4)
+N = 12
+X = jax.random.normal(K[0], (60, N)) * jnp.logspace(0, -1.5, N)[None]
+Y = X @ jax.random.normal(K[1], (N,)) + 0.3 * jax.random.normal(K[2], (60,))
+BATCH = (X, Y)
+
+
+def error(w, lam, batch):
+    return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+
+def ridge(w, lam, batch):
+    return error(w, lam, batch) + 0.5 * jnp.exp(lam) * jnp.sum(w**2)
+
+
+def logistic(w, lam, batch):
+    margins = jnp.sign(batch[1]) * (batch[0] @ w)
+    return jnp.mean(jnp.logaddexp(0, -margins)) + 0.5 * jnp.exp(lam) * jnp.sum(w**2)
+
+
+def soft(w, lam, step):
+    return jnp.sign(w) * jnp.maximum(jnp.abs(w) - step * jnp.exp(lam), 0)
+
+
+def simplex(w, lam, step):
+    return optax.projections.projection_simplex(w)
+
+
+def exact(lam):
+    return jnp.linalg.solve(X.T @ X / 60 + jnp.exp(lam) * jnp.eye(N), X.T @ Y / 60)
+
+
+FIND = jax.jit(minimize, static_argnums=0, static_argnames=("prox", "max_steps"))
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-10])
+def test_the_tolerance_bounds_the_gradient_and_with_it_the_error(tol):
+    found = FIND(ridge, jnp.zeros(N), -4.0, BATCH, tol=tol)
+    bilevel.raise_for_status(found)
+    length = float(jnp.linalg.norm(jax.grad(ridge)(found.params, -4.0, BATCH)))
+    np.testing.assert_allclose(found.stats["stationarity"], length, rtol=1e-6, atol=1e-15)
+    # Strongly convex with exp(lam): |w - w*| <= |gradient| / mu.
+    assert length <= tol
+    assert float(jnp.linalg.norm(found.params - exact(-4.0))) <= tol / np.exp(-4.0)
+    assert int(found.stats["num_steps"]) <= int(found.stats["num_gradients"]) < 120
+
+
+def test_one_program_for_every_tolerance_start_and_strength():
+    before = FIND._cache_size()
+    cold = FIND(logistic, jnp.zeros(N), -5.0, BATCH, tol=1e-6)
+    finer = FIND(logistic, cold.params, -5.0, BATCH, tol=1e-9)
+    near = FIND(logistic, cold.params, -5.01, BATCH, tol=1e-6)
+    assert FIND._cache_size() == before + 1
+    assert int(near.stats["num_gradients"]) < int(cold.stats["num_gradients"])
+    assert float(finer.stats["stationarity"]) <= 1e-9 < float(cold.stats["stationarity"]) <= 1e-6
+    again = FIND(logistic, finer.params, -5.0, BATCH, tol=1e-8)
+    assert int(again.stats["num_steps"]) == 0 and int(again.stats["num_gradients"]) == 1
+    np.testing.assert_array_equal(again.params, finer.params)
+
+
+def test_lasso_satisfies_its_optimality_conditions():
+    lam = jnp.linspace(-4.0, -2.0, N)
+    found = FIND(error, jnp.zeros(N), lam, BATCH, tol=1e-11, prox=soft)
+    bilevel.raise_for_status(found)
+    w, gradient = found.params, jax.grad(error)(found.params, lam, BATCH)
+    zero = w == 0
+    assert 2 <= int(jnp.sum(zero)) <= N - 2
+    assert bool(jnp.all(jnp.abs(gradient[zero]) <= jnp.exp(lam[zero])))
+    np.testing.assert_allclose(
+        gradient[~zero], -jnp.sign(w[~zero]) * jnp.exp(lam[~zero]), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("step_size", [0.1, 1.0])
+def test_the_condition_of_a_proximal_solution(step_size):
+    lam = jnp.linspace(-4.0, -2.0, N)
+
+    def valid(w, lam, batch):
+        return jnp.sum((w - 0.3) ** 2)
+
+    @jax.jit
+    def value(lam):
+        return valid(minimize(error, jnp.zeros(N), lam, BATCH, tol=1e-13, prox=soft).params, 0, 0)
+
+    w = FIND(error, jnp.zeros(N), lam, BATCH, tol=1e-13, prox=soft).params
+    condition = FixedPoint(proximal_step(error, soft, step_size))
+    np.testing.assert_allclose(condition.step(w, lam, BATCH), w, atol=1e-12)
+    found = bilevel.hypergrad(valid, condition, Implicit(Dense()))(
+        w, lam, inner_batch=BATCH, outer_batch=0.0
+    )
+    h = 1e-5
+    differences = [(value(lam + h * e) - value(lam - h * e)) / (2 * h) for e in jnp.eye(N)]
+    np.testing.assert_allclose(found, jnp.stack(differences), rtol=1e-5, atol=1e-7)
+
+
+def test_a_projection_keeps_the_constraint():
+    found = FIND(error, jnp.full(N, 1 / N), 0.0, BATCH, tol=1e-10, prox=simplex)
+    bilevel.raise_for_status(found)
+    np.testing.assert_allclose(jnp.sum(found.params), 1.0, rtol=1e-12)
+    assert bool(jnp.all(found.params >= 0)) and bool(jnp.any(found.params == 0))
+
+
+def test_solutions_are_differentiated_and_mapped():
+    def solve(w, lam, batch):
+        return minimize(ridge, w, lam, batch, tol=1e-12).params
+
+    solution = bilevel.with_response(solve, ridge, Implicit(Dense()))
+    value = jax.jit(jax.vmap(jax.grad(lambda lam: jnp.sum(solution(jnp.zeros(N), lam, BATCH)))))
+    lams = jnp.array([-3.0, -1.0])
+    truth = jax.vmap(jax.grad(lambda lam: jnp.sum(exact(lam))))(lams)
+    np.testing.assert_allclose(value(lams), truth, rtol=1e-8)
+
+
+@pytest.mark.parametrize("prox", [None, soft])
+def test_what_became_of_it_is_told(prox):
+    start = jnp.ones(N)
+    short = FIND(ridge, start, -4.0, BATCH, tol=1e-9, max_steps=2, prox=prox)
+    assert int(short.result) == Status.max_steps and int(short.stats["num_steps"]) == 2
+    never = FIND(logistic, start, -4.0, BATCH, tol=0.0, max_steps=3000, prox=prox)
+    assert int(never.result) in (Status.stagnated, Status.ok)
+    assert float(never.stats["stationarity"]) < 1e-10
+    nan = FIND(ridge, start, -4.0, (X * jnp.nan, Y), tol=1e-9, prox=prox)
+    assert int(nan.result) == Status.nonfinite_output
+    single = jax.tree.map(jnp.float32, (start, BATCH))
+    found = FIND(ridge, single[0], jnp.float32(-4.0), single[1], prox=prox)
+    assert int(found.result) == Status.ok and found.params.dtype == jnp.float32
+    assert float(found.stats["tol"]) >= 3e-4  # the root of its rounding
+
+
+def test_bad_calls():
+    def call(loss=ridge, **changes):
+        minimize(loss, jnp.zeros(N), -4.0, BATCH, **changes)
+
+    for match, changes in (
+        ("`tol` must be at least 0", dict(tol=-1.0)),
+        ("`tol` must be a real number", dict(tol="1e-3")),
+        ("`max_steps` must be at least 1", dict(max_steps=0)),
+        ("`prox` must be a function prox", dict(prox=1)),
+        (r"`prox` cannot be called as prox\(params", dict(prox=lambda w: w)),
+        ("result of `prox` has shape", dict(prox=lambda w, lam, s: w[:2])),
+        ("`inner` must be a function loss", dict(loss=3)),
+        ("`inner` must return a scalar", dict(loss=lambda w, lam, b: w)),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            call(**changes)
+    with pytest.raises(ValueError, match="batch.* is empty"):
+        minimize(ridge, jnp.zeros(N), -4.0, (X[:0], Y[:0]))
