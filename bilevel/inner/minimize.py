@@ -95,11 +95,12 @@ def minimize(
       ...     return 0.5 * jnp.sum((w - y) ** 2)
       >>> def soft(w, lam, step):
       ...     return jnp.sign(w) * jnp.maximum(jnp.abs(w) - step * lam, 0)
-      >>> y = jnp.array([2.0, -0.3])
-      >>> bilevel.minimize(loss, jnp.zeros(2), 0.5, y).params.tolist()
-      [2.0, -0.30000001192092896]
-      >>> bilevel.minimize(loss, jnp.zeros(2), 0.5, y, prox=soft).params.tolist()
-      [1.5, 0.0]
+      >>> y = jnp.array([2.0, 0.3])
+      >>> bool(jnp.allclose(bilevel.minimize(loss, jnp.zeros(2), 0.5, y).params, y))
+      True
+      >>> found = bilevel.minimize(loss, jnp.zeros(2), 0.5, y, prox=soft)
+      >>> bool(jnp.allclose(found.params, jnp.array([1.5, 0.0]))), int(found.result)
+      (True, 0)
     """
     check_losses(inner=inner)
     check_point(params, hparams)

@@ -66,6 +66,36 @@ SKIPPED = {("memory_report", "hparams"), ("memory_report", "inner_batch"),
 DOORS = {"diagnose": _diagnose, "check_hypergrad": _check, "memory_report": _report}
 
 
+def _find(**changes: Any) -> Number:
+    given = dict(inner=p.inner, params=np.zeros(3), hparams=p.LAM, batch=p.TRAIN, tol=2.0**-30)
+    given |= changes
+    args = [given.pop(n) for n in ("inner", "params", "hparams", "batch")]
+    found = b.minimize(*args, **given)
+    return Number(found.params, int(found.result))
+
+
+def _minimize() -> Iterator[Case]:
+    for where in ("params", "hparams", "batch"):
+        for kind, change, verdict in leaves():
+            good = {"params": p.W, "hparams": p.LAM, "batch": p.X}[where]
+            make = lambda c=change, g=good, w=where: (c(g), p.Y) if w == "batch" else c(g)  # noqa: E731
+            expect = REFUSE if verdict == "bad" and where != "batch" else ANY
+            yield _add("minimize", kind, where, lambda w=where, m=make: _find(**{w: m()}),
+                       "params", "hparams", "batch", "inner", expect=expect,
+                       own=verdict == "own" or where == "batch")  # fmt: skip
+    for kind, make, _ in objects():
+        if kind not in ("function", "class"):
+            yield _add("minimize", kind, "inner", lambda m=make: _find(inner=m()))
+        if kind != "none":
+            yield _add("minimize", kind, "prox", lambda m=make: _find(prox=m()), "prox", "inner")
+    for kind, make, legal in counts(100):
+        yield _add("minimize", kind, "max_steps", lambda m=make: _find(max_steps=m()),
+                   expect=p.W if legal else REFUSE)  # fmt: skip
+    for kind, make, legal in reals(2.0**-30, optional=True):
+        yield _add("minimize", kind, "tol", lambda m=make: _find(tol=m()),
+                   expect=p.W if legal else REFUSE)  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
     for door, function in DOORS.items():
         wheres = ["params", "hparams", "inner_batch"]
@@ -105,6 +135,7 @@ def cases() -> Iterator[Case]:
         for kind, make, legal in reals(base, strict=True, optional=True):
             yield _add("check_hypergrad", kind, where, lambda w=where, m=make: _check(**{w: m()}),
                        expect=1.0 if legal else REFUSE)  # fmt: skip
+    yield from _minimize()
     yield from _through()
     yield from _statuses()
     yield from _adapters()
