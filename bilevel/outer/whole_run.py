@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Key, Params, Scalar
-from bilevel.ground.keys import check_key
+from bilevel.ground.keys import require_key
 from bilevel.ground.settings import check_count, check_takes, is_function
 from bilevel.outer.base import Algorithm, check_arrays, keep_better
 
@@ -44,7 +44,7 @@ def _check_arguments(algorithm: Any, state: Any, sample: Any, key: Any, score: A
             "`state` must be what `algorithm.init` returns, with its count of steps, got "
             f"{type(state).__name__}."
         )
-    check_key(key)
+    require_key(key, "`scan_run`")
     check_arrays(state)
     if not is_function(sample):
         raise TypeError(

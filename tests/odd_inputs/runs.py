@@ -180,8 +180,7 @@ def _objects() -> Iterator[Case]:
             ("float step", lambda: good._replace(step=0.5), REFUSE),
             ("step of three", lambda: good._replace(step=jnp.zeros(3, jnp.int32)), REFUSE),
             ("no step", lambda: good._replace(step=None), REFUSE),
-            ("nan", lambda: good._replace(
-                trained=good.trained._replace(params=jnp.asarray(jnp.nan))), REFUSE)],
+            ("nan", lambda: good._replace(params=jnp.asarray(jnp.nan)), REFUSE)],
         "callbacks": [
             ("none", lambda: None, REFUSE), ("function", lambda: lambda i, r: None, REFUSE),
             ("string", lambda: "print", REFUSE), ("number", lambda: 1, REFUSE),
