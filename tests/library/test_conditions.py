@@ -319,3 +319,19 @@ def test_conditions_of_another_form_are_refused():
         bilevel.hypergrad(lambda w, a, b, batch: 0.0, FixedPoint(lasso), Implicit(Dense()))(
             jnp.zeros(N), 0.0, 0.0, inner_batch=TRAIN, outer_batch=VALID
         )
+
+
+@pytest.mark.parametrize("terms", [0, 3])
+def test_the_series_of_a_map_has_one_term_more_than_products(terms):
+    def affine(w, lam, batch):
+        return MIX @ w + lam
+
+    w = jnp.linalg.solve(jnp.eye(3) - MIX, INPUT)
+    found = bilevel.hypergrad_solve(
+        lambda w, lam, b: jnp.sum(w**2), FixedPoint(affine), Implicit(Neumann(terms)), w, INPUT,
+        inner_batch=0.0, outer_batch=0.0,
+    )  # fmt: skip
+    # The mixed product is the identity, so that the hypergradient is the adjoint itself.
+    powers = [np.linalg.matrix_power(np.asarray(MIX.T), j) for j in range(terms + 1)]
+    np.testing.assert_allclose(found.grads, sum(powers) @ (2 * np.asarray(w)), rtol=1e-12)
+    assert int(found.stats["num_matvecs"]) == terms
