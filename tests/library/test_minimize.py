@@ -85,7 +85,7 @@ def test_lasso_satisfies_its_optimality_conditions(loss, more):
     assert 2 <= int(jnp.sum(zero)) <= N - 2
     assert bool(jnp.all(jnp.abs(gradient[zero]) <= jnp.exp(lam[zero])))
     np.testing.assert_allclose(
-        gradient[~zero], -jnp.sign(w[~zero]) * jnp.exp(lam[~zero]), atol=1e-6
+        gradient[~zero], -jnp.sign(w[~zero]) * jnp.exp(lam[~zero]), atol=1e-8
     )
 
 
