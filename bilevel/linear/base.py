@@ -135,8 +135,11 @@ def contract(a: Vector, b: Vector) -> jax.Array:
 def contract_leaf(x: jax.Array, y: jax.Array, stacked: int) -> jax.Array:
     """A stack ``(m, ...)`` against ``(...)``, or against ``(k, ...)`` if ``stacked`` is 1.
 
-    All axes are contracted as they are: laying them out as one would gather a sharded leaf.
+    Over several devices all axes are contracted as they are: laying them out as one would gather a
+    sharded leaf. On one they are laid out, or XLA would copy the stack to transpose it.
     """
+    if jax.device_count() == 1:
+        x, y = x.reshape(x.shape[0], -1), y.reshape(*y.shape[:stacked], -1)
     contracted = (tuple(range(1, x.ndim)), tuple(range(stacked, y.ndim)))
     return jax.lax.dot_general(
         x, y, (contracted, ((), ())), out_sharding=replicated_if_explicit(x, 1 + stacked)

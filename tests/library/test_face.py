@@ -122,3 +122,14 @@ def test_import_is_light():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.strip() == "[]", (done.stdout, done.stderr[-2000:])
+
+
+def test_namespaces_are_there_after_the_import():
+    code = (
+        "import bilevel; print(bilevel.regularizers.dropout, bilevel.testing.check_algorithm, "
+        "bilevel.outer.Info)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -22,7 +22,7 @@ from bilevel import (
     Status,
     Stochastic,
 )
-from bilevel.hypergradient import Implicit
+from bilevel.hypergradient import Implicit, hypergrad
 from bilevel.linear import LinearMap
 from bilevel.problem.operators.gauss_newton import BLOCK, GaussNewton
 from bilevel.problem.operators.hessian import Hessian
@@ -624,3 +624,22 @@ def test_entries_of_a_preconditioner_are_raised_to_its_floor():
     inverse = Diagonal(floor=0.01).inverse(amap, jnp.ones(4), None)
     low = 0.01 * (4 + 1 + 1e-9) / 4  # the floor is relative to the mean size of an entry
     assert relative_error(inverse, 1 / np.array([4, low, low, low])) < 1e-14
+
+
+def test_a_lone_key_is_a_fresh_batch_for_every_product():
+    """As in unrolled steps and outer loops: folded with the index of the batch."""
+
+    def inner(w, lam, batch):
+        x, key = batch
+        mask = jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype)
+        return 0.5 * jnp.mean(((mask * x) @ w) ** 2) + 0.5 * jnp.exp(lam) * jnp.sum((w - 1) ** 2)
+
+    response = Implicit(Neumann(3, 0.2), fresh_batches=True)
+    w, lam, count = jnp.array([0.4, 0.7]), jnp.array(0.1), response.num_inner_batches()
+    x = jax.random.normal(jax.random.key(3), (count, 6, 2))
+    key = jax.random.key(5)
+    solve = hypergrad(lambda w, lam, b: jnp.sum(w**2), inner, response)
+    alone = solve(w, lam, inner_batch=(x, key), outer_batch=0.0)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    each = solve(w, lam, inner_batch=(x, keys), outer_batch=0.0)
+    np.testing.assert_allclose(alone, each, rtol=1e-12)
