@@ -724,28 +724,43 @@ def test_it_maps_over_numpy_arrays():
 
 def bowl(curvatures):
     """A quadratic with these curvatures, stationary at lam: the target of the outer loss is 0."""
-    return lambda w, lam, batch: 0.5 * jnp.sum(jnp.array(curvatures) * (w - lam) ** 2)
+    return lambda w, lam, batch: 0.5 * jnp.sum(jnp.asarray(curvatures) * (w - lam) ** 2)
 
 
 SOLVERS_THAT_SEE = [CG(), Dense(), Neumann(400, 0.5)]
 
 
-@pytest.mark.parametrize("curvatures", [(1.0, -0.5), (-1.0, -1.0), (1.0, -1e-2)])
+def off_a_minimum(lam, curvatures, solver, **options):
+    solve = bilevel.with_response(
+        lambda w, lam, batch: jnp.full(2, lam), bowl(curvatures), Implicit(solver), **options
+    )
+    return jnp.sum(solve(jnp.zeros(2), lam, 0.0) ** 2)
+
+
 @pytest.mark.parametrize("solver", SOLVERS_THAT_SEE, ids=lambda s: type(s).__name__)
-def test_a_derivative_at_no_minimum_is_nan(curvatures, solver):
+def test_a_derivative_at_no_minimum_is_nan(solver):
     """The backward solve alone sees it, and no status can be returned from there."""
 
-    def outer(lam, **options):
-        solve = bilevel.with_response(
-            lambda w, lam, batch: jnp.full(2, lam), bowl(curvatures), Implicit(solver), **options
-        )
-        return jnp.sum(solve(jnp.zeros(2), lam, 0.0) ** 2)
+    @jax.jit
+    def slopes(curvatures):
+        def value(lam, **options):
+            return off_a_minimum(lam, curvatures, solver, **options)
 
-    assert np.isnan(jax.jit(jax.grad(outer))(0.3))
-    assert np.isnan(jax.jvp(outer, (0.3,), (1.0,))[1])
-    assert np.isfinite(jax.grad(functools.partial(outer, on_failure="keep"))(0.3))
-    mixed = jax.vmap(jax.grad(lambda lam, sign: sign * outer(lam)), (0, None))
-    assert np.isnan(mixed(jnp.array([0.3, 0.4]), 1.0)).all()
+        kept = functools.partial(value, on_failure="keep")
+        return jax.grad(value)(0.3), jax.grad(kept)(0.3)
+
+    for curvatures in ((1.0, -0.5), (-1.0, -1.0), (1.0, -1e-2)):
+        marked, kept = slopes(jnp.array(curvatures))
+        assert np.isnan(marked) and np.isfinite(kept), curvatures
+    good, kept = slopes(jnp.array([1.0, 0.5]))
+    np.testing.assert_allclose((good, kept), 4 * 0.3, rtol=1e-10)
+
+
+def test_a_failed_solve_is_nan_in_both_modes_and_lane_by_lane():
+    value = functools.partial(off_a_minimum, solver=CG())
+    assert np.isnan(jax.jvp(lambda lam: value(lam, jnp.array([1.0, -0.5])), (0.3,), (1.0,))[1])
+    lanes = jax.jit(jax.vmap(jax.grad(value), (None, 0)))(0.3, jnp.array([[1.0, -0.5], [1.0, 0.5]]))
+    assert np.isnan(lanes[0]) and np.isfinite(lanes[1])
 
 
 @pytest.mark.parametrize("solver", SOLVERS_THAT_SEE, ids=lambda s: type(s).__name__)
