@@ -61,6 +61,7 @@ def test_a_known_share_of_labels_is_wrong_and_no_validation_image_trains():
     assert not any(np.asarray(x).tobytes() in seen for x in parts.valid["x"])
 
 
+@pytest.mark.slow  # the preset `paper` alone is traced here
 def test_the_full_networks_can_be_traced():
     settings = config.paper()
     built = problem.build(settings, 32, 3)

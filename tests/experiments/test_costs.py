@@ -289,7 +289,16 @@ STEPS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
+# The other method of an experiment has the same builders and another count of the same loop.
+TWINS = {
+    "stn_digits, STN", "stn_fashion, STN", "stn_ptb from starts, STN", "hypernet, global",
+    "digits, Neumann", "lstm, Neumann",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in TWINS else n for n in STEPS]
+)
 def test_a_loop_counts_what_is_budgeted_for_its_step(name):
     step = STEPS[name]()
     assert counted(step) == pytest.approx(step.budgeted, rel=1e-6)  # float32
@@ -316,6 +325,7 @@ class Calls:
         monkeypatch.setattr(bilevel, "hypergrad_solve", spied)
 
 
+@pytest.mark.slow
 def test_augment_counts_its_rounds(monkeypatch, tmp_path):
     config = dataclasses.replace(augment_config.smoke(), train=50, valid=100, steps=20, points=1)
     config = dataclasses.replace(config, every=10, batch=10, outer_batch=40)

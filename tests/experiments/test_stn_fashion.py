@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.common import record
 from experiments.stn_fashion import config, figure, problem, run, train
@@ -101,6 +102,7 @@ def test_starts_are_summed_up_by_means_and_spreads(tmp_path):
     np.testing.assert_allclose(mean.metrics["rate_spread"], 0.2 / 0.35 / 3)
 
 
+@pytest.mark.slow  # the preset `paper` alone is traced here
 def test_the_papers_run_can_be_traced_and_tunes_fifteen_hyperparameters():
     settings = config.paper()
     params = jax.eval_shape(lambda: problem.initial(settings, 0))
