@@ -24,12 +24,12 @@ from bilevel.hypergradient import hypergrad_solve as hypergrad_solve
 from bilevel.hypergradient import value_and_hypergrad as value_and_hypergrad
 from bilevel.hypergradient import with_response as with_response
 from bilevel.inner.descend import InnerState as InnerState
-from bilevel.inner.descend import descend as descend
 from bilevel.inner.hypernetwork import Hypernetwork as Hypernetwork
 from bilevel.inner.minimize import Minimum as Minimum
 from bilevel.inner.minimize import minimize as minimize
 from bilevel.inner.minimize import proximal_step as proximal_step
 from bilevel.inner.network import StructuredResponse as StructuredResponse
+from bilevel.inner.train import descend as descend
 from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense
 from bilevel.linear import Diagonal as Diagonal

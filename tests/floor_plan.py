@@ -58,6 +58,7 @@ FLOORS = {
         "inner.roots",
         "inner.optimizer",
         "inner.descend",
+        "inner.train",
         "inner.minimize",
         "inner.groups",
         "inner.network",

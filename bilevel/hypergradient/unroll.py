@@ -54,7 +54,7 @@ class Advanced(Point):
 
     def outer_loss(self, problem: Problem, hparams: Hparams, batch: Batch) -> tuple[Scalar, Any]:
         """The outer loss reads the advanced statistics, and is differentiated in them."""
-        problem = dataclasses.replace(problem, model_state=self.model_state)
+        problem = problem.at(self.model_state)
         at = self.params if self.evaluated is None else self.evaluated
         return problem.outer_loss(at, hparams, batch)
 
@@ -202,7 +202,7 @@ class Unroll:
         params, hparams, model_state = jax.tree.map(
             zeros_for_shapes, (params, hparams, problem.model_state)
         )
-        problem = dataclasses.replace(problem, model_state=model_state)
+        problem = problem.at(model_state)
         carry = self._cold(problem, params, hparams)
         tangent = no_tangents(carry, tree.size(hparams)) if self.real_time else None
         return UnrollState(carry.opt_state, carry.model_state, tangent)

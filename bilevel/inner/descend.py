@@ -1,6 +1,5 @@
 r"""Training: ``steps`` optax steps on the inner loss, as one loop over a stack of batches."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar
+from bilevel.ground.aliases import Batch, Hparams, ModelState, Params, Scalar
 from bilevel.ground.batches import select_batch
 from bilevel.ground.loops import keep_types, must_unroll, strong_types
 from bilevel.inner.mixed import close_loss, is_float, mixed_gradient
@@ -82,7 +81,7 @@ def take_step(
 
 
 def descend(
-    inner: Problem | Loss,
+    problem: Problem,
     tx: optax.GradientTransformation,
     state: InnerState,
     hparams: Hparams,
@@ -94,17 +93,15 @@ def descend(
     remat: Remat = "none",
     unroll: bool | None = None,
 ) -> tuple[InnerState, StepInfo]:
-    r"""``steps`` optax steps on the inner loss.
+    r"""``steps`` optax steps on the inner loss, of arguments that were checked.
 
     .. math:: w_{t+1} = w_t + u_t(\nabla_w h(w_t, \lambda; b_t)),
         \qquad t = \text{first}, \ldots, \text{first} + \text{steps} - 1
 
     Args:
-      inner: the loss, ``loss(params, hparams, batch) -> scalar``; or a :class:`~bilevel.Problem`
-        whose ``inner`` it is, with ``has_state`` the model state is threaded.
+      problem: its ``inner`` is the loss; with ``has_state`` the model state is threaded.
       tx: an optax transformation, built from ``hparams`` where its settings are to be tuned.
-      state: ``InnerState(params, tx.init(params), model_state)``, or what an earlier call
-        returned.
+      state: from :func:`start`, or what an earlier call returned.
       hparams: passed to the loss.
       batches: every leaf has a leading axis, batch t at index t. A single ``jax.random.key``
         is split: step t sees ``fold_in(key, t)``.
@@ -122,21 +119,10 @@ def descend(
       through which no derivative flows.
 
     Cost: one inner gradient a step.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, bilevel
-      >>> def train(w, lam, batch):
-      ...     return 0.5 * jnp.sum((w - batch) ** 2)
-      >>> tx, w = optax.sgd(0.5), jnp.zeros(1)
-      >>> state, info = bilevel.descend(
-      ...     train, tx, bilevel.InnerState(w, tx.init(w)), None, jnp.ones((2, 1)), steps=2)
-      >>> float(state.params[0]), info.loss.tolist()
-      (0.75, [0.5, 0.125])
     """
-    problem = inner if isinstance(inner, Problem) else Problem(inner, inner)
     if unroll is None:
         batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
-        here = dataclasses.replace(problem, model_state=state.model_state)
+        here = problem.at(state.model_state)
         unroll = must_unroll(here.inner_loss, state.params, hparams, batch)
     gradient = None
     if mixed:

@@ -1,4 +1,4 @@
-"""What a caller can get wrong, said when the function is traced.
+"""Checks of losses, trees and batches, made when a function is traced.
 
 Every check costs at most an abstract evaluation, never a computation on the device.
 """

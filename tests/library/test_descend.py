@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import bilevel
 from bilevel.ground.batches import check_stack, select_batch
 from bilevel.inner import InnerState, descend
 from bilevel.inner.descend import segment_length, start
@@ -108,3 +109,45 @@ def test_only_a_stack_of_exactly_the_steps_passes():
     with pytest.raises(ValueError, match=r"shape \(\).*axis of 9"):
         check_stack((X, 1.0), 9)
     check_stack((X, jax.random.key(0)), 9)
+
+
+def test_the_public_door_refuses_what_would_be_clamped_or_wrong():
+    tx, w = optax.sgd(0.5, momentum=0.9), jnp.zeros(3)
+    state = InnerState(w, tx.init(w))
+
+    def train(w, lam, batch):
+        return 0.5 * jnp.sum((w - batch) ** 2)
+
+    ones = jnp.ones((4, 3))
+
+    def call(batches=ones, inner=train, tx=tx, state=state, steps=4, **more):
+        return bilevel.descend(inner, tx, state, None, batches, steps=steps, **more)
+
+    for match, changes in (
+        ("batches has shape .2,., expected a leading axis of 4", dict(batches=jnp.ones(2))),
+        (
+            "batches has shape .12, 3., expected a leading axis of 4",
+            dict(batches=jnp.ones((12, 3))),
+        ),
+        ("batches has shape .*expected a leading axis of 4", dict(batches=1.0)),
+        ("`steps` must be at least 1", dict(steps=0)),
+        ("`steps` must be a Python int", dict(steps=1.5)),
+        ("`tx` must be an optax gradient transformation", dict(tx=optax.sgd)),
+        (r"`state` must be `InnerState\(params", dict(state=w)),
+        ("`inner` must be a function loss", dict(inner=1)),
+        ("`inner` must be a function loss.*A condition", dict(inner=bilevel.FixedPoint(train))),
+        ("`inner` must return a scalar", dict(inner=lambda w, lam, b: w * b)),
+        ("`unroll` must be True or False, or None", dict(unroll="yes")),
+        ("state.params has dtype int", dict(state=InnerState(jnp.ones(3, int), tx.init(w)))),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            call(**changes)
+    weak = jnp.array(0.1) * 1.0
+    end, _ = call(jnp.ones(4), state=InnerState(weak, tx.init(weak)))
+    by_hand, trace = 0.1, 0.0
+    for _ in range(4):
+        trace = 0.9 * trace + (by_hand - 1)
+        by_hand -= 0.5 * trace
+    np.testing.assert_allclose(end.params, by_hand, rtol=1e-12)
+    closed, _ = call(None, inner=lambda w, lam, b: train(w, lam, 1.0))
+    np.testing.assert_allclose(closed.params, call()[0].params, rtol=1e-12)
