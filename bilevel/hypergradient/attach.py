@@ -19,7 +19,7 @@ from bilevel.ground.aliases import Batch, Hparams, Key, Params, Vector
 from bilevel.ground.status import failed
 from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Response
-from bilevel.hypergradient.implicit import Implicit
+from bilevel.hypergradient.implicit import Implicit, responding, restricted
 from bilevel.problem.two_losses import Point, Problem
 from bilevel.problem.validate import unread_message
 
@@ -67,8 +67,10 @@ def attach_implicit(
     a solve fails.
     """
 
+    responds = responding(problem, w, hparams, inner_batch)
+
     def tangent(v: Hparams, response: Implicit, w: Params, lam: Hparams, batch: Batch, key: Any):
-        return _implicit_tangent(problem, response, w, lam, batch, key, v, marked)
+        return _implicit_tangent(problem, response, w, lam, batch, key, v, marked, responds)
 
     def mixed(q: Vector, w: Params, lam: Hparams, batch: Batch) -> Hparams:
         return problem.cross_vjp(w, lam, batch, q)
@@ -102,6 +104,7 @@ def _implicit_tangent(
     key: Any,
     v: Hparams,
     marked: bool,
+    responds: Any,
 ) -> Vector:
     r""":math:`\dot w` of the block system, whose transpose is the pullback:
 
@@ -126,6 +129,7 @@ def _implicit_tangent(
     def inverse(g: Vector, adjoint: bool) -> Vector:
         mv = response.bind(problem, w, hparams, batch).mv
         mv = mv if adjoint else mv.transposed()
+        g = restricted(g, responds)
         q, result, _ = response.solver.solve(mv, g, None, key=key)
         return tree.cast_like(_nan_where(failed(result), q) if marked else q, g)
 

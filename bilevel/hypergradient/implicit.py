@@ -146,10 +146,10 @@ class Implicit:
         if self.fresh_batches:
             mixed_batch = select_batch(inner_batch, (self.num_inner_batches() or 1) - 1)
         start = state if self._carries_start() else None
-        responds = _responding(problem, params, hparams, mixed_batch)
+        responds = responding(problem, params, hparams, mixed_batch)
 
         def pullback(g: Vector) -> tuple[Hparams, Any, jax.Array, Stats]:
-            g = jax.tree.map(lambda x, free: x if free else jnp.zeros_like(x), g, responds)
+            g = restricted(g, responds)
             q, result, stats = self.solver.solve(mv, g, start, key=key)
             b_transpose_q = problem.cross_vjp(params, hparams, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
@@ -159,7 +159,7 @@ class Implicit:
         return params, pullback
 
 
-def _responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> Any:
+def responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> Any:
     """For each leaf of ``params``, whether the inner gradient in it depends on anything.
 
     Where it does not, the leaf's rows of H and B are zero by structure.
@@ -169,3 +169,8 @@ def _responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch
         return problem.condition(point[0], point[1], batch)
 
     return depends(gradient, (params, hparams), batch)
+
+
+def restricted(vector: Vector, responds: Any) -> Vector:
+    """``vector`` with zeros for the leaves that do not respond: their rows of the system."""
+    return jax.tree.map(lambda x, free: x if free else jnp.zeros_like(x), vector, responds)

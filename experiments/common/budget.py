@@ -14,7 +14,8 @@ from typing import Any
 import bilevel
 from bilevel.ground.cost import Cost as Cost
 from bilevel.hypergradient.base import cost_of
-from bilevel.inner.network import Network, gradient_cost
+from bilevel.inner.network import Network
+from bilevel.outer.self_tuning.losses import cycle_cost
 
 
 def weight(outer_examples: int, inner_examples: int) -> float:
@@ -58,11 +59,8 @@ def self_tuning(network: Network, inner_steps: int, outer: float = 1.0) -> Cost:
     Delta-STN (a centred network) makes a plain gradient and one of the response; STN makes one of
     weights and response together.
     """
-    if network.centred:
-        step = 1 + gradient_cost(network, learns=1)
-    else:
-        step = gradient_cost(network, learns=2)
-    return Cost(inner_steps * step, 0, outer * gradient_cost(network, learns=0))
+    cycle = cycle_cost(network, inner_steps)
+    return cycle._replace(outer_gradients=outer * cycle.outer_gradients)
 
 
 def global_response(draws: int, outer: float = 1.0) -> Cost:

@@ -779,3 +779,26 @@ def test_flat_directions_are_nan_only_where_they_matter(solver):
 def test_failures_are_nan_or_kept():
     with pytest.raises(ValueError, match="`on_failure` must be 'nan' or 'keep', got 'raise'"):
         bilevel.with_response(exact, ridge, Implicit(), on_failure="raise")
+
+
+@pytest.mark.parametrize("solver", SOLVERS_THAT_SEE, ids=lambda s: type(s).__name__)
+def test_a_leaf_that_does_not_respond_is_no_flat_direction(solver):
+    """The system is that of the other leaves, as in `hypergrad`; the solve does not fail."""
+
+    def inner(w, lam, batch):
+        fixed = jax.lax.stop_gradient(w["f"])
+        return 0.5 * jnp.sum((w["a"] - fixed * lam) ** 2) + 0.5 * jnp.sum(w["a"] ** 2)
+
+    def solve(w, lam, batch):
+        return {"a": w["f"] * lam / 2, "f": w["f"]}
+
+    start = {"a": jnp.zeros(2), "f": jnp.array([1.0, 2.0])}
+    solution = bilevel.with_response(solve, inner, Implicit(solver))
+
+    def value(lam):
+        w = solution(start, lam, 0.0)
+        return jnp.sum(w["a"] ** 2) + jnp.sum(w["f"] ** 3)
+
+    np.testing.assert_allclose(jax.grad(value)(0.7), 0.5 * 5 * 0.7, rtol=1e-10)
+    np.testing.assert_allclose(jax.jvp(value, (0.7,), (1.0,))[1], 0.5 * 5 * 0.7, rtol=1e-10)
+    np.testing.assert_allclose(jax.grad(jax.grad(value))(0.7), 2.5, rtol=1e-8)

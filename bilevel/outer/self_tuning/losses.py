@@ -196,11 +196,17 @@ class Tuning:
 
     def cost(self) -> Cost:
         """What a cycle costs, after the warm-up."""
-        if not self.network.centred:
-            step = gradient_cost(self.network, learns=2)
-        elif self.linearize is None:
-            step = 1 + gradient_cost(self.network, learns=1)
-        else:
-            step = 1 + 2
-        outer = self.outer_steps * gradient_cost(self.network, learns=0)
-        return Cost(self.inner_steps * step, 0, outer)
+        return cycle_cost(
+            self.network, self.inner_steps, self.outer_steps, self.linearize is not None
+        )
+
+
+def cycle_cost(
+    network: Any, inner_steps: int, outer_steps: int = 1, linearized: bool = False
+) -> Cost:
+    """What a cycle with this network costs: for budgets that are made before a loop is."""
+    if not network.centred:
+        step = gradient_cost(network, learns=2)
+    else:
+        step = 1 + (2 if linearized else gradient_cost(network, learns=1))
+    return Cost(inner_steps * step, 0, outer_steps * gradient_cost(network, learns=0))
