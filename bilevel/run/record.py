@@ -9,11 +9,12 @@ import numpy as np
 
 from bilevel.ground.aliases import Hparams
 from bilevel.ground.status import Status
+from bilevel.ground.tree import accumulate
 
 Record = dict[str, Any]
 
 SMALL = 16
-"""A hyperparameter array of up to this many entries is written out."""
+"""A hyperparameter array of up to this many entries is written out; a larger one is summed up."""
 
 
 def _named(tree: Any, default: str) -> dict[str, Any]:
@@ -26,7 +27,10 @@ def _named(tree: Any, default: str) -> dict[str, Any]:
 
 
 def numbers_of(info: Any, hparams: Hparams) -> dict[str, Any]:
-    """Every scalar of an outer step by its name in the log, and the small hyperparameters."""
+    """Every scalar of an outer step by its name in the log, and the hyperparameters.
+
+    Of a hyperparameter array with more than ``SMALL`` entries: norm, least, mean and largest.
+    """
     numbers = {"outer_loss": info.value}
     names = {"inner_value": "inner_loss", "hypergrad_norm": "hypergrad_norm", "result": "status"}
     for field, name in names.items():
@@ -38,10 +42,21 @@ def numbers_of(info: Any, hparams: Hparams) -> dict[str, Any]:
     for path, leaf in _named(getattr(info, "aux", None), "").items():
         if jnp.shape(leaf) == ():
             numbers[f"aux/{path}".rstrip("/")] = leaf
-    numbers["hparams"] = {
-        path: leaf for path, leaf in _named(hparams, "hparams").items() if jnp.size(leaf) <= SMALL
-    }
+    numbers["hparams"] = {}
+    for path, leaf in _named(hparams, "hparams").items():
+        told = {path: leaf} if jnp.size(leaf) <= SMALL else _summary(path, leaf)
+        numbers["hparams"].update(told)
     return jax.tree.map(jnp.asarray, numbers)
+
+
+def _summary(path: str, leaf: jax.Array) -> dict[str, jax.Array]:
+    x = accumulate(leaf)  # no median: it would sort a million weights at every step
+    return {
+        f"{path}/norm": jnp.sqrt(jnp.sum(x * x)),
+        f"{path}/min": jnp.min(x),
+        f"{path}/mean": jnp.mean(x),
+        f"{path}/max": jnp.max(x),
+    }
 
 
 def record_of(

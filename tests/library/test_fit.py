@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from bilevel import (  # noqa: E402
     alternate,
     fit,
 )
+from bilevel.run.record import numbers_of  # noqa: E402
 
 INNER_STEPS = 3
 
@@ -156,6 +158,16 @@ def test_fit_is_the_plain_loop_and_keeps_the_pair_that_was_measured(whole):
     np.testing.assert_allclose(again, result.best_value, rtol=1e-12)
     after = result.history[result.best_step + 1]["hparams"]["mix"]
     assert abs(after - float(result.best_hparams["mix"])) > 1e-4
+
+
+def test_many_hyperparameters_are_summed_up_in_the_log():
+    weights = jnp.arange(-3.0, 17.0, dtype=jnp.bfloat16)  # twenty entries
+    names = numbers_of(SimpleNamespace(value=1.0), {"w": weights, "few": weights[:16]})["hparams"]
+    assert set(names) == {"few", "w/norm", "w/min", "w/mean", "w/max"}
+    assert names["few"].shape == (16,)
+    told = [float(names[f"w/{n}"]) for n in ("norm", "min", "mean", "max")]
+    exact = np.arange(-3.0, 17.0)
+    np.testing.assert_allclose(told, [np.linalg.norm(exact), -3.0, exact.mean(), 16.0], rtol=1e-6)
 
 
 def test_the_log_has_one_line_a_step_and_the_numbers_to_judge_it(whole):
