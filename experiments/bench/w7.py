@@ -86,8 +86,9 @@ def _trained(steps: int, params: Any, lam: Any, inner_batch: Any) -> tuple[Any, 
     batches, states = inner_batch
 
     def step(carry: tuple, i: Any) -> tuple:
-        g = jax.grad(w2.inner)(carry[0], lam, plain.pick(batches, i))
-        return _adam(RATE, *carry, g), None
+        w, moments = carry
+        g = jax.grad(w2.inner)(w, lam, plain.pick(batches, i))
+        return _adam(RATE, w, moments, g), None
 
     start = (params, _moments(states["bilevel"].trained.opt_state[0]))
     return jax.lax.scan(step, start, jnp.arange(steps))[0]
