@@ -97,8 +97,7 @@ def train_by_hand(steps: int) -> Any:
     """Adam steps from the state that the tuned run has; the rest of it stays as it is."""
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
-        params, moments = _trained(steps, params, lam, inner_batch)
-        return params, moments[:2], lam
+        return _trained(steps, params, lam, inner_batch)[0], lam
 
     return function
 
@@ -109,7 +108,7 @@ def tune_by_hand(steps: int) -> Any:
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         batches, states = inner_batch
         state = states["bilevel"]
-        params, moments = _trained(steps, params, lam, inner_batch)
+        params, _ = _trained(steps, params, lam, inner_batch)
         batch = plain.pick(batches, steps - 1)
         v, mv = state.response.solver, w2._hessian(params, lam, batch)
         image, v = mv(v), jnp.sqrt(plain.dot(v, v))
@@ -121,7 +120,7 @@ def tune_by_hand(steps: int) -> Any:
         gradient = plain.hypergradient(w2.outer, w2.inner, solve)
         grads = gradient(params, lam, batch, held_out, key)
         lam = _adam(OUTER_RATE, lam, _moments(state.outer.opt_state[0]), grads)[0]
-        return params, moments[:2], lam
+        return params, lam
 
     return function
 
@@ -137,8 +136,7 @@ def _tuned(name: str, steps: int) -> Any:
         rest = jax.tree.leaves((info.value, info.result, info.stats, state.response))
         told = 0.0 * sum(jnp.sum(x).astype(jnp.float32) for x in rest)
         *layers, (kernel, bias) = state.params
-        adam = state.trained.opt_state[0]
-        return [*layers, (kernel, bias + told)], (adam.mu, adam.nu), state.hparams
+        return [*layers, (kernel, bias + told)], state.hparams
 
     return function
 
