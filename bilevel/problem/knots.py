@@ -25,11 +25,12 @@ JUMP = 0.1
 def knots(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> jax.Array:
     r"""How many numbers of a condition change their derivative within the point's own error.
 
-    Compares the derivatives along one direction, of parameters and hyperparameters, at two points on
-    both sides of ``params`` (of :math:`w - s\nabla f(w)`, for the proximal operator of a composite
-    condition). They lie as far away as rounding and what is left of the condition, :math:`\max_i |R_i|`, may have put the
-    point: what an unfinished solve cannot decide counts too. A :class:`~bilevel.Root`, whose
-    equation has other units than its solution, counts rounding alone.
+    Compares the derivatives along one direction, of parameters and hyperparameters, at two points
+    on both sides of ``params`` (of :math:`w - s\nabla f(w)`, for the proximal operator of a
+    composite condition). They lie as far away as rounding and what is left of the condition,
+    :math:`\max_i |R_i|`, may have put the point: what an unfinished solve cannot decide counts too.
+    A :class:`~bilevel.Root`, whose equation has other units than its solution, counts rounding
+    alone.
 
     Cost: two derivatives of ``prox``; of a fixed point or a root two of the whole condition.
     """
