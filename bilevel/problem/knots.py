@@ -37,36 +37,31 @@ def knots(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> j
     problem = problem.settled(params, hparams, batch)
     residual = problem.condition(params, hparams, batch)
     if isinstance(problem.inner, Composite):
-        point = problem.ahead(params, hparams, batch)
         unsolved = problem.inner.step_size * _largest(residual)
-
-        function = problem.proximal
-    else:
-        point = params
-        unsolved = _largest(residual) if isinstance(problem.inner, FixedPoint) else 0.0
-
-        def function(v: Params, lam: Hparams) -> Vector:
-            return problem.condition(v, lam, batch)
-
-    return _jumps(function, point, hparams, unsolved)
+        ahead = problem.ahead(params, hparams, batch)
+        return _jumps(lambda point: problem.proximal(point[0], hparams), (ahead,), unsolved)
+    unsolved = _largest(residual) if isinstance(problem.inner, FixedPoint) else 0.0
+    # Hyperparameters too: a map that forgets its start has a threshold in them alone.
+    return _jumps(lambda point: problem.condition(*point, batch), (params, hparams), unsolved)
 
 
-def _jumps(
-    function: Callable[[Params, Hparams], Vector], point: Params, hparams: Hparams, unsolved: Any
-) -> jax.Array:
-    whole = _largest(point)
-    # A threshold may show in either: the step of a map that forgets its start has no other slope.
-    direction, beside = jax.tree.map(_direction, (point, hparams))
+def _jumps(function: Callable[[Any], Vector], point: tuple[Any, ...], unsolved: Any) -> jax.Array:
+    """``unsolved`` is the error of the first part of ``point``."""
+    whole = _largest(point[0])
+    leaves, treedef = jax.tree.flatten(point)
+    tangents = [_direction(x, i) for i, x in enumerate(leaves)]
+    direction = jax.tree.unflatten(treedef, tangents)
 
-    def displaced(x: jax.Array, t: jax.Array) -> jax.Array:
-        size = jnp.max(jnp.abs(x)).astype(whole.dtype)
+    def displaced(x: jax.Array, t: jax.Array, unsolved: Any) -> jax.Array:
+        size = jnp.max(jnp.abs(x), initial=0).astype(whole.dtype)
         size = jnp.where(size > 0, size, jnp.where(whole > 0, whole, 1))
-        reach = ROUNDINGS * jnp.finfo(x.dtype).eps * size + unsolved
-        return reach.astype(x.dtype) * t
+        return (ROUNDINGS * jnp.finfo(x.dtype).eps * size + unsolved).astype(x.dtype) * t
 
-    shift = jax.tree.map(displaced, point, direction)
+    first = len(jax.tree.leaves(point[0]))
+    left = [unsolved if i < first else 0.0 for i in range(len(leaves))]
+    shift = jax.tree.unflatten(treedef, list(map(displaced, leaves, tangents, left)))
     one, other = (
-        tree.accumulate(pushed(lambda x: function(*x), (side, hparams), (direction, beside)))
+        tree.accumulate(pushed(function, side, direction))
         for side in (tree.add(point, shift), tree.sub(point, shift))
     )
     typical = tree.norm(one) / tree.size(one) ** 0.5
@@ -83,8 +78,8 @@ def _largest(vector: Vector) -> Scalar:
     return jnp.max(jnp.stack([p.astype(jnp.result_type(*parts)) for p in parts]))
 
 
-def _direction(x: jax.Array) -> jax.Array:
+def _direction(x: jax.Array, index: int) -> jax.Array:
     """Fixed numbers of both signs and different sizes, in no pattern that a problem may have."""
-    k = jnp.arange(x.size, dtype=tree.accumulator_dtype(x.dtype)).reshape(x.shape)
+    k = jnp.arange(x.size, dtype=tree.accumulator_dtype(x.dtype)).reshape(x.shape) + 7.7 * index
     sign = jnp.where(jnp.sin(1.7 * k + 0.3) > 0, 1, -1)
     return (sign * (1 + 0.5 * jnp.cos(2.3 * k))).astype(x.dtype)

@@ -102,7 +102,7 @@ def _by_leaf(
     check_strength("step_size", step_size)
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     if not flat:
-        raise ValueError("`params` has no arrays: there is nothing to shrink. Pass the weights.")
+        raise ValueError("`params` has no arrays: there is nothing to penalize. Pass the weights.")
     laid = {name: _leaves(name, value, treedef) for name, value in strengths.items()}
     out = []
     for i, (path, leaf) in enumerate(flat):

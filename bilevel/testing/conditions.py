@@ -87,7 +87,8 @@ def lasso_case(rng: np.random.Generator, ridge: float = 0.0) -> Case:
     support.
     """
     n, s = 6, 0.4
-    x, y = draw(rng, 30, n), draw(rng, 30)
+    x = draw(rng, 30, n)
+    y = x @ np.array([1.0, -1.0, 0.5, 0.8, -0.5, -1.2]) + draw(rng, 30)
     like = {"a": jnp.zeros((2, 2)), "b": jnp.zeros(2)}
     outer, outer_batch, grads = _outer(rng, n, like)
 
