@@ -48,6 +48,7 @@ from bilevel.outer import alternate as alternate
 from bilevel.outer import global_response as global_response
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
+from bilevel.problem.conditions import Composite as Composite
 from bilevel.problem.conditions import FixedPoint as FixedPoint
 from bilevel.problem.conditions import Root as Root
 from bilevel.problem.operators.gauss_newton import GaussNewton as GaussNewton
@@ -55,6 +56,7 @@ from bilevel.problem.operators.hessian import Hessian as Hessian
 from bilevel.problem.operators.jacobian import Jacobian as Jacobian
 from bilevel.problem.operators.linear_model import LinearModel as LinearModel
 from bilevel.problem.two_losses import Problem as Problem
+from bilevel.regularizers import prox as prox
 from bilevel.run import FitResult as FitResult
 from bilevel.run import fit as fit
 from bilevel.space import Free as Free

@@ -120,17 +120,18 @@ def _implicit_tangent(
     solve by the same solver, and the pullback keeps its cheap product :math:`B^\top q`.
     """
 
+    problem = problem.settled(w, hparams, batch)
+
     # Bound where it is used and not once here: a scan over `solve` then keeps w and not the
     # residuals of a linearization for its backward pass.
     def product(q: Vector) -> Vector:
-        forward = response.bind(problem, w, hparams, batch).mv.transposed()
-        return tree.cast_like(forward(q), q)
+        return tree.cast_like(response.bind(problem, w, hparams, batch).forward(q), q)
 
     def inverse(g: Vector, adjoint: bool) -> Vector:
-        mv = response.bind(problem, w, hparams, batch).mv
-        mv = mv if adjoint else mv.transposed()
-        g = restricted(g, responds)
-        q, result, _ = response.solver.solve(mv, g, None, key=key)
+        system = response.bind(problem, w, hparams, batch)
+        mv, right_side, back = system.equation(restricted(g, responds), adjoint=adjoint)
+        z, result, _ = response.solver.solve(mv, right_side, None, key=key)
+        q = back(z)
         return tree.cast_like(_nan_where(failed(result), q) if marked else q, g)
 
     def mixed(mu: Hparams, like: Vector) -> Vector:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 # A snapshot: adding a name is a decision, and so is taking one away.
 NAMES = """
+Composite
 Algorithm BestResponse BestResponseState CG Dense Diagnosis Diagonal Evolution FiniteDifference
 FitResult FixedPoint Free GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient
 HypergradientError Hypernetwork Identity Implicit InnerState Integer Interval Jacobian LinearModel
