@@ -13,7 +13,7 @@ from bilevel.ground.cost import UNKNOWN, Cost
 from bilevel.ground.settings import check_settings
 from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Pullback
-from bilevel.hypergradient.judge import stationarity_stats
+from bilevel.hypergradient.judge import rounding_of_solve, stationarity_stats
 from bilevel.linear.base import LinearSolver
 from bilevel.linear.cg import CG
 from bilevel.problem.operators.base import BoundOperator, Operator
@@ -153,6 +153,7 @@ class Implicit:
             q, result, stats = self.solver.solve(mv, g, start, key=key)
             b_transpose_q = problem.cross_vjp(params, hparams, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
+            result = rounding_of_solve(result, params, stats)
             stats = {**stationarity_stats(inner_grad, params, g, q, stats), **stats}
             return indirect, (q if self._carries_start() else None), result, stats
 

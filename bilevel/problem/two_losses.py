@@ -21,6 +21,7 @@ times as much for convolutions and more memory everywhere.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar, Vector
+from bilevel.ground.traced import BACKWARD_RULE, contains_primitive, pushes_tangents
 from bilevel.ground.tree import cast_like
 from bilevel.problem.conditions import Condition, FixedPoint, Root
 
@@ -144,23 +146,24 @@ class Problem:
         Cost: one gradient now, about 1.2 gradients for each later product, and the memory of
         the linearisation's residuals (about that of one backward pass). For a fixed batch.
         """
-        grad, mv = jax.linearize(lambda w: self.inner_grad(w, hparams, batch), params)
+        gradient = functools.partial(self.inner_grad, hparams=hparams, batch=batch)
+        if self._stuck(gradient, params, params, (params, hparams, batch)):
+            grad, pull = jax.vjp(gradient, params)  # H is symmetric
+            return grad, lambda v: pull(cast_like(v, params))[0]
+        grad, mv = jax.linearize(gradient, params)
         return grad, lambda v: mv(cast_like(v, params))
 
     def hvp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Vector:
         r""":math:`H v`. Cost: about 2.5 gradients, memory of one forward-mode gradient."""
         v = cast_like(v, params)
-        return self._pushed(lambda w: self.inner_grad(w, hparams, batch), params, v)
+        return self._second((0,), (0,), (params, hparams, batch), v)[0]
 
     def cross_jvp(self, params: Params, hparams: Hparams, batch: Batch, mu: Hparams) -> Vector:
         r""":math:`B \mu`, shaped like ``params``. Cost: about 2.5 gradients."""
 
-        def of_hparams(lam: Hparams) -> Vector:
-            return self.condition(params, lam, batch)
-
         if not self.has_loss:
-            return jax.jvp(of_hparams, (hparams,), (mu,))[1]
-        return self._pushed(of_hparams, hparams, mu)
+            return jax.jvp(lambda lam: self.condition(params, lam, batch), (hparams,), (mu,))[1]
+        return self._second((0,), (1,), (params, hparams, batch), mu)[0]
 
     def cross_vjp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Hparams:
         r""":math:`B^\top v`, shaped like ``hparams``, as the JVP of :math:`\nabla_\lambda h`.
@@ -173,8 +176,7 @@ class Problem:
         if not self.has_loss:
             _, pull = jax.vjp(lambda lam: self.condition(params, lam, batch), hparams)
             return pull(v)[0]
-        grad = jax.grad(self.inner_loss, argnums=1)
-        return self._pushed(lambda w: grad(w, hparams, batch), params, v)
+        return self._second((1,), (0,), (params, hparams, batch), v)[0]
 
     def products(
         self, params: Params, hparams: Hparams, batch: Batch, v: Vector
@@ -184,19 +186,46 @@ class Problem:
         Cost: about 2.5 to 3 gradients together.
         """
         v = cast_like(v, params)
-        grads = jax.grad(self.inner_loss, argnums=(0, 1))
-        return self._pushed(lambda w: grads(w, hparams, batch), params, v)
+        return self._second((0, 1), (0,), (params, hparams, batch), v)
 
-    def _pushed(self, gradient: Callable[[Any], Any], point: Any, tangent: Any) -> Any:
-        """The JVP of a gradient of the inner loss at ``point``."""
-        try:
-            return jax.jvp(gradient, (point,), (tangent,))[1]
-        except TypeError as error:
-            if "custom_vjp" not in str(error):
-                raise
-        # A function with a backward rule of its own (fused losses, attention kernels): JAX pushes
-        # no tangent through it, but linearises its gradient.
-        return jax.linearize(gradient, point)[1](tangent)
+    def _stuck(
+        self,
+        function: Callable[..., Any],
+        point: Any,
+        tangent: Any,
+        at: tuple[Params, Hparams, Batch],
+    ) -> bool:
+        """Whether no tangent can be pushed, because of a function with a backward rule of its own
+        inside the model (a fused loss at its end is no obstacle)."""
+        has_rule = contains_primitive(self.inner_loss, *at, prefix=BACKWARD_RULE)
+        return has_rule and not pushes_tangents(function, point, tangent)
+
+    def _second(
+        self, of: tuple[int, ...], along: tuple[int], at: tuple[Params, Hparams, Batch], v: Any
+    ) -> Any:
+        """The gradients in the arguments ``of``, pushed along ``v`` in the argument ``along``.
+
+        Where no tangent can be pushed, as second derivatives commute, ``v`` is pulled back through
+        the gradient in ``along``: reverse-over-reverse.
+        """
+        (moved,) = along
+
+        def gradients(argnums: tuple[int, ...], moving: tuple[int, ...]) -> Callable[..., Any]:
+            grad = jax.grad(self.inner_loss, argnums=argnums)
+
+            def call(*values: Any) -> Any:
+                args = list(at)
+                for i, value in zip(moving, values, strict=True):
+                    args[i] = value
+                return grad(*args)
+
+            return call
+
+        pushed = gradients(of, along)
+        if self._stuck(pushed, at[moved], v, at):
+            _, pull = jax.vjp(gradients(along, of), *(at[i] for i in of))
+            return pull((v,))
+        return jax.jvp(pushed, (at[moved],), (v,))[1]
 
     def outer_grads(
         self, params: Params, hparams: Hparams, batch: Batch
