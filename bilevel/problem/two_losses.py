@@ -147,7 +147,8 @@ class Problem:
         the linearisation's residuals (about that of one backward pass). For a fixed batch.
         """
         gradient = functools.partial(self.inner_grad, hparams=hparams, batch=batch)
-        if self._stuck(gradient, params, params, (params, hparams, batch)):
+        has_rule = self._has_rule(params, hparams, batch)
+        if has_rule and not pushes_tangents(gradient, params, params):
             grad, pull = jax.vjp(gradient, params)  # H is symmetric
             return grad, lambda v: pull(cast_like(v, params))[0]
         grad, mv = jax.linearize(gradient, params)
@@ -188,25 +189,18 @@ class Problem:
         v = cast_like(v, params)
         return self._second((0, 1), (0,), (params, hparams, batch), v)
 
-    def _stuck(
-        self,
-        function: Callable[..., Any],
-        point: Any,
-        tangent: Any,
-        at: tuple[Params, Hparams, Batch],
-    ) -> bool:
-        """Whether no tangent can be pushed, because of a function with a backward rule of its own
-        inside the model (a fused loss at its end is no obstacle)."""
-        has_rule = contains_primitive(self.inner_loss, *at, prefix=BACKWARD_RULE)
-        return has_rule and not pushes_tangents(function, point, tangent)
+    def _has_rule(self, params: Params, hparams: Hparams, batch: Batch) -> bool:
+        """Whether the loss contains a function with a backward rule of its own."""
+        return contains_primitive(self.inner_loss, params, hparams, batch, prefix=BACKWARD_RULE)
 
     def _second(
         self, of: tuple[int, ...], along: tuple[int], at: tuple[Params, Hparams, Batch], v: Any
     ) -> Any:
         """The gradients in the arguments ``of``, pushed along ``v`` in the argument ``along``.
 
-        Where no tangent can be pushed, as second derivatives commute, ``v`` is pulled back through
-        the gradient in ``along``: reverse-over-reverse.
+        Where a function with a backward rule of its own stands inside the model no tangent can be
+        pushed (one at its end, a fused loss, is no obstacle). As second derivatives commute, ``v``
+        is then pulled back through the gradient in ``along``: reverse-over-reverse.
         """
         (moved,) = along
 
@@ -222,10 +216,13 @@ class Problem:
             return call
 
         pushed = gradients(of, along)
-        if self._stuck(pushed, at[moved], v, at):
-            _, pull = jax.vjp(gradients(along, of), *(at[i] for i in of))
-            return pull((v,))
-        return jax.jvp(pushed, (at[moved],), (v,))[1]
+        if not self._has_rule(*at):
+            return jax.jvp(pushed, (at[moved],), (v,))[1]
+        if pushes_tangents(pushed, at[moved], v):
+            # Outside `jit` a tangent stumbles even where nothing needs it, a linearization not.
+            return jax.linearize(pushed, at[moved])[1](v)
+        _, pull = jax.vjp(gradients(along, of), *(at[i] for i in of))
+        return pull((v,))
 
     def outer_grads(
         self, params: Params, hparams: Hparams, batch: Batch

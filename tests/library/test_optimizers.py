@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from optimizers_table import MODES, OPTIMIZERS, PARTS, differences, offered, page, solve, start
@@ -23,6 +24,13 @@ def test_the_page_has_the_table():
     assert page() in docs.read_text(), "run `python tests/optimizers_table.py`"
 
 
+@pytest.fixture(autouse=True)
+def as_readers_have_it():
+    """Some of optax promotes ranks, and some of it warns that it is deprecated."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def check(name, mode):
     row = ROWS[name]
     pattern = row.refused.get(mode)
@@ -38,9 +46,7 @@ def check(name, mode):
         return
     for k, slope in slopes.items():
         if k in row.flat:
-            assert sol.grads[k] == 0 and abs(slope) < 1e-9
-        elif row.cut and k == "decay":
-            assert abs(sol.grads[k] / slope - 1) > 1e-3  # the row says why
+            assert abs(sol.grads[k]) < 1e-12 and abs(slope) < 1e-9  # rounding, over the step
         else:
             # rounding of the value over the step: a slope that is no more says nothing
             assert abs(slope) > 1e-16 / row.step / row.rtol
