@@ -176,6 +176,10 @@ OPTIMIZERS: dict[str, Row] = {
 }
 
 
+def _matrices(params: Any) -> Any:
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), params)
+
+
 def _ascend() -> Any:
     return optax.chain(contrib.normalize(), optax.sgd(0.05))
 
@@ -218,7 +222,10 @@ PARTS: dict[str, Row] = {
     "scale_by_madgrad": Row(contrib.scale_by_madgrad),
     "scale_by_muon": Row(  # for matrices
         lambda rate: optax.partition(
-            {"m": then_sgd(contrib.scale_by_muon())(rate), "s": optax.sgd(rate)},
+            {
+                "m": then_sgd(contrib.scale_by_muon(weight_dimension_numbers=_matrices))(rate),
+                "s": optax.sgd(rate),
+            },
             {"w": "m", "b": "s"},
         )
     ),
