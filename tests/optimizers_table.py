@@ -212,7 +212,9 @@ PARTS: dict[str, Row] = {
         _SIGN,
         flat=("decay",),
     ),
-    "scale_by_radam": Row(then_sgd(optax.scale_by_radam()), marked=OPTIMIZERS["radam"].marked),
+    "scale_by_radam": Row(
+        then_sgd(optax.scale_by_radam()), OPTIMIZERS["radam"].why, marked=OPTIMIZERS["radam"].marked
+    ),
     "scale_by_cocob": Row(
         lambda rate: optax.chain(
             contrib.scale_by_cocob(), optax.scale_by_learning_rate(rate, flip_sign=False)

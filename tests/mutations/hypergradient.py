@@ -170,6 +170,14 @@ MUTANTS = [
         ("test_custom_rules.py::test_solutions_have_their_first_derivative",),
     ),
     Mutant(
+        "fused_losses_pulled_back_twice",
+        "problem/two_losses.py",
+        "if pushes_tangents(pushed, at[moved], v):",
+        "if False:",
+        "a fused loss costs reverse-over-reverse products",
+        ("test_custom_rules.py::test_a_fused_loss_at_the_end_is_no_obstacle",),
+    ),
+    Mutant(
         "half_precision_by_the_wrong_end",
         "hypergradient/judge.py",
         "lost = (low > 0) & (unit * high > low)",
