@@ -127,7 +127,13 @@ def close(got, want, rtol=1e-9, atol=1e-12):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, want)
 
 
-@pytest.mark.parametrize("name", RESPONSES)
+# The rule is one; solvers of other kinds than these differ in their loops.
+QUICK = ("cg", "dense", "woodbury", "neumann", "nystrom")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RESPONSES]
+)
 def test_in_hyperparameters_and_data_by_every_solver(name):
     f, thorough = value(attached(RESPONSES[name]())), name == "cg"
     got = jax.jit(lambda *theta: derivatives(f, theta, thorough))(LAM, X, Y)

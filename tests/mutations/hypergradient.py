@@ -163,9 +163,9 @@ MUTANTS = [
     ),
     Mutant(
         "dead_pieces_are_run",
-        "ground/traced.py",
-        "if eqn.effects or any(v in needed for v in eqn.outvars):",
-        "if True:",
+        "hypergradient/rules.py",
+        "eqns = live_equations(jaxpr)",
+        "eqns = jaxpr.eqns",
         "outside `jit` a loss with a backward rule raises an error of JAX",
         ("test_custom_rules.py::test_solutions_have_their_first_derivative",),
     ),
