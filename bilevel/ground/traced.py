@@ -34,7 +34,7 @@ def contains_primitive(function: Callable[..., Any], *args: Any, prefix: str) ->
     return search(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def live_equations(jaxpr: Any) -> list[Any]:
+def _live(jaxpr: Any) -> list[Any]:
     """The operations of a traced program that some output needs, in their order."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
     kept = []
@@ -55,7 +55,7 @@ def pushes_tangents(function: Callable[..., Any], point: Any, tangent: Any) -> b
     def stuck(jaxpr: Any) -> bool:
         return any(
             eqn.primitive.name == "custom_lin" or any(map(stuck, programs_within(eqn)))
-            for eqn in live_equations(jaxpr)
+            for eqn in _live(jaxpr)
         )
 
     try:

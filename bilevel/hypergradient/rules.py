@@ -17,7 +17,6 @@ from jax.extend import core
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Params, Stats, Vector
 from bilevel.ground.status import failed
-from bilevel.ground.traced import live_equations
 from bilevel.hypergradient.base import Response
 from bilevel.inner.mixed import is_float
 from bilevel.problem.conditions import FixedPoint, Root
@@ -103,10 +102,7 @@ def close(
     jaxpr = closed.jaxpr
     info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     inputs = [*jaxpr.constvars, *jaxpr.invars]
-    # Outside `jit` all of it would be run, the pieces included that JAX leaves behind where it
-    # linearizes a function with a backward rule, and that raise when they are run.
-    eqns = live_equations(jaxpr)
-    jaxpr = jaxpr.replace(constvars=[], invars=inputs, eqns=eqns, debug_info=info)
+    jaxpr = jaxpr.replace(constvars=[], invars=inputs, debug_info=info)
     call = core.jaxpr_as_fun(closed.replace(jaxpr=jaxpr, consts=[]))
 
     def run(vector: Any, w: Params, hparams: Hparams, rest: Rest, constants: Any) -> list[Any]:

@@ -162,11 +162,11 @@ MUTANTS = [
         ("test_data_derivatives.py::test_a_residual_is_relative",),
     ),
     Mutant(
-        "dead_pieces_are_run",
-        "hypergradient/rules.py",
-        "eqns = live_equations(jaxpr)",
-        "eqns = jaxpr.eqns",
-        "outside `jit` a loss with a backward rule raises an error of JAX",
+        "fused_losses_pushed",
+        "problem/two_losses.py",
+        "return jax.linearize(pushed, at[moved])[1](v)",
+        "return jax.jvp(pushed, (at[moved],), (v,))[1]",
+        "outside `jit` a fused loss raises an error of JAX",
         ("test_custom_rules.py::test_solutions_have_their_first_derivative",),
     ),
     Mutant(
