@@ -96,6 +96,7 @@ FLOORS = {
         "hypergradient.best_response",
         "hypergradient.solve",
         "hypergradient.transform",
+        "hypergradient.rules",
         "hypergradient.attach",
         "hypergradient.with_response",
         "hypergradient",

@@ -72,8 +72,9 @@ MESSAGES: dict[Status, str] = {
     ),
     Status.rounding: (
         "The result is at the level of rounding: steps or perturbations are too small for the "
-        "dtype of the parameters, which lose them. Keep parameters in float32 and cast inside the "
-        "loss, use fewer or longer steps, or raise `radius`."
+        "dtype of the parameters, which lose them, or the smallest inner curvature is below a "
+        "rounding of the largest. Keep parameters in float32 and cast inside the loss, use fewer "
+        "or longer steps, add `damping`, or raise `radius`."
     ),
     Status.knot: (
         "The solution has a kink in the hyperparameters here and no derivative: some parameters "

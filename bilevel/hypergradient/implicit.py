@@ -16,7 +16,7 @@ from bilevel.ground.settings import check_settings
 from bilevel.ground.status import Status, status_of, worst
 from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Pullback
-from bilevel.hypergradient.judge import stationarity_stats
+from bilevel.hypergradient.judge import rounding_of_solve, stationarity_stats
 from bilevel.linear.base import CarryingSolver, LinearSolution, LinearSolver, state_of
 from bilevel.linear.cg import CG
 from bilevel.linear.nystrom import Nystrom
@@ -205,6 +205,7 @@ class Implicit:
             q = back(z)
             b_transpose_q = problem.cross_vjp(params, hparams, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
+            result = rounding_of_solve(result, params, stats)
             stats = {**stationarity_stats(system.inner_grad, params, g, q, stats), **stats}
             if not problem.has_loss:
                 stats["knots"] = knots(problem, params, hparams, mixed_batch)

@@ -14,6 +14,8 @@ from bilevel.ground.batches import check_batch, select_batch
 from bilevel.ground.keys import check_key
 from bilevel.ground.settings import (
     check_flag,
+    check_number,
+    check_real,
     check_settings_used,
     check_takes,
     concrete,
@@ -21,11 +23,12 @@ from bilevel.ground.settings import (
     out_of_range,
 )
 from bilevel.ground.status import STATIONARITY, Status, status_of
-from bilevel.ground.traced import contains_primitive
+from bilevel.ground.traced import BACKWARD_RULE, contains_primitive
 from bilevel.hypergradient.attach import attach_implicit, attach_response, differentiates_fully
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
 from bilevel.hypergradient.implicit import Implicit
+from bilevel.hypergradient.rules import Marks
 from bilevel.problem.conditions import Condition
 from bilevel.problem.knots import knots
 from bilevel.problem.two_losses import Problem, largest_curvature
@@ -65,13 +68,14 @@ def with_response(
     has_aux: bool = False,
     has_status: bool = False,
     on_failure: Literal["nan", "keep"] = "nan",
+    residual: float | None = None,
 ) -> Callable[..., Any]:
-    r"""``solve``, made differentiable with respect to the hyperparameters.
+    r"""``solve``, made differentiable with respect to the hyperparameters and the data.
 
     .. math::
         w = \mathrm{solve}(w_0, \lambda, \mathrm{batch}), \qquad
-        \bar\lambda = \Bigl(\frac{\partial w}{\partial\lambda}\Bigr)^\top \bar w,
-        \qquad \bar w_0 = 0
+        \bar\theta = \Bigl(\frac{\partial w}{\partial\theta}\Bigr)^\top \bar w
+        \quad\text{for}\quad \theta = \lambda, \text{batch}, \qquad \bar w_0 = 0
 
     Args:
       solve: ``solve(params, hparams, inner_batch) -> params``, from a start to (near) a
@@ -88,6 +92,9 @@ def with_response(
         ``negative_curvature``, ``diverged`` or ``invalid_setting``): NaN, or what the solver has
         (``"keep"``). At a ``knot`` it is that of one side: a generalized derivative, and no failure
         of the solve.
+      residual: the largest ``residual_norm / rhs_norm`` of a derivative's linear solve that is no
+        failure; beyond, the derivative is NaN. ``None`` accepts any: solves that spent their
+        budget, short series, and ``Identity()``, which never looks at the matrix.
 
     Returns:
       ``fn(params, hparams, inner_batch, *, key=None) -> params``, with the values of ``solve``;
@@ -95,31 +102,36 @@ def with_response(
       ``key`` goes to a response that draws random numbers. The derivative with respect to the
       starting ``params`` is zero, because a minimizer does not depend on where the search began.
 
-    **Derivatives.** With ``Implicit(...)`` on one fixed batch, of every order and in both modes
-    (``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.grad`` of ``jax.grad``), under ``jit``,
-    ``vmap`` and ``scan`` (of an ``inner`` that contains a function with ``jax.custom_vjp`` the
-    first, in reverse mode). The rule is applied again to its own derivative, so each order costs
-    further solves by the same solver. All of them are exact where the solver and the operator
-    are. A truncated solver (``Neumann(5)``, ``Identity()``) approximates :math:`A^{-1}` in each of
-    these solves: higher derivatives then approximate those of the solution, and are not the
-    derivatives of the approximate first one (a Hessian need not be symmetric). Other responses,
-    and ``fresh_batches=True``, have a first derivative in reverse mode; more raises ``TypeError``.
+    **Derivatives.** With ``Implicit(...)`` on one fixed batch, in ``hparams`` and in the floating
+    leaves of ``inner_batch`` (``jax.grad(..., argnums=...)`` chooses, and what it does not choose
+    costs nothing), of every order and in both modes (``jax.grad``, ``jax.jvp``, ``jax.hessian``,
+    ``jax.grad`` of ``jax.grad``), under ``jit``, ``vmap`` and ``scan`` (of an ``inner`` that
+    contains a function with ``jax.custom_vjp`` the first, in reverse mode). Those in the data
+    give influences of examples, degrees of freedom, and Stein's unbiased risk. The rule is applied
+    again to its own derivative, so each order costs further solves by the same solver. All of them
+    are exact where the solver and the operator are. A truncated solver (``Neumann(5)``,
+    ``Identity()``) approximates :math:`A^{-1}` in each of these solves: higher derivatives then
+    approximate those of the solution, and are not the derivatives of the approximate first one (a
+    Hessian need not be symmetric). Other responses, and ``fresh_batches=True``, have a first
+    derivative in ``hparams``, in reverse mode; more raises ``TypeError``, and one in the data
+    ``ValueError``.
 
     **Trust.** Outside ``jit`` a solution that is not finite warns (``RuntimeWarning``), as does
     an implicit response at a point that is no minimum; inside, ask for ``has_status=True``. The
     linear solve of a derivative happens inside automatic differentiation, where there is no place
     for a status, so a derivative whose solve fails is NaN: at a saddle, at a maximum, or where the
     inner loss is flat in a direction in which the outer one has a gradient. A solve that only
-    spent its budget, or a truncated one, is not marked. :func:`~bilevel.hypergrad_solve` tells
-    more, at ``params=w``.
+    spent its budget, or a truncated one, is marked where ``residual`` is given.
+    :func:`~bilevel.hypergrad_solve` tells more, at ``params=w``.
 
     Raises:
       TypeError, ValueError: for trees, dtypes and shapes that do not fit; when a derivative is
-        asked with respect to ``inner_batch``, ``key``, or a value that ``inner`` or ``response``
-        closes over (the answer would silently be wrong); and for a hyperparameter that the
-        response cannot see, whose derivative would be zero by structure.
+        asked with respect to ``key`` or a value that ``inner`` or ``response`` closes over (the
+        answer would silently be wrong); and for a leaf that the response cannot see, whose
+        derivative would be zero by structure.
 
-    Cost: that of ``solve``, and for each derivative what ``response`` costs. The check of an
+    Cost: that of ``solve``, and for each derivative what ``response`` costs, however many
+    arguments it is asked in. ``residual`` takes one product more. The check of an
     implicit point takes one inner gradient and three products, outside ``jit`` or where its
     status is used.
 
@@ -138,6 +150,9 @@ def with_response(
       True
       >>> bool(jnp.allclose(jax.grad(jax.grad(total))(1.0), 0.75))
       True
+      >>> jacobian = jax.jacfwd(lambda y: solve(jnp.zeros(2), 1.0, (x, y)))(y)  # I / (1 + lam)
+      >>> float(jnp.trace(x @ jacobian))  # the degrees of freedom of the fit
+      1.0
 
     Reference: Blondel et al., "Efficient and modular implicit differentiation", NeurIPS 2022
     (``custom_root``); here for any response, and with the inner loss as the condition.
@@ -151,6 +166,14 @@ def with_response(
     check_flag("has_status", has_status)
     if on_failure not in ("nan", "keep"):
         raise ValueError(f"`on_failure` must be 'nan' or 'keep', got {on_failure!r}.")
+    if residual is not None:
+        check_number("residual", residual)
+        check_real("residual", residual, 0)
+        if on_failure == "keep":
+            raise ValueError(
+                "`residual` marks derivatives as NaN, which `on_failure='keep'` forbids: pass one "
+                "of the two."
+            )
     check_response(response)
     check_settings_used(response, "response")
     _refuse_untrained(response)
@@ -162,9 +185,7 @@ def with_response(
         _check_arguments(params, hparams, inner_batch)
         check_key(key)
         hparams, inner_batch = jax.tree.map(_as_array, (hparams, inner_batch))
-        # A copy, because `vmap` of NumPy arrays leaves them in its tracers, where a custom rule
-        # would find them as they are. The compiler removes it.
-        hparams = jax.tree.map(jnp.copy, hparams)
+        hparams, inner_batch = jax.tree.map(_copy_traced, (hparams, inner_batch))
         if not getattr(response, "fresh_batches", False):
             check_inner(problem, params, hparams, inner_batch)
         # Cut here and not around the call: `solve` then runs on plain values, is never
@@ -177,14 +198,14 @@ def with_response(
             info = jax.lax.stop_gradient(_judge(problem, response, w, fixed, batch))
         elif _known((w, fixed, batch, response)):
             _warn(_judge(problem, response, w, fixed, batch))
-        marked = on_failure == "nan"
+        marks = Marks(on_failure == "nan", residual)
         attach: Callable[..., Params] = attach_response
         # JAX gives no derivative of a derivative through a backward rule of the user's own.
         if differentiates_fully(response) and not contains_primitive(
-            problem.condition, w, fixed, batch, prefix="custom_vjp_call"
+            problem.condition, w, fixed, batch, prefix=BACKWARD_RULE
         ):
             attach = attach_implicit
-        out = (attach(problem, response, w, hparams, inner_batch, key, marked),)
+        out = (attach(problem, response, w, hparams, inner_batch, key, marks),)
         out += (aux,) * has_aux + (info,) * has_status
         return out if len(out) > 1 else out[0]
 
@@ -194,6 +215,13 @@ def with_response(
 def _as_array(x: Any) -> Any:
     """Numbers and NumPy arrays as JAX's own: transformations keep no others as constants."""
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+def _copy_traced(x: Any) -> Any:
+    """A copy that the compiler removes: ``vmap`` of NumPy arrays leaves them in its tracers, where
+    a custom rule would find them as they are."""
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.copy(x) if isinstance(x, Tracer) and not is_key else x
 
 
 def _no_outer(*_: Any) -> Any:

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar, Vector
+from bilevel.ground.traced import BACKWARD_RULE, contains_primitive, pushes_tangents
 from bilevel.ground.tree import cast_like
 from bilevel.problem.conditions import Composite, Condition, FixedPoint, Root
 
@@ -183,23 +184,24 @@ class Problem:
         Cost: one gradient now, about 1.2 gradients for each later product, and the memory of
         the linearisation's residuals (about that of one backward pass). For a fixed batch.
         """
-        grad, mv = jax.linearize(lambda w: self.inner_grad(w, hparams, batch), params)
+        gradient = functools.partial(self.inner_grad, hparams=hparams, batch=batch)
+        has_rule = self._has_rule(params, hparams, batch)
+        if has_rule and not pushes_tangents(gradient, params, params):
+            grad, pull = jax.vjp(gradient, params)  # H is symmetric
+            return grad, lambda v: pull(cast_like(v, params))[0]
+        grad, mv = jax.linearize(gradient, params)
         return grad, lambda v: mv(cast_like(v, params))
 
     def hvp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Vector:
         r""":math:`H v`. Cost: about 2.5 gradients, memory of one forward-mode gradient."""
         v = cast_like(v, params)
-        return pushed(lambda w: self.inner_grad(w, hparams, batch), params, v)
+        return self._second((0,), (0,), (params, hparams, batch), v)[0]
 
     def cross_jvp(self, params: Params, hparams: Hparams, batch: Batch, mu: Hparams) -> Vector:
         r""":math:`B \mu`, shaped like ``params``. Cost: about 2.5 gradients."""
-
-        def of_hparams(lam: Hparams) -> Vector:
-            return self.condition(params, lam, batch)
-
         if not self.has_loss:
-            return jax.jvp(of_hparams, (hparams,), (mu,))[1]
-        return pushed(of_hparams, hparams, mu)
+            return jax.jvp(lambda lam: self.condition(params, lam, batch), (hparams,), (mu,))[1]
+        return self._second((0,), (1,), (params, hparams, batch), mu)[0]
 
     def cross_vjp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Hparams:
         r""":math:`B^\top v`, shaped like ``hparams``, as the JVP of :math:`\nabla_\lambda h`.
@@ -219,8 +221,7 @@ class Problem:
         if not self.has_loss:
             _, pull = jax.vjp(lambda lam: self.condition(params, lam, batch), hparams)
             return pull(v)[0]
-        grad = jax.grad(self.inner_loss, argnums=1)
-        return pushed(lambda w: grad(w, hparams, batch), params, v)
+        return self._second((1,), (0,), (params, hparams, batch), v)[0]
 
     def products(
         self, params: Params, hparams: Hparams, batch: Batch, v: Vector
@@ -230,8 +231,42 @@ class Problem:
         Cost: about 2.5 to 3 gradients together.
         """
         v = cast_like(v, params)
-        grads = jax.grad(self.inner_loss, argnums=(0, 1))
-        return pushed(lambda w: grads(w, hparams, batch), params, v)
+        return self._second((0, 1), (0,), (params, hparams, batch), v)
+
+    def _has_rule(self, params: Params, hparams: Hparams, batch: Batch) -> bool:
+        """Whether the loss contains a function with a backward rule of its own."""
+        return contains_primitive(self.inner_loss, params, hparams, batch, prefix=BACKWARD_RULE)
+
+    def _second(
+        self, of: tuple[int, ...], along: tuple[int], at: tuple[Params, Hparams, Batch], v: Any
+    ) -> Any:
+        """The gradients in the arguments ``of``, pushed along ``v`` in the argument ``along``.
+
+        Where a function with a backward rule of its own stands inside the model no tangent can be
+        pushed (one at its end, a fused loss, is no obstacle). As second derivatives commute, ``v``
+        is then pulled back through the gradient in ``along``: reverse-over-reverse.
+        """
+        (moved,) = along
+
+        def gradients(argnums: tuple[int, ...], moving: tuple[int, ...]) -> Callable[..., Any]:
+            grad = jax.grad(self.inner_loss, argnums=argnums)
+
+            def call(*values: Any) -> Any:
+                args = list(at)
+                for i, value in zip(moving, values, strict=True):
+                    args[i] = value
+                return grad(*args)
+
+            return call
+
+        pushed = gradients(of, along)
+        if not self._has_rule(*at):
+            return jax.jvp(pushed, (at[moved],), (v,))[1]
+        if pushes_tangents(pushed, at[moved], v):
+            # Outside `jit` a tangent stumbles even where nothing needs it, a linearization not.
+            return jax.linearize(pushed, at[moved])[1](v)
+        _, pull = jax.vjp(gradients(along, of), *(at[i] for i in of))
+        return pull((v,))
 
     def outer_grads(
         self, params: Params, hparams: Hparams, batch: Batch

@@ -15,6 +15,7 @@ from bilevel.ground.batches import select_batch
 from bilevel.ground.linear_map import Factors, LinearMap, SampledDiagonal
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
+from bilevel.ground.traced import BACKWARD_RULE, contains_primitive
 from bilevel.problem.operators.base import BoundOperator
 from bilevel.problem.operators.linear_model import LinearModel
 from bilevel.problem.two_losses import Problem
@@ -154,7 +155,14 @@ def _jacobian(
             lambda v: model.apply(v, x),
             lambda u: model.transpose(params, x, u, stored),
         )
-    z, push = jax.linearize(_outputs(op, problem, hparams, batch), params)
+    outputs = _outputs(op, problem, hparams, batch)
+    if contains_primitive(outputs, params, prefix=BACKWARD_RULE):
+        # JAX pushes no tangent through a backward rule of the user's own, but the rule is linear:
+        # its transpose is the tangent map.
+        z, pull = jax.vjp(outputs, params)
+        transposed = jax.linear_transpose(pull, z)
+        return z, lambda v: transposed((v,))[0], lambda u: pull(u)[0]
+    z, push = jax.linearize(outputs, params)
     transposed = jax.linear_transpose(push, params)
     return z, push, lambda u: transposed(u)[0]
 
