@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.linear_map import Dual
 from bilevel.ground.settings import check_settings, count
 from bilevel.ground.status import Status, status_of
 from bilevel.linear.base import (
@@ -47,6 +48,7 @@ class Woodbury:
     """
 
     max_outputs: int = count(8192)
+    structured: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -77,39 +79,73 @@ class Woodbury:
                 "operator has neither: set `GaussNewton(damping=...)` above 0, or give it a "
                 "`penalty`."
             )
-        rows, weights, diagonal = amap.factors()
-        m = weights.shape[0]
-        if m > self.max_outputs:
-            raise ValueError(
-                f"Woodbury would store {m} Jacobian rows (batch x outputs), above "
-                f"`max_outputs`={self.max_outputs}. Use a smaller inner batch, or `CG()`."
-            )
-        rows, diagonal = tree.accumulate(rows), tree.cast_like(diagonal, rhs)
-        # Both factors of J D^-1 J' are the same J D^-1/2, so that one m x n array is enough.
-        # D^-1/2; where D is negative it is NaN, and with it the value.
-        root = jax.tree.map(jax.lax.rsqrt, diagonal)
-        half = jax.tree.map(lambda j, d: j * d[None], rows, root)
-        kernel = contract(half, half)
-        system = jnp.eye(m, dtype=kernel.dtype) + weights.astype(kernel.dtype) @ kernel
-        scaled = jax.tree.map(jnp.multiply, rhs, root)
-        # As a vector: a product with one column would walk the m x n array far more slowly.
-        projected = functools.reduce(
-            jnp.add,
-            [
-                h.reshape(m, -1) @ g.reshape(-1)
-                for h, g in zip(jax.tree.leaves(half), jax.tree.leaves(scaled), strict=True)
-            ],
-        )
-        inner = jnp.linalg.solve(system, weights.astype(kernel.dtype) @ projected)
-        value = jax.tree.map(
-            lambda g, d, h: (g - jnp.tensordot(inner.astype(h.dtype), h, axes=1)) * d,
-            scaled,
-            root,
-            half,
-        )
+        dual = amap.dual() if self.structured and amap.dual is not None else None
+        if dual is not None:
+            self._check_size(dual.size)
+            diagonal = tree.cast_like(dual.diagonal, rhs)
+            value = _by_layers(dual, diagonal, rhs)
+            stats = {
+                "num_matvecs": jnp.asarray(dual.num_products, jnp.int32),
+                "covered": jnp.asarray(dual.covered, tree.norm(rhs).dtype),
+            }
+        else:
+            rows, weights, diagonal = amap.factors()
+            self._check_size(weights.shape[0])
+            diagonal = tree.cast_like(diagonal, rhs)
+            value = _by_rows(tree.accumulate(rows), weights, diagonal, rhs)
+            stats = {"num_matvecs": jnp.asarray(weights.shape[0], jnp.int32)}
         low = jnp.min(jnp.stack([jnp.min(d) for d in jax.tree.leaves(diagonal)]))
-        stats = {"num_matvecs": jnp.asarray(m, jnp.int32), "min_curvature": low}
+        stats["min_curvature"] = low
         solution = finish(amap, rhs, value, stats, status_of(Status.ok), certify)
         # The cause rather than its symptom, which would be a value that is not finite.
         result = status_of(solution.result, (low < 0, Status.negative_curvature))
         return solution._replace(result=result)
+
+    def _check_size(self, m: int) -> None:
+        if m > self.max_outputs:
+            raise ValueError(
+                f"Woodbury would store {m} Jacobian rows (batch x outputs), or as many equations, "
+                f"above `max_outputs`={self.max_outputs}. Use a smaller inner batch, or `CG()`."
+            )
+
+
+def _by_rows(rows: Vector, weights: jax.Array, diagonal: Vector, rhs: Vector) -> Vector:
+    """The solution from all rows of the Jacobian."""
+    m = weights.shape[0]
+    # Both factors of J D^-1 J' are the same J D^-1/2, so that one m x n array is enough.
+    # D^-1/2; where D is negative it is NaN, and with it the value.
+    root = jax.tree.map(jax.lax.rsqrt, diagonal)
+    half = jax.tree.map(lambda j, d: j * d[None], rows, root)
+    kernel = contract(half, half)
+    system = jnp.eye(m, dtype=kernel.dtype) + weights.astype(kernel.dtype) @ kernel
+    scaled = jax.tree.map(jnp.multiply, rhs, root)
+    # As a vector: a product with one column would walk the m x n array far more slowly.
+    projected = functools.reduce(
+        jnp.add,
+        [
+            h.reshape(m, -1) @ g.reshape(-1)
+            for h, g in zip(jax.tree.leaves(half), jax.tree.leaves(scaled), strict=True)
+        ],
+    )
+    inner = jnp.linalg.solve(system, weights.astype(kernel.dtype) @ projected)
+    return jax.tree.map(
+        lambda g, d, h: (g - jnp.tensordot(inner.astype(h.dtype), h, axes=1)) * d,
+        scaled,
+        root,
+        half,
+    )
+
+
+def _by_layers(dual: Dual, diagonal: Vector, rhs: Vector) -> Vector:
+    """The solution from the m x m kernel alone: rows appear only as products with J and J'."""
+    root = jax.tree.map(jax.lax.rsqrt, diagonal)  # NaN where D is negative, and with it the value
+    inverse = jax.tree.map(jnp.square, root)
+    kernel = dual.kernel(inverse)
+    scaled = jax.tree.map(jnp.multiply, rhs, inverse)
+    projected = dual.push(scaled).astype(kernel.dtype)
+    # (I + QK)^-1 Q = Q (I + KQ)^-1, and the rows of KQ are Q times the rows of K.
+    system = jax.vmap(lambda row: dual.weigh(row).astype(row.dtype))(kernel)
+    system = system + jnp.eye(dual.size, dtype=kernel.dtype)
+    inner = dual.weigh(jnp.linalg.solve(system, projected))
+    back = tree.cast_like(dual.pull(inner), rhs)
+    return jax.tree.map(lambda g, d, x: g - d * x, scaled, inverse, back)

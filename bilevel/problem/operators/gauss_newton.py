@@ -12,9 +12,10 @@ import numpy as np
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Scalar, Vector
 from bilevel.ground.batches import select_batch
-from bilevel.ground.linear_map import Factors, LinearMap, SampledDiagonal
+from bilevel.ground.linear_map import Dual, Factors, LinearMap, SampledDiagonal
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
+from bilevel.problem.layers import dual_kernel, ordered_outputs
 from bilevel.problem.operators.base import BoundOperator
 from bilevel.problem.operators.linear_model import LinearModel
 from bilevel.problem.two_losses import Problem
@@ -94,6 +95,7 @@ class GaussNewton:
                 SampledDiagonal(lambda: _separable_penalty(self, params, hparams), sample),
                 lambda: _factors(self, problem, params, hparams, batch),
                 self.penalty is not None,
+                dual=lambda: _dual(self, problem, params, hparams, batch),
             ),
         )
 
@@ -198,6 +200,36 @@ def _squared_transpose(
         return tree.add(total, part), None
 
     return jax.lax.scan(body, tree.zeros_accumulated(params), jnp.arange(-(-n // block)))[0]
+
+
+def _dual(
+    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+) -> Dual | None:
+    """The dual form from the layers of the model, where examples are independent."""
+    if not op.independent_examples:
+        return None
+
+    def model(w: Params, examples: Batch) -> Any:
+        return _outputs(op, problem, hparams, examples)(w)
+
+    found = dual_kernel(model, params, batch, uniform=op.penalty is None)
+    if found is None:
+        return None
+    kernel, covered = found
+    z, push, pull = _jacobian(op, problem, params, hparams, batch)
+    weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
+    flat, back = ordered_outputs(z)
+    size = sum(o.size for o in jax.tree.leaves(z))
+    return Dual(
+        kernel,
+        lambda v: flat(push(tree.cast_like(v, params))),
+        lambda u: pull(back(u)),
+        lambda u: flat(weigh(back(u))),
+        _separable_penalty(op, params, hparams),
+        size,
+        size // jax.tree.leaves(z)[0].shape[0] + 2,
+        covered,
+    )
 
 
 def _factors(
