@@ -1,7 +1,8 @@
 r"""Preconditioned conjugate gradients, which never evaluates :math:`A\,0`."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings, count, real
 from bilevel.ground.status import Status, status_of
 from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, require_symmetric
-from bilevel.linear.precondition import Diagonal
+from bilevel.linear.precondition import Preconditioner
 
 
 class _Carry(NamedTuple):
@@ -43,7 +44,9 @@ class CG:
       rtol, atol: stop at :math:`\|r\| \le \max(rtol\,\|g\|, atol)`. Both ``None``: a fixed
         budget was asked for, and spending it is status ``ok``; with a tolerance, an unmet one
         is ``max_steps``. One unit of rounding, :math:`\epsilon\,\|g\|`, always counts as met.
-      preconditioner: ``None`` or :class:`Diagonal`.
+      preconditioner: ``None``, :class:`Diagonal`, :class:`KFAC`, :class:`EKFAC`,
+        :class:`Nystrom`, or anything with
+        their ``prepare``.
       unroll: write the loop out step by step (then all ``max_steps`` products are
         computed, those after convergence without effect); ``None`` decides by itself
         (convolutions on CPU).
@@ -75,7 +78,7 @@ class CG:
     max_steps: int = count(100)
     rtol: float | jax.Array | None = real(None, low=0, optional=True)
     atol: float | jax.Array | None = real(None, low=0, optional=True)
-    preconditioner: Diagonal | None = None
+    preconditioner: Preconditioner | None = None
     unroll: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     uses_start: ClassVar[bool] = True
@@ -101,10 +104,9 @@ class CG:
         eps = _rounding(amap, rhs)
         tolerance, has_tolerance = self._tolerance(rhs, eps)
 
-        inverse, extra = None, 0
+        inverse, extra, told = None, 0, {}
         if self.preconditioner is not None:
-            inverse = self.preconditioner.inverse(amap, rhs, key)
-            extra = self.preconditioner.num_products(amap)
+            inverse, extra, told = self.preconditioner.prepare(amap, rhs, key)
         x, r, used = _start(amap, rhs, x0)
         z = _apply(inverse, r)
         rr = tree.vdot(r, r)
@@ -138,7 +140,7 @@ class CG:
 
         products = last.step + extra + (0 if x0 is None else 1)
         low, high = last.curvature
-        stats = {"num_matvecs": products, "min_curvature": low, "max_curvature": high}
+        stats = {**told, "num_matvecs": products, "min_curvature": low, "max_curvature": high}
         if x0 is not None:
             stats["warm_start_used"] = used
         gg = tree.vdot(rhs, rhs)
@@ -195,11 +197,14 @@ def _start(
     return tree.where(better, x0, zero), tree.where(better, residual, rhs), better
 
 
-def _apply(inverse: Vector | None, r: Vector) -> Vector:
-    return r if inverse is None else jax.tree.map(jnp.multiply, inverse, r)
+_Inverse: TypeAlias = Callable[[Vector], Vector] | None
 
 
-def _advance(mv: LinearMap, inverse: Vector | None, first_rr: Scalar, c: _Carry) -> _Carry:
+def _apply(inverse: _Inverse, r: Vector) -> Vector:
+    return r if inverse is None else inverse(r)
+
+
+def _advance(mv: LinearMap, inverse: _Inverse, first_rr: Scalar, c: _Carry) -> _Carry:
     image = mv(c.p)
     pp, pap = tree.vdot(c.p, c.p), tree.vdot(c.p, image)
     curvature = pap / pp

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.aliases import Key, MatVec, Scalar, Vector
 from bilevel.ground.keys import require_key
+from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings, count
 from bilevel.ground.status import Status, status_of
 from bilevel.linear.base import (
@@ -23,6 +24,7 @@ from bilevel.linear.base import (
     require_fixed,
     require_symmetric,
 )
+from bilevel.linear.precondition import Prepared
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +42,9 @@ class Nystrom:
 
     exact at full rank. No iteration, so nothing can diverge for any :math:`\rho > 0`.
 
+    ``CG(preconditioner=Nystrom(rank))`` uses the same sketch to turn the largest eigenvalues into
+    one, and CG does the rest: k products more, and the exact solution.
+
     Args:
       rank: k, the number of products.
       gaussian: draw a Gaussian sketch instead of coordinates: better where curvature is
@@ -54,7 +59,8 @@ class Nystrom:
 
     Reference: Hataya, Yamada, "Nyström method for accurate and scalable implicit
     differentiation", AISTATS 2023. The core is inverted through its eigenvalues here, where
-    theirs is a plain solve that dead coordinates make singular.
+    theirs is a plain solve that dead coordinates make singular. As a preconditioner Frangella,
+    Tropp, Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 2023.
     """
 
     rank: int = count(20)
@@ -73,9 +79,62 @@ class Nystrom:
         certify: bool = True,
     ) -> LinearSolution:
         """Sketch and solve; ``x0`` is not used."""
-        key = require_key(key, "Nystrom")
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
+        low_rank, eigenvalues, small = self._sketch(amap, rhs, key)
+        damping = jnp.asarray(amap.damping, eigenvalues.dtype)
+        gram = contract(low_rank, low_rank)
+        system = gram + damping * jnp.eye(self.rank, dtype=gram.dtype)
+        inner = jnp.linalg.solve(system, _inner(low_rank, rhs))
+        value = jax.tree.map(
+            lambda g, c: (
+                (g - jnp.tensordot(inner.astype(c.dtype), c, axes=1)) / damping.astype(g.dtype)
+            ),
+            rhs,
+            low_rank,
+        )
+        stats = {"num_matvecs": jnp.asarray(self.rank, jnp.int32)}
+        if not self.gaussian:  # a coordinate core is a principal submatrix: its spectrum is inside
+            stats["min_curvature"] = eigenvalues[0] + damping
+            stats["max_curvature"] = eigenvalues[-1] + damping
+        # Rounding alone makes tiny negative eigenvalues of a PSD core.
+        indefinite = eigenvalues[0] < -1e3 * small
+        result = status_of(Status.ok, (indefinite, Status.negative_curvature))
+        return finish(amap, rhs, value, stats, result, certify)
+
+    def prepare(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Prepared:
+        r"""The preconditioner of CG; its stats tell nothing.
+
+        With :math:`M_k = U \Lambda U^\top`, and :math:`\lambda_k` the least of :math:`\Lambda`,
+
+        .. math:: P^{-1} = (\lambda_k + \rho)\,U(\Lambda + \rho I)^{-1}U^\top + (I - UU^\top)
+        """
+        low_rank, _, _ = self._sketch(mv, rhs, key)
+        gram = contract(low_rank, low_rank)
+        values, basis = jnp.linalg.eigh((gram + gram.T) / 2)
+        kept = values > self.rank * jnp.finfo(values.dtype).eps * values[-1]
+        damping = jnp.asarray(mv.damping, values.dtype)
+        # A direction the sketch did not see is left as it is, like all outside of it.
+        least = jnp.min(jnp.where(kept, values, values[-1])) + damping
+        safe = jnp.where(kept, values, 1)
+        weights = jnp.where(kept, (least / (safe + damping) - 1) / safe, 0)
+        core = (basis * weights) @ basis.T
+
+        def apply(r: Vector) -> Vector:
+            inner = core @ _inner(low_rank, r)
+            return jax.tree.map(
+                lambda x, c: x + jnp.tensordot(inner.astype(c.dtype), c, axes=1).astype(x.dtype),
+                r,
+                low_rank,
+            )
+
+        return Prepared(apply, self.rank, {})
+
+    def _sketch(
+        self, amap: LinearMap, rhs: Vector, key: Key | None
+    ) -> tuple[Vector, jax.Array, Scalar]:
+        r"""C with :math:`M_k = CC^\top`, the core's eigenvalues, and what counts as zero there."""
+        key = require_key(key, "Nystrom")
         require_fixed(amap, "Nystrom")
         require_symmetric(amap, "Nystrom")
         if isinstance(amap.damping, (int, float)) and amap.damping <= 0:
@@ -110,25 +169,7 @@ class Nystrom:
         low_rank = jax.tree.map(  # C: the columns in the core's eigenbasis, scaled
             lambda c: jnp.tensordot((basis * root[None, :]).T.astype(c.dtype), c, axes=1), columns
         )
-        damping = jnp.asarray(amap.damping, eigenvalues.dtype)
-        gram = contract(low_rank, low_rank)
-        system = gram + damping * jnp.eye(self.rank, dtype=gram.dtype)
-        inner = jnp.linalg.solve(system, _inner(low_rank, rhs))
-        value = jax.tree.map(
-            lambda g, c: (
-                (g - jnp.tensordot(inner.astype(c.dtype), c, axes=1)) / damping.astype(g.dtype)
-            ),
-            rhs,
-            low_rank,
-        )
-        stats = {"num_matvecs": jnp.asarray(self.rank, jnp.int32)}
-        if not self.gaussian:  # a coordinate core is a principal submatrix: its spectrum is inside
-            stats["min_curvature"] = eigenvalues[0] + damping
-            stats["max_curvature"] = eigenvalues[-1] + damping
-        # Rounding alone makes tiny negative eigenvalues of a PSD core.
-        indefinite = eigenvalues[0] < -1e3 * small
-        result = status_of(Status.ok, (indefinite, Status.negative_curvature))
-        return finish(amap, rhs, value, stats, result, certify)
+        return low_rank, eigenvalues, small
 
     def _test_vectors(self, key: Key, rhs: Vector, chosen: jax.Array | None) -> Any:
         """``i -> column i`` of the test matrix, made when asked for: it is never stored."""

@@ -1,16 +1,39 @@
-r"""Diagonal preconditioners: the cheap change of metric that halves the work of CG."""
+r"""What a preconditioner of CG is; the diagonal one, which halves the work of CG."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Key, Vector
+from bilevel.ground.aliases import Key, Stats, Vector
 from bilevel.ground.keys import require_key
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.loops import loop
 from bilevel.ground.settings import check_settings, count, real
+
+
+class Prepared(NamedTuple):
+    r"""A preconditioner for one matrix.
+
+    Attributes:
+      apply: :math:`r \mapsto P^{-1} r`, symmetric positive definite.
+      num_products: products spent on it.
+      stats: what it says of itself.
+    """
+
+    apply: Callable[[Vector], Vector]
+    num_products: int
+    stats: Stats
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """Anything with this method is a preconditioner of CG."""
+
+    def prepare(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Prepared: ...
 
 
 @jax.tree_util.register_dataclass
@@ -50,9 +73,11 @@ class Diagonal:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def num_products(self, mv: LinearMap) -> int:
-        """Products spent on the estimate (none where the diagonal is known)."""
-        return 0 if mv.diagonal is not None else self.num_probes
+    def prepare(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Prepared:
+        """The entries, known or estimated; an estimate costs ``num_probes`` products."""
+        inverse = self.inverse(mv, rhs, key)
+        spent = 0 if mv.diagonal is not None else self.num_probes
+        return Prepared(lambda r: jax.tree.map(jnp.multiply, inverse, r), spent, {})
 
     def inverse(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Vector:
         r"""The entries of :math:`P^{-1}`, shaped like ``rhs``."""

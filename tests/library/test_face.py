@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 # A snapshot: adding a name is a decision, and so is taking one away.
 NAMES = """
-Algorithm BestResponse BestResponseState CG Dense Diagnosis Diagonal Evolution FiniteDifference
+Algorithm BestResponse BestResponseState CG Dense Diagnosis Diagonal EKFAC Evolution FiniteDifference
 FitResult FixedPoint Free GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient
-HypergradientError Hypernetwork Identity Implicit InnerState Integer Interval Jacobian LinearModel
+HypergradientError Hypernetwork Identity Implicit InnerState Integer Interval Jacobian KFAC LinearModel
 LinearSolution LinearSolver Lineax MemoryReport Minimum Neumann Nystrom Positive Problem Response
 Root Simplex Space Split Status Stochastic StructuredResponse Unroll WholeRun Woodbury alternate
 check_hypergrad descend diagnose fit global_response hypergrad hypergrad_init hypergrad_solve

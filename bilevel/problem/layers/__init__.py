@@ -2,3 +2,4 @@
 
 from bilevel.problem.layers.dual import dual_kernel as dual_kernel
 from bilevel.problem.layers.dual import ordered_outputs as ordered_outputs
+from bilevel.problem.layers.kronecker import kronecker as kronecker

@@ -12,10 +12,10 @@ import numpy as np
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Scalar, Vector
 from bilevel.ground.batches import select_batch
-from bilevel.ground.linear_map import Dual, Factors, LinearMap, SampledDiagonal
+from bilevel.ground.linear_map import Dual, Factors, Kronecker, LinearMap, SampledDiagonal
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
-from bilevel.problem.layers import dual_kernel, ordered_outputs
+from bilevel.problem.layers import dual_kernel, kronecker, ordered_outputs
 from bilevel.problem.operators.base import BoundOperator
 from bilevel.problem.operators.linear_model import LinearModel
 from bilevel.problem.two_losses import Problem
@@ -96,6 +96,7 @@ class GaussNewton:
                 lambda: _factors(self, problem, params, hparams, batch),
                 self.penalty is not None,
                 dual=lambda: _dual(self, problem, params, hparams, batch),
+                kronecker=functools.partial(_kronecker, self, problem, params, hparams, batch),
             ),
         )
 
@@ -230,6 +231,24 @@ def _dual(
         size // jax.tree.leaves(z)[0].shape[0] + 2,
         covered,
     )
+
+
+def _kronecker(
+    op: GaussNewton,
+    problem: Problem,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    num_samples: int | None,
+    key: Key | None,
+) -> Kronecker:
+    """Kronecker factors from the layers of the model."""
+    model = _outputs(op, problem, hparams, batch)
+    gradient = jax.grad(lambda z: op.output_loss(z, hparams, batch))
+    weigh = jax.linearize(gradient, model(params))[1]
+    known = _separable_penalty(op, params, hparams)
+    unroll = must_unroll(problem.inner_loss, params, hparams, batch)
+    return kronecker(model, weigh, params, known, unroll, num_samples, key)
 
 
 def _factors(
