@@ -29,7 +29,9 @@ class Dual(NamedTuple):
     r""":math:`A = J^\top Q J + D` as :class:`Factors`, without the rows of J.
 
     Attributes:
-      kernel: :math:`d \mapsto J\,\mathrm{diag}(d)\,J^\top`, (m, m).
+      kernel: :math:`(d, R) \mapsto R^\top J\,\mathrm{diag}(d)\,J^\top R`, (m, m), for blocks R.
+      root: blocks R, (N, C, C), with :math:`R R^\top = Q`, or the identity; NC = m.
+      is_root: whether R is that root rather than the identity, traced.
       push: :math:`v \mapsto J v`, (m,).
       pull: :math:`u \mapsto J^\top u`.
       weigh: :math:`u \mapsto Q u`.
@@ -39,7 +41,9 @@ class Dual(NamedTuple):
       covered: share of the entries of a vector that no row is stored for.
     """
 
-    kernel: Callable[[Vector], jax.Array]
+    kernel: Callable[[Vector, jax.Array], jax.Array]
+    root: jax.Array
+    is_root: jax.Array
     push: Callable[[Vector], jax.Array]
     pull: Callable[[jax.Array], Vector]
     weigh: Callable[[jax.Array], jax.Array]

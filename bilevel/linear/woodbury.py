@@ -140,12 +140,27 @@ def _by_layers(dual: Dual, diagonal: Vector, rhs: Vector) -> Vector:
     """The solution from the m x m kernel alone: rows appear only as products with J and J'."""
     root = jax.tree.map(jax.lax.rsqrt, diagonal)  # NaN where D is negative, and with it the value
     inverse = jax.tree.map(jnp.square, root)
-    kernel = dual.kernel(inverse)
+    kernel = dual.kernel(inverse, dual.root)
     scaled = jax.tree.map(jnp.multiply, rhs, inverse)
     projected = dual.push(scaled).astype(kernel.dtype)
-    # (I + QK)^-1 Q = Q (I + KQ)^-1, and the rows of KQ are Q times the rows of K.
-    system = jax.vmap(lambda row: dual.weigh(row).astype(row.dtype))(kernel)
-    system = system + jnp.eye(dual.size, dtype=kernel.dtype)
-    inner = dual.weigh(jnp.linalg.solve(system, projected))
+
+    def blocks(u: jax.Array, transposed: bool) -> jax.Array:
+        pattern = "nij,ni->nj" if transposed else "nij,nj->ni"
+        root = dual.root.astype(u.dtype)
+        return jnp.einsum(pattern, root, u.reshape(root.shape[:2])).reshape(-1)
+
+    def by_root(kernel: jax.Array, u: jax.Array) -> jax.Array:
+        # (I + QK)^-1 Q = R (I + R'KR)^-1 R', symmetric: half the work of a general system.
+        system = kernel + jnp.eye(dual.size, dtype=kernel.dtype)
+        factor = jnp.linalg.cholesky(system, symmetrize_input=False)
+        return blocks(jax.scipy.linalg.cho_solve((factor, True), blocks(u, True)), False)
+
+    def by_weights(kernel: jax.Array, u: jax.Array) -> jax.Array:
+        # (I + QK)^-1 Q = Q (I + KQ)^-1, and the rows of KQ are Q times the rows of K.
+        system = jax.vmap(lambda row: dual.weigh(row).astype(row.dtype))(kernel)
+        system = system + jnp.eye(dual.size, dtype=kernel.dtype)
+        return dual.weigh(jnp.linalg.solve(system, u)).astype(u.dtype)
+
+    inner = jax.lax.cond(dual.is_root, by_root, by_weights, kernel, projected)
     back = tree.cast_like(dual.pull(inner), rhs)
     return jax.tree.map(lambda g, d, x: g - d * x, scaled, inverse, back)

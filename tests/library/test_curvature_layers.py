@@ -216,8 +216,12 @@ def test_dual_is_the_jacobian_times_its_transpose(name, uniform):
     entries = (
         jnp.full(j.shape[1], 0.3) if uniform else 0.1 + jax.random.uniform(KEYS[9], j.shape[1:])
     )
-    got = jax.jit(dual.kernel)(unravel(entries))
+    identity = jnp.broadcast_to(jnp.eye(UNITS), (N, UNITS, UNITS))
+    got = jax.jit(dual.kernel)(unravel(entries), identity)
     np.testing.assert_allclose(got, (j * entries[None]) @ j.T, rtol=1e-10, atol=1e-12)
+    q = output_hessian(model(params, WEIGHTS, BATCH))
+    np.testing.assert_allclose(dual.root @ jnp.swapaxes(dual.root, 1, 2), q, atol=1e-12)
+    assert bool(dual.is_root)
     v = like(params)
     np.testing.assert_allclose(dual.push(v), j @ ravel_pytree(v)[0], rtol=1e-10, atol=1e-12)
     assert dual.covered == (1.0 if name != "cnn" else pytest.approx(1 - 10 / j.shape[1]))
@@ -261,6 +265,26 @@ def test_woodbury_through_layers_with_several_outputs_and_a_negative_diagonal():
     assert relative(got, Woodbury(structured=False).solve(amap, g).value) < 1e-10
     concave = bound(model, params, pen=lambda w, h: -penalty(w, h))
     assert int(Woodbury().solve(concave, g).result) == bilevel.Status.negative_curvature
+
+
+def coupled(z, hparams, batch):
+    """Convex, and no sum over the examples."""
+    return jnp.mean(z**2) + 0.5 * jnp.sum(z) ** 2
+
+
+def wavy(z, hparams, batch):
+    """A sum over examples, and not convex: Q has negative entries, the matrix none."""
+    return 0.01 * jnp.sum(jnp.sin(z))
+
+
+@pytest.mark.parametrize("loss", [coupled, wavy])
+def test_woodbury_through_layers_for_a_loss_without_a_root_by_examples(loss):
+    model, params = mlp()
+    amap, g = bound(model, params, loss=loss, damping=3.0), like(params)
+    assert not bool(amap.dual().is_root)
+    got, want = Woodbury().solve(amap, g), Woodbury(structured=False).solve(amap, g)
+    assert relative(got.value, want.value) < 1e-10
+    assert int(got.result) == int(want.result) == 0
 
 
 def test_woodbury_refuses_more_equations_than_allowed():

@@ -20,12 +20,12 @@ from bilevel.problem.layers.program import Program, evaluate, trace
 
 def dual_kernel(
     model: Callable[[Params, Batch], Any], params: Params, batch: Batch, uniform: bool
-) -> tuple[Callable[[Vector], jax.Array], float] | None:
-    r"""``d -> J diag(d) J'`` and the share of the parameters that is in layers.
+) -> tuple[Callable[[Vector, jax.Array], jax.Array], float] | None:
+    r"""``d, R -> R' J diag(d) J' R`` and the share of the parameters that is in layers.
 
     Examples are the leading axis of ``batch`` and of the outputs and do not depend on each other;
-    outputs are ordered by example. With ``uniform`` each leaf of ``d`` is one number repeated.
-    ``None`` where no parameter is in a layer.
+    outputs are ordered by example, and R, (N, C, C), has a block for each. With ``uniform`` each
+    leaf of ``d`` is one number repeated. ``None`` where no parameter is in a layer.
     """
     first = jax.tree.map(lambda x: x[:1], batch)
     program = trace(model, params, first)
@@ -35,13 +35,13 @@ def dual_kernel(
         return None
     others = sorted(reasons)
 
-    def kernel(d: Vector) -> jax.Array:
+    def kernel(d: Vector, root: jax.Array) -> jax.Array:
         scales = jax.tree.leaves(d)
 
-        def one(example: Batch) -> Any:
-            return _one_example(program, layers, others, params, example)
+        def one(example: Batch, block: jax.Array) -> Any:
+            return _one_example(program, layers, others, params, example, block)
 
-        parts, rows = jax.vmap(one)(jax.tree.map(lambda x: x[:, None], batch))
+        parts, rows = jax.vmap(one)(jax.tree.map(lambda x: x[:, None], batch), root)
         total = None
         for layer, part in zip(layers, parts, strict=True):
             bias = None if layer.vector is None else layer.vector(scales[layer.bias])
@@ -62,6 +62,7 @@ def _one_example(
     others: list[int],
     params: Params,
     example: Batch,
+    block: jax.Array,
 ) -> tuple[list[Any], list[jax.Array]]:
     """For each layer what its part of the kernel is made of, and rows of the other leaves."""
     leaves, batch = jax.tree.leaves(params), jax.tree.leaves(example)
@@ -78,7 +79,7 @@ def _one_example(
     zeros = [jnp.zeros(layer.output_shape, layer.output_dtype) for layer in layers]
     free = [leaves[i] for i in others]
     z, pull, inputs = jax.vjp(outputs, zeros, free, has_aux=True)
-    deltas, rows = jax.vmap(pull)(jnp.eye(z.size, dtype=z.dtype))
+    deltas, rows = jax.vmap(pull)(block.T.astype(z.dtype))
     parts = []
     for layer, x, delta in zip(layers, inputs, deltas, strict=True):
         a, d = layer.rows(x), layer.columns(delta)
@@ -162,3 +163,28 @@ def ordered_outputs(outputs: Any) -> tuple[Callable[[Any], jax.Array], Callable[
         return jax.tree.unflatten(treedef, whole)
 
     return flat, back
+
+
+def block_root(
+    weigh: Callable[[jax.Array], jax.Array], shape: tuple[int, int], dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """R, (N, C, C), with ``R R'`` the Hessian of a loss that is a sum over examples; is it one?
+
+    Where it is not, or not convex, R is the identity.
+    """
+    n, c = shape
+
+    def column(e: jax.Array) -> jax.Array:
+        return weigh(jnp.broadcast_to(e, shape).reshape(-1)).reshape(shape)
+
+    blocks = jnp.moveaxis(jax.vmap(column)(jnp.eye(c, dtype=dtype)), 0, -1)
+    blocks = tree.accumulate(blocks)
+    values, vectors = jnp.linalg.eigh((blocks + jnp.swapaxes(blocks, 1, 2)) / 2)
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+    # One random direction tells the two apart, but for a set of measure zero.
+    probe = jax.random.rademacher(jax.random.key(0), shape, root.dtype)
+    along = jnp.einsum("nij,nkj,nk->ni", root, root, probe)
+    truth = weigh(probe.reshape(-1).astype(dtype)).reshape(shape).astype(root.dtype)
+    rounding = 100 * c * max(float(jnp.finfo(x).eps) for x in (dtype, root.dtype))
+    separate = jnp.max(jnp.abs(along - truth)) <= rounding * jnp.max(jnp.abs(truth))
+    return jnp.where(separate, root, jnp.eye(c, dtype=root.dtype)), separate

@@ -15,7 +15,7 @@ from bilevel.ground.batches import select_batch
 from bilevel.ground.linear_map import Dual, Factors, Kronecker, LinearMap, SampledDiagonal
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
-from bilevel.problem.layers import dual_kernel, kronecker, ordered_outputs
+from bilevel.problem.layers import block_root, dual_kernel, kronecker, ordered_outputs
 from bilevel.problem.operators.base import BoundOperator
 from bilevel.problem.operators.linear_model import LinearModel
 from bilevel.problem.two_losses import Problem
@@ -220,15 +220,23 @@ def _dual(
     z, push, pull = _jacobian(op, problem, params, hparams, batch)
     weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
     flat, back = ordered_outputs(z)
-    size = sum(o.size for o in jax.tree.leaves(z))
+
+    def weigh_flat(u: jax.Array) -> jax.Array:
+        return flat(weigh(back(u)))
+
+    size, examples = sum(o.size for o in jax.tree.leaves(z)), jax.tree.leaves(z)[0].shape[0]
+    outputs = size // examples
+    root, is_root = block_root(weigh_flat, (examples, outputs), flat(z).dtype)
     return Dual(
         kernel,
+        root,
+        is_root,
         lambda v: flat(push(tree.cast_like(v, params))),
         lambda u: pull(back(u)),
-        lambda u: flat(weigh(back(u))),
+        weigh_flat,
         _separable_penalty(op, params, hparams),
         size,
-        size // jax.tree.leaves(z)[0].shape[0] + 2,
+        outputs + 2,
         covered,
     )
 
