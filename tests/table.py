@@ -16,6 +16,8 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import (
     CG,
+    EKFAC,
+    KFAC,
     BestResponse,
     BestResponseState,
     Dense,
@@ -87,10 +89,10 @@ def largest(case: Case) -> float:
     return float(np.linalg.eigvalsh(case.truth().hessian)[-1])
 
 
-def gauss_newton(case: Case, damping: float = 0.0) -> GaussNewton:
+def gauss_newton(case: Case, damping: float = 0.0, independent: bool = False) -> GaussNewton:
     operator = case.gauss_newton
     assert operator is not None
-    return GaussNewton(operator.model, operator.output_loss, damping, operator.penalty)
+    return GaussNewton(operator.model, operator.output_loss, damping, operator.penalty, independent)
 
 
 @functools.cache
@@ -215,6 +217,46 @@ RESPONSES = [
         1e-8,
         BACKWARD_STABLE,
         only("ridge_labels", "multi_output", "softmax_per_weight", "least_squares", "network"),
+    ),
+    Row(
+        "woodbury_through_layers",
+        lambda case: Implicit(Woodbury(), gauss_newton(case, DAMPING, independent=True)),
+        damped_gauss_newton,
+        1e-8,
+        BACKWARD_STABLE,
+        only("ridge_labels", "multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "cg_kfac",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=KFAC()), gauss_newton(case, DAMPING)),
+        damped_gauss_newton,
+        1e-8,
+        TOLERANCE,
+        only("ridge_labels", "multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "cg_ekfac",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=EKFAC()), gauss_newton(case, DAMPING)),
+        damped_gauss_newton,
+        1e-8,
+        TOLERANCE,
+        only("multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "ekfac",
+        lambda case: Implicit(EKFAC(), gauss_newton(case, DAMPING)),
+        damped_gauss_newton,
+        1e-8,
+        "one layer, a squared loss, one strength for all weights: the block is a Kronecker product",
+        only("ridge_labels"),
+    ),
+    Row(
+        "cg_nystrom",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=Nystrom(2)), Hessian(DAMPING)),
+        damped,
+        1e-8,
+        TOLERANCE,
+        only("ridge_per_feature", "quadratic", "network"),
     ),
     Row("neumann_0", lambda c: Implicit(Neumann(0, steps_of(c))), series(0), 1e-12, ROUNDING),
     Row("neumann_7", lambda c: Implicit(Neumann(7, steps_of(c))), series(7), 1e-12, ROUNDING),
