@@ -118,7 +118,7 @@ class Nystrom:
         least = jnp.min(jnp.where(kept, values, values[-1])) + damping
         safe = jnp.where(kept, values, 1)
         weights = jnp.where(kept, (least / (safe + damping) - 1) / safe, 0)
-        core = (basis * weights) @ basis.T
+        core = (basis * weights[None]) @ basis.T
 
         def apply(r: Vector) -> Vector:
             inner = core @ _inner(low_rank, r)

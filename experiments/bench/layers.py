@@ -31,7 +31,7 @@ def _dual(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     p, (n, c) = jax.nn.softmax(z), z.shape
     # diag(p) - pp' = LL' with L = diag(sqrt p) (I - sqrt p sqrt p'), as sqrt p has length one.
     half = jnp.sqrt(p)
-    root = half[:, :, None] * (jnp.eye(c, dtype=z.dtype) - half[:, :, None] * half[:, None, :])
+    root = half[:, :, None] * (jnp.eye(c, dtype=z.dtype)[None] - half[:, :, None] * half[:, None])
     root = root / jnp.sqrt(jnp.asarray(n, z.dtype))
     delta = jnp.swapaxes(root, 1, 2)  # (N, C, units)
     total = jnp.zeros((n, c, n, c), z.dtype)

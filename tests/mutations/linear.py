@@ -189,7 +189,7 @@ MUTANTS = [
     Mutant(
         "woodbury_trusts_every_root",
         "problem/layers/dual.py",
-        "return jnp.where(separate, root, jnp.eye(c, dtype=root.dtype)), separate",
+        "return jnp.where(separate, root, jnp.eye(c, dtype=root.dtype)[None]), separate",
         "return root, jnp.asarray(True)",
         "a loss that couples examples is taken for a sum over them",
         (

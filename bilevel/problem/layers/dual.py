@@ -117,7 +117,7 @@ def _of_layer(part: Any, scale: jax.Array, bias: jax.Array | None, uniform: bool
 def _of_rows(rows: jax.Array, scale: jax.Array) -> jax.Array:
     """Rows ``(N, C, k)`` themselves."""
     half = rows.reshape(-1, rows.shape[-1])
-    return (half * scale.astype(half.dtype)) @ half.T
+    return (half * scale.astype(half.dtype)[None]) @ half.T
 
 
 def _by_units(a: jax.Array, d: jax.Array, scale: jax.Array) -> jax.Array:
@@ -126,8 +126,8 @@ def _by_units(a: jax.Array, d: jax.Array, scale: jax.Array) -> jax.Array:
 
     def body(total: jax.Array, unit: Any) -> tuple[jax.Array, None]:
         column, weights = unit  # (N, C) and (in,)
-        inputs = (a * weights.astype(a.dtype)) @ a.T
-        product = inputs[:, None, :, None] * column[:, :, None, None] * column
+        inputs = (a * weights.astype(a.dtype)[None]) @ a.T
+        product = inputs[:, None, :, None] * column[:, :, None, None] * column[None, None]
         return total + product, None
 
     start = jnp.zeros((n, c, n, c), a.dtype)
@@ -187,4 +187,4 @@ def block_root(
     truth = weigh(probe.reshape(-1).astype(dtype)).reshape(shape).astype(root.dtype)
     rounding = 100 * c * max(float(jnp.finfo(x).eps) for x in (dtype, root.dtype))
     separate = jnp.max(jnp.abs(along - truth)) <= rounding * jnp.max(jnp.abs(truth))
-    return jnp.where(separate, root, jnp.eye(c, dtype=root.dtype)), separate
+    return jnp.where(separate, root, jnp.eye(c, dtype=root.dtype)[None]), separate

@@ -129,10 +129,11 @@ def _seeds(
             key = jax.random.fold_in(keys[k], i)
             if num_samples is None:
                 signs = jax.random.rademacher(key, (*root.shape[:-2], 1), root.dtype)
-                signs = signs * jax.nn.one_hot(k - ends[i], root.shape[-1], dtype=root.dtype)
+                one = jax.nn.one_hot(k - ends[i], root.shape[-1], dtype=root.dtype)
+                signs = signs * jnp.broadcast_to(one, root.shape[:-1])
             else:
                 signs = jax.random.rademacher(key, root.shape[:-1], root.dtype)
-                signs = signs / np.sqrt(count)
+                signs = signs * float(count) ** -0.5
             parts.append(jnp.einsum("...ij,...j->...i", root, signs).reshape(z.shape))
         cotangents = [x.astype(z.dtype) for x, z in zip(parts, leaves, strict=True)]
         return jax.tree.unflatten(treedef, cotangents)
