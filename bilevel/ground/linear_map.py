@@ -29,7 +29,8 @@ class Dual(NamedTuple):
     r""":math:`A = J^\top Q J + D` as :class:`Factors`, without the rows of J.
 
     Attributes:
-      kernel: :math:`(d, R) \mapsto R^\top J\,\mathrm{diag}(d)\,J^\top R`, (m, m), for blocks R.
+      kernel: :math:`(d, R) \mapsto R^\top J\,\mathrm{diag}(d)\,J^\top R`, (m, m), for blocks R;
+        the lower triangle of it, with anything above.
       root: blocks R, (N, C, C), with :math:`R R^\top = Q`, or the identity; NC = m.
       is_root: whether R is that root rather than the identity, traced.
       push: :math:`v \mapsto J v`, (m,).

@@ -157,7 +157,8 @@ def _by_layers(dual: Dual, diagonal: Vector, rhs: Vector) -> Vector:
 
     def by_weights(kernel: jax.Array, u: jax.Array) -> jax.Array:
         # (I + QK)^-1 Q = Q (I + KQ)^-1, and the rows of KQ are Q times the rows of K.
-        system = jax.vmap(lambda row: dual.weigh(row).astype(row.dtype))(kernel)
+        whole = jnp.tril(kernel) + jnp.tril(kernel, -1).T
+        system = jax.vmap(lambda row: dual.weigh(row).astype(row.dtype))(whole)
         system = system + jnp.eye(dual.size, dtype=kernel.dtype)
         return dual.weigh(jnp.linalg.solve(system, u)).astype(u.dtype)
 
