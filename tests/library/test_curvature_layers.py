@@ -551,5 +551,3 @@ def test_errors_of_layered_solvers():
     wide = jnp.ones((72, 257))
     with pytest.raises(ValueError, match="at most 256 outputs a row, got 257"):
         EKFAC().solve(bound(lambda p, h, b: b[0].reshape(N, -1) @ p, wide, loss=squared), wide)
-    with pytest.raises(TypeError, match="preconditioner"):
-        CG(preconditioner=KFAC)

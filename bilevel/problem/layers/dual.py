@@ -209,10 +209,11 @@ def block_root(
     blocks = tree.accumulate(blocks)
     values, vectors = jnp.linalg.eigh((blocks + jnp.swapaxes(blocks, 1, 2)) / 2)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
-    # One random direction tells the two apart, but for a set of measure zero.
+    # One random direction tells the two apart. Where probabilities are near one, Q is a difference
+    # of far larger numbers, so that only half of its digits can be asked for.
     probe = jax.random.rademacher(jax.random.key(0), shape, root.dtype)
     along = jnp.einsum("nij,nkj,nk->ni", root, root, probe)
     truth = weigh(probe.reshape(-1).astype(dtype)).reshape(shape).astype(root.dtype)
-    rounding = 100 * c * max(float(jnp.finfo(x).eps) for x in (dtype, root.dtype))
+    rounding = max(float(jnp.finfo(x).eps) for x in (dtype, root.dtype)) ** 0.5
     separate = jnp.max(jnp.abs(along - truth)) <= rounding * jnp.max(jnp.abs(truth))
     return jnp.where(separate, root, jnp.eye(c, dtype=root.dtype)[None]), separate
