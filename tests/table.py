@@ -131,6 +131,18 @@ def damped_gauss_newton(case: Case, truth: Exact) -> np.ndarray:
     return np.linalg.solve(matrix + DAMPING * np.eye(len(matrix)), truth.outer_grad)
 
 
+def in_eigenbasis(case: Case, truth: Exact) -> np.ndarray:
+    """EKFAC of one layer with one output: the matrix' diagonal in the inputs' eigenbasis."""
+    operator, flat = case.gauss_newton, ravel_pytree(case.params)
+    assert operator is not None and operator.penalty is not None
+    strengths = jax.hessian(lambda w: operator.penalty(flat[1](w), case.hparams))(flat[0])
+    x = np.asarray(operator.model.features(case.hparams, case.inner_batch))
+    basis = np.linalg.eigh(x.T @ x)[1]
+    data = basis.T @ (dense_gauss_newton(case) - strengths) @ basis
+    scales = np.diag(data) + np.mean(np.diag(strengths)) + DAMPING
+    return basis @ (basis.T @ truth.outer_grad / scales)
+
+
 def series(num_matvecs: int) -> Callable[[Case, Exact], np.ndarray]:
     return lambda case, truth: truth.series(num_matvecs, steps_of(case))
 
@@ -245,10 +257,10 @@ RESPONSES = [
     Row(
         "ekfac",
         lambda case: Implicit(EKFAC(), gauss_newton(case, DAMPING)),
-        damped_gauss_newton,
+        in_eigenbasis,
         1e-8,
-        "one layer, a squared loss, one strength for all weights: the block is a Kronecker product",
-        only("ridge_labels"),
+        BACKWARD_STABLE,
+        only("ridge_scalar", "ridge_labels", "ridge_per_feature", "logistic_scalar"),
     ),
     Row(
         "cg_nystrom",
