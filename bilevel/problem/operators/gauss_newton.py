@@ -41,7 +41,8 @@ class GaussNewton:
         take it to be a sum over the weights.
       independent_examples: every leaf of the batch has the examples as its leading axis, and
         the outputs of an example depend on that example alone (no batch norm). ``Woodbury``
-        then takes each Jacobian row from one example instead of the whole batch.
+        then takes each Jacobian row from one example instead of the whole batch, and none at all
+        for the layers it finds.
 
     Cost: about 0.75 of a Hessian product (a forward tangent and a backward pass).
 
