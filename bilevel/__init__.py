@@ -31,6 +31,8 @@ from bilevel.inner.minimize import proximal_step as proximal_step
 from bilevel.inner.network import StructuredResponse as StructuredResponse
 from bilevel.inner.train import descend as descend
 from bilevel.linear import CG as CG
+from bilevel.linear import EKFAC as EKFAC
+from bilevel.linear import KFAC as KFAC
 from bilevel.linear import Dense as Dense
 from bilevel.linear import Diagonal as Diagonal
 from bilevel.linear import Identity as Identity

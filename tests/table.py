@@ -17,6 +17,8 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import (
     CG,
+    EKFAC,
+    KFAC,
     BestResponse,
     BestResponseState,
     Dense,
@@ -89,10 +91,10 @@ def largest(case: Case) -> float:
     return float(np.linalg.eigvalsh(case.truth().hessian)[-1])
 
 
-def gauss_newton(case: Case, damping: float = 0.0) -> GaussNewton:
+def gauss_newton(case: Case, damping: float = 0.0, independent: bool = False) -> GaussNewton:
     operator = case.gauss_newton
     assert operator is not None
-    return GaussNewton(operator.model, operator.output_loss, damping, operator.penalty)
+    return GaussNewton(operator.model, operator.output_loss, damping, operator.penalty, independent)
 
 
 @functools.cache
@@ -129,6 +131,18 @@ def damped(case: Case, truth: Exact) -> np.ndarray:
 def damped_gauss_newton(case: Case, truth: Exact) -> np.ndarray:
     matrix = dense_gauss_newton(case)
     return np.linalg.solve(matrix + DAMPING * np.eye(len(matrix)), truth.outer_grad)
+
+
+def in_eigenbasis(case: Case, truth: Exact) -> np.ndarray:
+    """EKFAC of one layer with one output: the matrix' diagonal in the inputs' eigenbasis."""
+    operator, flat = case.gauss_newton, ravel_pytree(case.params)
+    assert operator is not None and operator.penalty is not None
+    strengths = jax.hessian(lambda w: operator.penalty(flat[1](w), case.hparams))(flat[0])
+    x = np.asarray(operator.model.features(case.hparams, case.inner_batch))
+    basis = np.linalg.eigh(x.T @ x)[1]
+    data = basis.T @ (dense_gauss_newton(case) - strengths) @ basis
+    scales = np.diag(data) + np.mean(np.diag(strengths)) + DAMPING
+    return basis @ (basis.T @ truth.outer_grad / scales)
 
 
 def series(num_matvecs: int) -> Callable[[Case, Exact], np.ndarray]:
@@ -217,6 +231,46 @@ RESPONSES = [
         1e-8,
         BACKWARD_STABLE,
         only("ridge_labels", "multi_output", "softmax_per_weight", "least_squares", "network"),
+    ),
+    Row(
+        "woodbury_through_layers",
+        lambda case: Implicit(Woodbury(), gauss_newton(case, DAMPING, independent=True)),
+        damped_gauss_newton,
+        1e-8,
+        BACKWARD_STABLE,
+        only("ridge_labels", "multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "cg_kfac",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=KFAC()), gauss_newton(case, DAMPING)),
+        damped_gauss_newton,
+        1e-8,
+        TOLERANCE,
+        only("ridge_labels", "multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "cg_ekfac",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=EKFAC()), gauss_newton(case, DAMPING)),
+        damped_gauss_newton,
+        1e-8,
+        TOLERANCE,
+        only("multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "ekfac",
+        lambda case: Implicit(EKFAC(), gauss_newton(case, DAMPING)),
+        in_eigenbasis,
+        1e-8,
+        BACKWARD_STABLE,
+        only("ridge_scalar", "ridge_labels", "ridge_per_feature", "logistic_scalar"),
+    ),
+    Row(
+        "cg_nystrom",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=Nystrom(2)), Hessian(DAMPING)),
+        damped,
+        1e-8,
+        TOLERANCE,
+        only("ridge_per_feature", "quadratic", "network"),
     ),
     Row("neumann_0", lambda c: Implicit(Neumann(0, steps_of(c))), series(0), 1e-12, ROUNDING),
     Row("neumann_7", lambda c: Implicit(Neumann(7, steps_of(c))), series(7), 1e-12, ROUNDING),

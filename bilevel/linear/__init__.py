@@ -7,6 +7,8 @@ from bilevel.linear.base import LinearSolver as LinearSolver
 from bilevel.linear.cg import CG as CG
 from bilevel.linear.dense import Dense as Dense
 from bilevel.linear.identity import Identity as Identity
+from bilevel.linear.kronecker import EKFAC as EKFAC
+from bilevel.linear.kronecker import KFAC as KFAC
 from bilevel.linear.lineax import Lineax as Lineax
 from bilevel.linear.neumann import Neumann as Neumann
 from bilevel.linear.nystrom import Nystrom as Nystrom

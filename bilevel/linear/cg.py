@@ -1,7 +1,8 @@
 r"""Preconditioned conjugate gradients, which never evaluates :math:`A\,0`."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings, count, real
 from bilevel.ground.status import Status, status_of
 from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, require_symmetric
-from bilevel.linear.precondition import Diagonal
+from bilevel.linear.precondition import CarryingPreconditioner, Preconditioner, prepared_from
 
 
 class _Carry(NamedTuple):
@@ -43,7 +44,9 @@ class CG:
       rtol, atol: stop at :math:`\|r\| \le \max(rtol\,\|g\|, atol)`. Both ``None``: a fixed
         budget was asked for, and spending it is status ``ok``; with a tolerance, an unmet one
         is ``max_steps``. One unit of rounding, :math:`\epsilon\,\|g\|`, always counts as met.
-      preconditioner: ``None`` or :class:`Diagonal`.
+      preconditioner: ``None``, :class:`Diagonal`, :class:`KFAC`, :class:`EKFAC`,
+        :class:`Nystrom`, or anything with
+        their ``prepare``.
       unroll: write the loop out step by step (then all ``max_steps`` products are
         computed, those after convergence without effect); ``None`` decides by itself
         (convolutions on CPU).
@@ -75,7 +78,7 @@ class CG:
     max_steps: int = count(100)
     rtol: float | jax.Array | None = real(None, low=0, optional=True)
     atol: float | jax.Array | None = real(None, low=0, optional=True)
-    preconditioner: Diagonal | None = None
+    preconditioner: Preconditioner | None = None
     unroll: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     uses_start: ClassVar[bool] = True
@@ -96,8 +99,10 @@ class CG:
         return self.solve_from(mv, rhs, None, x0, key=key, certify=certify)[0]
 
     def init_state(self, like: Vector) -> Any:
-        """That of the preconditioner."""
-        return None if self.preconditioner is None else self.preconditioner.init_state(like)
+        """That of the preconditioner; ``None`` where it is prepared anew in each call."""
+        if not isinstance(self.preconditioner, CarryingPreconditioner):
+            return None
+        return self.preconditioner.init_state(like)
 
     def solve_from(
         self,
@@ -118,9 +123,11 @@ class CG:
         eps = _rounding(amap, rhs)
         tolerance, has_tolerance = self._tolerance(rhs, eps)
 
-        inverse, extra = None, 0
+        inverse, extra, told = None, 0, {}
         if self.preconditioner is not None:
-            inverse, extra, state = self.preconditioner.inverse_from(amap, rhs, key, state)
+            (inverse, extra, told), state = prepared_from(
+                self.preconditioner, amap, rhs, key, state
+            )
         x, r, used = _start(amap, rhs, x0)
         z = _apply(inverse, r)
         rr = tree.vdot(r, r)
@@ -154,7 +161,7 @@ class CG:
 
         products = last.step + extra + (0 if x0 is None else 1)
         low, high = last.curvature
-        stats = {"num_matvecs": products, "min_curvature": low, "max_curvature": high}
+        stats = {**told, "num_matvecs": products, "min_curvature": low, "max_curvature": high}
         if x0 is not None:
             stats["warm_start_used"] = used
         gg = tree.vdot(rhs, rhs)
@@ -230,11 +237,14 @@ def _recurrence(
     return norm, 10 * eps * (last.step + 1) * (curvature * size + norm)
 
 
-def _apply(inverse: Vector | None, r: Vector) -> Vector:
-    return r if inverse is None else jax.tree.map(jnp.multiply, inverse, r)
+_Inverse: TypeAlias = Callable[[Vector], Vector] | None
 
 
-def _advance(mv: LinearMap, inverse: Vector | None, first_rr: Scalar, c: _Carry) -> _Carry:
+def _apply(inverse: _Inverse, r: Vector) -> Vector:
+    return r if inverse is None else inverse(r)
+
+
+def _advance(mv: LinearMap, inverse: _Inverse, first_rr: Scalar, c: _Carry) -> _Carry:
     image = mv(c.p)
     pp, pap = tree.vdot(c.p, c.p), tree.vdot(c.p, image)
     curvature = pap / pp

@@ -26,6 +26,7 @@ from bilevel.linear.base import (
     require_fixed,
     require_symmetric,
 )
+from bilevel.linear.precondition import Prepared
 
 
 class _Sketch(NamedTuple):
@@ -48,6 +49,9 @@ class Nystrom:
 
     exact at full rank. No iteration, so nothing can diverge for any :math:`\rho > 0`.
 
+    ``CG(preconditioner=Nystrom(rank))`` uses the same sketch to turn the largest eigenvalues into
+    one, and CG does the rest: k products more, and the exact solution.
+
     Args:
       rank: k, the number of products.
       gaussian: draw a Gaussian sketch instead of coordinates: better where curvature is
@@ -65,7 +69,8 @@ class Nystrom:
 
     Reference: Hataya, Yamada, "Nyström method for accurate and scalable implicit
     differentiation", AISTATS 2023. The core is inverted through its eigenvalues here, where
-    theirs is a plain solve that dead coordinates make singular.
+    theirs is a plain solve that dead coordinates make singular. As a preconditioner Frangella,
+    Tropp, Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 2023.
     """
 
     rank: int = count(20)
@@ -107,26 +112,9 @@ class Nystrom:
         certify: bool = True,
     ) -> tuple[LinearSolution, Refreshed | None]:
         """Solve with the sketch in ``state`` while it is to be kept, else with a new one."""
-        key = require_key(key, "Nystrom")
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
-        require_fixed(amap, "Nystrom")
-        require_symmetric(amap, "Nystrom")
-        if isinstance(amap.damping, (int, float)) and amap.damping <= 0:
-            raise ValueError(
-                "Nystrom approximates (M + damping I)^-1 and needs `damping` > 0 in its operator, "
-                f"got {amap.damping}: use e.g. `Hessian(damping=0.1)`."
-            )
-        n = tree.size(rhs)
-        if self.rank > n:
-            raise ValueError(f"`rank`={self.rank} exceeds the {n} inner parameters.")
-        made: Any = self.rank
-        if self.refresh_every == 1:
-            low_rank, eigenvalues = self._sketch(amap, rhs, key)
-        else:
-            (low_rank, eigenvalues), made, state = refreshed(
-                lambda: self._sketch(amap, rhs, key), self.rank, self.refresh_every, state
-            )
+        (low_rank, eigenvalues), made, state = self._sketch_from(amap, rhs, key, state)
         small = self._negligible(eigenvalues)
         damping = jnp.asarray(amap.damping, eigenvalues.dtype)
         gram = contract(low_rank, low_rank)
@@ -147,6 +135,59 @@ class Nystrom:
         indefinite = eigenvalues[0] < -1e3 * small
         result = status_of(Status.ok, (indefinite, Status.negative_curvature))
         return finish(amap, rhs, value, stats, result, certify), state
+
+    def prepare(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Prepared:
+        """The preconditioner of CG, see :meth:`prepare_from`."""
+        return self.prepare_from(mv, rhs, key, None)[0]
+
+    def prepare_from(
+        self, mv: LinearMap, rhs: Vector, key: Key | None, state: Refreshed | None
+    ) -> tuple[Prepared, Refreshed | None]:
+        r"""The preconditioner of CG; its stats tell nothing.
+
+        With :math:`M_k = U \Lambda U^\top`, and :math:`\lambda_k` the least of :math:`\Lambda`,
+
+        .. math:: P^{-1} = (\lambda_k + \rho)\,U(\Lambda + \rho I)^{-1}U^\top + (I - UU^\top)
+        """
+        (low_rank, _), made, state = self._sketch_from(mv, rhs, key, state)
+        gram = contract(low_rank, low_rank)
+        values, basis = jnp.linalg.eigh((gram + gram.T) / 2)
+        kept = values > self.rank * jnp.finfo(values.dtype).eps * values[-1]
+        damping = jnp.asarray(mv.damping, values.dtype)
+        # A direction the sketch did not see is left as it is, like all outside of it.
+        least = jnp.min(jnp.where(kept, values, values[-1])) + damping
+        safe = jnp.where(kept, values, 1)
+        weights = jnp.where(kept, (least / (safe + damping) - 1) / safe, 0)
+        core = (basis * weights[None]) @ basis.T
+
+        def apply(r: Vector) -> Vector:
+            inner = core @ _inner(low_rank, r)
+            return jax.tree.map(
+                lambda x, c: x + jnp.tensordot(inner.astype(c.dtype), c, axes=1).astype(x.dtype),
+                r,
+                low_rank,
+            )
+
+        return Prepared(apply, made, {}), state
+
+    def _sketch_from(
+        self, amap: LinearMap, rhs: Vector, key: Key | None, state: Refreshed | None
+    ) -> tuple["_Sketch", Any, Refreshed | None]:
+        """The sketch of this call, its products, and the next state."""
+        key = require_key(key, "Nystrom")
+        require_fixed(amap, "Nystrom")
+        require_symmetric(amap, "Nystrom")
+        if isinstance(amap.damping, (int, float)) and amap.damping <= 0:
+            raise ValueError(
+                "Nystrom approximates (M + damping I)^-1 and needs `damping` > 0 in its operator, "
+                f"got {amap.damping}: use e.g. `Hessian(damping=0.1)`."
+            )
+        n = tree.size(rhs)
+        if self.rank > n:
+            raise ValueError(f"`rank`={self.rank} exceeds the {n} inner parameters.")
+        if self.refresh_every == 1:
+            return self._sketch(amap, rhs, key), self.rank, None
+        return refreshed(lambda: self._sketch(amap, rhs, key), self.rank, self.refresh_every, state)
 
     def _sketch(self, amap: LinearMap, rhs: Vector, key: Key) -> "_Sketch":
         r"""C with :math:`M_k = CC^\top`, by k products, and the eigenvalues of the core."""

@@ -1,18 +1,60 @@
-r"""Diagonal preconditioners: the cheap change of metric that halves the work of CG."""
+r"""What a preconditioner of CG is; the diagonal one, which halves the work of CG."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Key, Vector
+from bilevel.ground.aliases import Key, Stats, Vector
 from bilevel.ground.keys import require_key
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.loops import loop
 from bilevel.ground.settings import check_settings, count, real
 from bilevel.linear.base import Refreshed, refreshed
+
+
+class Prepared(NamedTuple):
+    r"""A preconditioner for one matrix.
+
+    Attributes:
+      apply: :math:`r \mapsto P^{-1} r`, symmetric positive definite.
+      num_products: products spent on it.
+      stats: what it says of itself.
+    """
+
+    apply: Callable[[Vector], Vector]
+    num_products: int | jax.Array
+    stats: Stats
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """Anything with this method is a preconditioner of CG."""
+
+    def prepare(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Prepared: ...
+
+
+@runtime_checkable
+class CarryingPreconditioner(Preconditioner, Protocol):
+    """One that carries what it was made of from call to call, as a ``CarryingSolver`` does."""
+
+    def init_state(self, like: Vector) -> Any: ...
+
+    def prepare_from(
+        self, mv: LinearMap, rhs: Vector, key: Key | None, state: Any
+    ) -> tuple[Prepared, Any]: ...
+
+
+def prepared_from(
+    preconditioner: Preconditioner, mv: LinearMap, rhs: Vector, key: Key | None, state: Any
+) -> tuple[Prepared, Any]:
+    """The preconditioner of this call, from ``state`` where it carries one, and the next state."""
+    if isinstance(preconditioner, CarryingPreconditioner):
+        return preconditioner.prepare_from(mv, rhs, key, state)
+    return preconditioner.prepare(mv, rhs, key), None
 
 
 @jax.tree_util.register_dataclass
@@ -60,9 +102,9 @@ class Diagonal:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def num_products(self, mv: LinearMap) -> int:
-        """Products spent on the estimate (none where the diagonal is known)."""
-        return 0 if mv.diagonal is not None else self.num_probes
+    def prepare(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Prepared:
+        """The entries, known or estimated; an estimate costs ``num_probes`` products."""
+        return self.prepare_from(mv, rhs, key, None)[0]
 
     def init_state(self, like: Vector) -> Refreshed | None:
         """No diagonal yet; ``None`` where each call finds its own."""
@@ -70,14 +112,18 @@ class Diagonal:
             return None
         return Refreshed(tree.zeros_accumulated(like), jnp.zeros((), jnp.int32))
 
-    def inverse_from(
+    def prepare_from(
         self, mv: LinearMap, rhs: Vector, key: Key | None, state: Refreshed | None
-    ) -> tuple[Vector, Any, Refreshed | None]:
-        r"""The entries of :math:`P^{-1}`, the products spent on them and the next state."""
-        products = self.num_products(mv)
+    ) -> tuple[Prepared, Refreshed | None]:
+        """The entries in ``state`` while they are to be kept, else new ones; the next state."""
+        made: Any = 0 if mv.diagonal is not None else self.num_probes
         if self.refresh_every == 1:
-            return self.inverse(mv, rhs, key), products, None
-        return refreshed(lambda: self.inverse(mv, rhs, key), products, self.refresh_every, state)
+            inverse, state = self.inverse(mv, rhs, key), None
+        else:
+            inverse, made, state = refreshed(
+                lambda: self.inverse(mv, rhs, key), made, self.refresh_every, state
+            )
+        return Prepared(lambda r: jax.tree.map(jnp.multiply, inverse, r), made, {}), state
 
     def inverse(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Vector:
         r"""The entries of :math:`P^{-1}`, shaped like ``rhs``."""
