@@ -14,7 +14,6 @@ import numpy as np
 
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, Params, Vector
 from bilevel.hypergradient import Hypergradient, Response, hypergrad_solve
-from bilevel.problem.conditions import Condition
 from bilevel.problem.operators.gauss_newton import GaussNewton
 from bilevel.problem.two_losses import Problem
 
@@ -97,7 +96,7 @@ class Case:
     """
 
     name: str
-    inner: Loss | Condition
+    inner: Any
     outer: Loss
     params: Params
     hparams: Hparams

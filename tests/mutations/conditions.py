@@ -13,9 +13,9 @@ MUTANTS = [
     ),
     Mutant(
         "tangent_solved_with_the_adjoint",
-        "hypergradient/attach.py",
-        "mv = mv if adjoint else mv.transposed()",
-        "mv = mv",
+        "hypergradient/implicit.py",
+        "mv = self.bound.mv if adjoint else self.bound.mv.transposed()",
+        "mv = self.bound.mv",
         "forward derivatives of an equilibrium solve the transposed system",
         (
             "test_conditions.py::test_with_response_differentiates_an_equilibrium_to_second_order_in_both_modes",
