@@ -18,7 +18,7 @@ DAMPING = w2.DAMPING
 
 
 def _dual(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The lower half of `R' J J' R`, (NC, NC), and R, (N, C, C), for the mean cross-entropy of the MLP."""
+    """The lower half of `R' J J' R`, (NC, NC), and R, (N, C, C), for the mean cross-entropy."""
     inputs, slopes, z = [], [], x
     for kernel, bias in params[:-1]:
         inputs.append(z)
