@@ -46,6 +46,7 @@ from bilevel.outer import HyperSchedule as HyperSchedule
 from bilevel.outer import WholeRun as WholeRun
 from bilevel.outer import alternate as alternate
 from bilevel.outer import global_response as global_response
+from bilevel.outer import hoag as hoag
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
 from bilevel.problem.conditions import FixedPoint as FixedPoint
