@@ -1,4 +1,7 @@
 """Loops whose inner problem is solved as accurately as the outer progress deserves."""
 
+from bilevel.outer.inexact.certificate import Certificate as Certificate
 from bilevel.outer.inexact.hoag import HoagState as HoagState
 from bilevel.outer.inexact.hoag import hoag as hoag
+from bilevel.outer.inexact.maid import MaidState as MaidState
+from bilevel.outer.inexact.maid import maid as maid
