@@ -46,6 +46,7 @@ from bilevel.outer import Certificate as Certificate
 from bilevel.outer import HyperSchedule as HyperSchedule
 from bilevel.outer import WholeRun as WholeRun
 from bilevel.outer import alternate as alternate
+from bilevel.outer import bo_rep as bo_rep
 from bilevel.outer import global_response as global_response
 from bilevel.outer import hoag as hoag
 from bilevel.outer import maid as maid

@@ -15,11 +15,10 @@ from bilevel.ground.settings import check_one_real
 from bilevel.ground.status import worst
 from bilevel.linear.cg import CG
 from bilevel.outer.base import KEEP, Algorithm, Info, own, own_params
-from bilevel.outer.inexact.solves import Solved, Solves, check_solves
+from bilevel.outer.inexact.solves import HESSIAN, SOLVER, Solved, Solves, check_solves
 from bilevel.outer.inexact.tolerance import Schedule, at_step, schedule_of
 from bilevel.outer.variable import Mover, Variable
 from bilevel.problem.operators.base import Operator
-from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.validate import check_point
 from bilevel.space.space import Space
 
@@ -74,8 +73,8 @@ def hoag(
     *,
     first_tol: float = 1e-3,
     first_step: float = 1.0,
-    solver: CG = CG(1000),
-    operator: Operator = Hessian(),
+    solver: CG = SOLVER,
+    operator: Operator = HESSIAN,
     constrain: Space | None = None,
     has_aux: bool = False,
     max_steps: int = 1000,
@@ -174,9 +173,10 @@ class _Hoag:
         none = jax.tree.map(jnp.zeros_like, variable.moving)
         response = self.solves.begin(params, hparams)
         step = jnp.zeros((), jnp.int32)
+        one = zero + 1
         return own(
             HoagState(
-                params, variable, response, variable, none, zero, zero, zero + 1, zero + 1, zero, step
+                params, variable, response, variable, none, zero, zero, one, one, zero, step
             )
         )  # fmt: skip
 

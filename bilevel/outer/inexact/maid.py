@@ -18,9 +18,8 @@ from bilevel.inner.minimize import Minimum
 from bilevel.linear.cg import CG
 from bilevel.outer.base import KEEP, Algorithm, Info, own, own_params
 from bilevel.outer.inexact.certificate import Certificate, Constants, error_bound
-from bilevel.outer.inexact.solves import Solves, check_solves
+from bilevel.outer.inexact.solves import HESSIAN, SOLVER, Solves, check_solves
 from bilevel.outer.variable import Mover, Variable
-from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.validate import check_point
 from bilevel.space.bounds import Simplex
 from bilevel.space.space import Space
@@ -78,7 +77,7 @@ def maid(
     tighten: float = 0.5,
     loosen: float = 1.05,
     trials: int = 10,
-    solver: CG = CG(1000),
+    solver: CG = SOLVER,
     constrain: Space | None = None,
     has_aux: bool = False,
     max_steps: int = 1000,
@@ -155,7 +154,7 @@ def maid(
       >>> bool(abs(info.hparams) < 0.05)  # the decay that halves the data, e^lam = 1
       True
     """
-    solves = check_solves(outer, inner, solver, Hessian(), constrain, has_aux, max_steps)
+    solves = check_solves(outer, inner, solver, HESSIAN, constrain, has_aux, max_steps)
     if not isinstance(certificate, Certificate):
         raise TypeError(f"`certificate` must be a `Certificate(...)`, got {certificate!r}.")
     check_one_real("accuracy", accuracy, 0, strict=True)
@@ -168,7 +167,8 @@ def maid(
             raise ValueError(f"`{name}` must be less than 1, got {value}.")
     mover = Mover(optax.scale(-1.0), constrain)
     run = _Maid(
-        solves, certificate, accuracy, first_step, descent, backtrack, tighten, loosen, trials, mover
+        solves, certificate, accuracy, first_step, descent, backtrack, tighten, loosen, trials,
+        mover,
     )  # fmt: skip
     return Algorithm(run.init, run.step, own_params)
 
@@ -230,9 +230,7 @@ class _Maid:
         zero = jnp.zeros((), tree.norm(params).dtype)
         counts = (jnp.asarray(self.trials, jnp.int32), jnp.zeros((), jnp.int32))
         outer = self.mover.begin(hparams)
-        return own(
-            MaidState(params, params, outer, response, zero + self.accuracy, zero, *counts)
-        )
+        return own(MaidState(params, params, outer, response, zero + self.accuracy, zero, *counts))
 
     def step(
         self,
@@ -292,13 +290,18 @@ class _Maid:
         return worst(found.minimum.result, found.solution.result, uncertified, invalid)
 
     def _poisoned(self, new: MaidState, found: _Certified) -> MaidState:
-        """A hypergradient that is NaN makes the hyperparameters NaN, as in every loop."""
-        lost = jnp.isnan(found.norm)
-        outer = jax.tree.map(
-            lambda x: jnp.where(lost, jnp.nan, x) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-            new.outer,
-        )
-        return new._replace(outer=outer)
+        """NaN passes on, as in every loop: into what was computed from it, and no further."""
+
+        def lost_where(bad: Scalar, old: Any) -> Any:
+            return jax.tree.map(
+                lambda x: jnp.where(jnp.isnan(bad), jnp.nan, x).astype(x.dtype), old
+            )
+
+        outer = new.outer._replace(hparams=lost_where(found.norm, new.outer.hparams))
+        if outer.raw is not None:
+            outer = outer._replace(raw=lost_where(found.norm, outer.raw))
+        params = lost_where(found.minimum.stats["stationarity"], new.params)
+        return new._replace(outer=outer, params=params)
 
     def _refine(
         self, state: MaidState, batch: Batch, outer_batch: Batch, key: Key | None

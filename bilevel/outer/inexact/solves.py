@@ -15,8 +15,12 @@ from bilevel.linear.cg import CG
 from bilevel.outer.base import check_state
 from bilevel.outer.variable import check_space
 from bilevel.problem.operators.base import Operator
+from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_inner, check_losses, check_problem
+
+SOLVER, HESSIAN = CG(1000), Hessian()
+"""What loops solve with unless told otherwise."""
 
 
 class Solved(NamedTuple):
