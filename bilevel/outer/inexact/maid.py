@@ -352,7 +352,7 @@ class _Maid:
         grads = self.mover.pull(state.outer, solution.grads)
         norm = tree.norm(grads)
         certified = (bound <= (1 - self.descent) * norm) & (at.convexity > 0)
-        slack = _slack(at, distance, stats["rhs_norm"])
+        slack = _slack(at, distance, stats["rhs_norm"], solution.value)
         return _Certified(minimum, solution, grads, norm, bound, distance, slack, certified)
 
     def _stretch(self, variable: Variable) -> Scalar | int:
@@ -388,7 +388,8 @@ class _Maid:
             minimum = self.solves.minimum(start, lam, batch, tol)
             at = self.certificate.at(minimum.params, lam)
             (value, _), (g, _) = problem.outer_grads(minimum.params, lam, outer_batch)
-            slack = _slack(at, minimum.stats["stationarity"] / at.convexity, tree.norm(g))
+            distance = minimum.stats["stationarity"] / at.convexity
+            slack = _slack(at, distance, tree.norm(g), value)
             change = value - found.solution.value + slack + found.slack
             decreases = change <= -(self.descent**2) * tried * found.norm**2
             accepted = decreases & (at.convexity > 0)
@@ -407,6 +408,7 @@ class _Maid:
         return jax.lax.while_loop(goes_on, advance, strong_types(begin))
 
 
-def _slack(at: Constants, distance: Scalar, g_norm: Scalar) -> Scalar:
-    """By how much the outer loss can differ from that at the inner minimum."""
-    return g_norm * distance + 0.5 * at.outer_smoothness * distance**2
+def _slack(at: Constants, distance: Scalar, g_norm: Scalar, value: Scalar) -> Scalar:
+    """By how much the computed outer loss can differ from that at the inner minimum."""
+    rounding = 4 * jnp.finfo(distance.dtype).eps * jnp.abs(value)
+    return g_norm * distance + 0.5 * at.outer_smoothness * distance**2 + rounding
