@@ -29,7 +29,7 @@ class Config:
     start: float = 0.0
     low: float = -6.0
     high: float = 6.0
-    points: int = 33
+    points: int = 31
     solved: float = 1e-4
     cold: float = 1e-5
     exact: float = 1e-12
@@ -39,7 +39,7 @@ class Config:
 
 def smoke() -> Config:
     """Seconds: does everything run?"""
-    return Config(single=("a1a",), every=("digits",), budget=60.0, steps=6, points=5)
+    return Config(single=("a1a",), every=("digits",), budget=400.0, steps=6, points=3)
 
 
 def cpu() -> Config:
@@ -49,4 +49,4 @@ def cpu() -> Config:
 
 def paper() -> Config:
     """Five times the budget, and all of MNIST."""
-    return Config(budget=5_000.0, steps=200, points=129, mnist=30_000)
+    return Config(budget=5_000.0, steps=200, points=127, mnist=30_000)

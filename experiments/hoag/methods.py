@@ -40,10 +40,11 @@ def algorithm(method: str, config: Config) -> Any:
 
 
 def grid(config: Config) -> np.ndarray:
-    """Points of the range in the order of an ever finer grid: any first part covers all of it."""
-    points, seen = [config.low, config.high], 1
+    """The middle of the range, then of its halves, and so on: any first part covers it."""
+    points: list[float] = []
+    parts = 1
     while len(points) < config.points:
-        between = (np.arange(seen) + 0.5) / seen
-        points += list(config.low + (config.high - config.low) * between)
-        seen *= 2
+        middles = (np.arange(parts) + 0.5) / parts
+        points += list(config.low + (config.high - config.low) * middles)
+        parts *= 2
     return np.asarray(points[: config.points])
