@@ -1,0 +1,54 @@
+"""The pictures of `hoag`, from saved records."""
+
+from pathlib import Path
+
+from experiments.common import figures as draw
+from experiments.common import record
+from experiments.hoag.methods import ACCURACIES, SCHEDULES, SEARCHES
+
+NAMES = {
+    "cold": "cold starts, fixed tolerance",
+    "warm": "warm starts, fixed tolerance",
+    "adaptive": "warm starts, falling tolerance",
+    "preconditioned": "... preconditioned",
+    "single": "one penalty for all weights",
+    "tpe": "TPE",
+}
+
+
+def figures(out: Path) -> list[Path]:
+    """Draws everything the records of ``out`` allow, and returns the files."""
+    records = record.read(out)
+    found = {tuple(r.method.split("_")) for r in records}
+    paths = []
+    for wanted, file in (((*SCHEDULES, *SEARCHES), "one_penalty"), (ACCURACIES, "every_weight")):
+        tasks = sorted({task for task, method in found if method in wanted})
+        if tasks:
+            paths.append(_losses(records, tasks, wanted, out / "figures" / f"{file}.png"))
+    return paths
+
+
+def _losses(
+    records: list[record.Record], tasks: list[str], methods: tuple[str, ...], path: Path
+) -> Path:
+    """The best validation loss against cost, a panel for each problem."""
+    width = 5.2 * len(tasks)
+    with draw.figure(path, columns=len(tasks), width=width, height=4.4) as (_, axes):
+        panels = [axes] if len(tasks) == 1 else list(axes)
+        shades = dict(zip(methods, draw.OTHERS, strict=False))
+        for panel, task in zip(panels, tasks, strict=True):
+            for method in methods:
+                cost, values = draw.curves(records, f"{task}_{method}", "validation_loss")
+                panel.plot(
+                    cost,
+                    values.mean(0),
+                    color=shades.get(method),
+                    label=NAMES.get(method, method.replace("_", " ")),
+                    linestyle="--" if method in SEARCHES else "-",
+                )
+            draw.cost_axes(panel, "validation loss (nats an example)")
+            panel.set_xscale("log")
+            panel.set_title(task)
+            if panel is not panels[0]:
+                panel.get_legend().remove()
+    return path
