@@ -6,7 +6,6 @@ import optax
 
 from bilevel.ground.aliases import Loss
 from bilevel.ground.settings import check_count
-from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.neumann import Neumann
 from bilevel.outer.base import Algorithm
 from bilevel.outer.single_loop.loop import build
@@ -43,6 +42,6 @@ def mrbo(
     2021.
     """
     check_count("num_matvecs", num_matvecs, 0)
-    series = Series(Implicit(Neumann(num_matvecs, step_size), fresh_batches=True))
+    series = Series(Neumann(num_matvecs, step_size))
     estimator = Storm(inner=inner_rate, outer=outer_rate)
     return build(outer, inner, series, inner_tx, None, outer_tx, estimator, **options)

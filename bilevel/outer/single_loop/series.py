@@ -8,26 +8,28 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch
 from bilevel.ground.batches import select_batch, select_batches
 from bilevel.ground.cost import Cost
-from bilevel.hypergradient.implicit import Implicit
+from bilevel.hypergradient.implicit import responding, restricted
+from bilevel.linear.neumann import Neumann
 from bilevel.outer.frozen import Part
 from bilevel.outer.single_loop.base import Oracles, Point, Reading
+from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.two_losses import Problem
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    r"""Reads :math:`\nabla_w h` and an implicit hypergradient, with a fresh batch per product.
+    r"""Reads :math:`\nabla_w h` and a Neumann hypergradient, with a fresh batch per product.
 
     Args:
-      response: an implicit one, whose solver counts its products.
+      solver: the series, which is not certified: that would cost a product.
     """
 
-    response: Implicit
+    solver: Neumann
 
     @property
     def count(self) -> int:
-        """Inner batches of a reading: one for the gradient, those of the response."""
-        return 1 + (self.response.num_inner_batches() or 1)
+        """Inner batches of a reading: for the gradient, each product, the mixed product."""
+        return self.solver.num_products() + 2
 
     @property
     def reads(self) -> str:
@@ -45,7 +47,7 @@ class Series:
         self, problem: Problem, part: Part, point: Point, inner: Batch, outer: Batch
     ) -> Reading:
         """One reading at ``point``."""
-        small = part.problem(problem)
+        small, at = part.problem(problem), (point.params, point.hparams)
         (value, state), grads = jax.value_and_grad(
             lambda w: problem.inner_loss_and_state(
                 w, point.hparams, select_batch(inner, 0), problem.model_state
@@ -53,17 +55,17 @@ class Series:
             has_aux=True,
         )(part.whole(point.params))
         batches = select_batches(inner, 1, self.count - 1)
-        _, pullback = self.response.vjp(small, point.params, point.hparams, batches, None)
-        (outer_value, aux), (g, direct) = small.at(state).outer_grads(
-            point.params, point.hparams, outer
-        )
-        indirect, _, result, stats = pullback(g)
+        mixed = select_batch(inner, self.count - 1)
+        _, mv = Hessian().bind(small, *at, batches, fresh=True)
+        (outer_value, aux), (g, direct) = small.at(state).outer_grads(*at, outer)
+        g = restricted(g, responding(small, *at, mixed))
+        q, result, stats = self.solver.solve(mv, g, certify=False)
         oracles = Oracles(
             tree.accumulate(part.of(grads)),
             None,
-            tree.scale(-1, tree.accumulate(indirect)),
+            tree.accumulate(small.cross_vjp(*at, mixed, q)),
             None,
             tree.accumulate(direct),
         )
-        kept = {name: stats[name] for name in ("residual_norm", "rhs_norm") if name in stats}
+        kept = {"rhs_norm": stats["rhs_norm"]}
         return Reading(oracles, grads, value, outer_value, aux, state, result, kept)
