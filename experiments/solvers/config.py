@@ -7,10 +7,13 @@ METHODS = ("soba", "saba", "fsla", "srba", "spaba", "mrbo", "stocbio", "amigo")
 # (step size of parameters and adjoint, that of the hyperparameters), found by `tune.py` on seed
 # 100. Where a method's steps decrease, the first one.
 RATES: dict[str, dict[str, tuple[float, float]]] = {
-    "quadratic": {},
+    "quadratic": {
+        "soba": (0.3, 0.1), "saba": (0.1, 0.1), "fsla": (0.3, 0.1), "srba": (0.3, 0.1),
+        "spaba": (0.3, 0.1), "mrbo": (1.0, 0.1), "stocbio": (1.0, 0.01), "amigo": (0.03, 0.01),
+    },
     "ijcnn1": {},
     "covtype": {},
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
