@@ -141,8 +141,8 @@ class Hand:
         return directions(oracles(self.problem.inner, self.problem.outer, point, i, j))
 
     def _moved(self, point: Any, d: Any, t: Any) -> Any:
-        a, b = (falling(self.method, rate) for rate in self.rates)
-        a, b = (rate(t) if callable(rate) else rate for rate in (a, b))
+        rates: Any = [falling(self.method, rate) for rate in self.rates]
+        a, b = (rate(t) if callable(rate) else rate for rate in rates)
         w, q, lam = point
         return add(-a, d[0], w), add(-a, d[1], q), add(-b, d[2], lam)
 
