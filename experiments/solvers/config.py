@@ -11,7 +11,10 @@ RATES: dict[str, dict[str, tuple[float, float]]] = {
         "soba": (0.3, 0.1), "saba": (0.1, 0.1), "fsla": (0.3, 0.1), "srba": (0.3, 0.1),
         "spaba": (0.3, 0.1), "mrbo": (1.0, 0.1), "stocbio": (1.0, 0.01), "amigo": (0.03, 0.01),
     },
-    "ijcnn1": {},
+    "ijcnn1": {
+        "soba": (0.1, 10.0), "saba": (0.3, 10.0), "fsla": (0.1, 10.0), "srba": (0.3, 10.0),
+        "spaba": (0.1, 10.0), "mrbo": (1.0, 10.0), "stocbio": (1.0, 1.0), "amigo": (0.3, 10.0),
+    },
     "covtype": {},
 }  # fmt: skip
 
@@ -42,7 +45,7 @@ class Config:
     products: int = 10
     inner_steps: int = 10
     passes: float = 0.5
-    timed: int = 2_000
+    timed: int = 5_000
     rounds: int = 7
 
 
