@@ -45,7 +45,10 @@ from bilevel.outer import Algorithm as Algorithm
 from bilevel.outer import HyperSchedule as HyperSchedule
 from bilevel.outer import WholeRun as WholeRun
 from bilevel.outer import alternate as alternate
+from bilevel.outer import bome as bome
+from bilevel.outer import f2sa as f2sa
 from bilevel.outer import global_response as global_response
+from bilevel.outer import pbgd as pbgd
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
 from bilevel.problem.conditions import FixedPoint as FixedPoint

@@ -111,6 +111,12 @@ FLOORS = {
         "outer.self_tuning.loop",
         "outer.self_tuning",
         "outer.global_response",
+        "outer.penalty.difference",
+        "outer.penalty.loop",
+        "outer.penalty.f2sa",
+        "outer.penalty.pbgd",
+        "outer.penalty.bome",
+        "outer.penalty",
         "outer",
     ],
     "roof: drivers and tools for people": [

@@ -6,6 +6,10 @@ from bilevel.outer.base import Algorithm as Algorithm
 from bilevel.outer.base import Info as Info
 from bilevel.outer.global_response import GlobalResponseState as GlobalResponseState
 from bilevel.outer.global_response import global_response as global_response
+from bilevel.outer.penalty import PenaltyState as PenaltyState
+from bilevel.outer.penalty import bome as bome
+from bilevel.outer.penalty import f2sa as f2sa
+from bilevel.outer.penalty import pbgd as pbgd
 from bilevel.outer.schedule import HyperSchedule as HyperSchedule
 from bilevel.outer.self_tuning import SelfTuningState as SelfTuningState
 from bilevel.outer.self_tuning import self_tuning as self_tuning
