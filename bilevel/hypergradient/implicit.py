@@ -1,7 +1,7 @@
 r"""Implicit differentiation: the response of a minimiser, by the implicit function theorem."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,30 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Stats, Vector
 from bilevel.ground.batches import check_stack, one_batch, select_batch
 from bilevel.ground.cost import UNKNOWN, Cost
+from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings
 from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.judge import stationarity_stats
-from bilevel.linear.base import LinearSolver
+from bilevel.linear.base import CarryingSolver, LinearSolution, LinearSolver, state_of
 from bilevel.linear.cg import CG
 from bilevel.problem.operators.base import BoundOperator, Operator
 from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.operators.jacobian import Jacobian
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_inner, check_is_read, check_same_tree
+
+
+class Carried(NamedTuple):
+    """The state of a solver that carries more than the start of its next solve.
+
+    Attributes:
+      start: the previous :math:`q`; ``None`` for a solver without a start.
+      solver: what the solver carries, see :class:`~bilevel.linear.base.CarryingSolver`.
+    """
+
+    start: Vector | None
+    solver: Any
 
 
 @jax.tree_util.register_dataclass
@@ -44,8 +57,9 @@ class Implicit:
       solver: how :math:`A q = g` is solved: ``CG``, ``Neumann``, ``Nystrom``, ``Woodbury``,
         ``Dense``, ``Stochastic``, ``Identity``, or anything with their ``solve``.
       operator: what :math:`A` is: ``Hessian(damping)`` or ``GaussNewton(...)``.
-      warm_start: start each solve from the previous :math:`q`, carried in ``state``; one more
-        product. Solvers without a start (series, direct ones) carry nothing.
+      warm_start: start each solve from what the call before it left in ``state``: the previous
+        :math:`q`, for one more product; what ``Neumann()`` found about its step size. Direct
+        solvers carry nothing.
       fresh_batches: ``inner_batch`` has a leading axis; product i uses slice i and the mixed
         product :math:`B^\top q` the last, independent one. For stochastic solvers only. The
         axis must be one longer than the solver's number of products.
@@ -65,9 +79,14 @@ class Implicit:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def init(self, problem: Problem, params: Params, hparams: Hparams) -> Vector | None:
-        """A zero warm start, shaped like ``params`` in the accumulator dtype, or ``None``."""
-        return tree.zeros_accumulated(params) if self._carries_start() else None
+    def init(self, problem: Problem, params: Params, hparams: Hparams) -> Any:
+        """A zero warm start, shaped like ``params`` in the accumulator dtype, or ``None``.
+
+        In :class:`Carried` beside the solver's own state where it has one.
+        """
+        start = tree.zeros_accumulated(params) if self._carries_start() else None
+        own = state_of(self.solver, params) if self.warm_start else None
+        return start if own is None else Carried(start, own)
 
     def num_inner_batches(self) -> int | None:
         """Length of the leading axis of ``inner_batch``, or None where it is a single batch."""
@@ -98,8 +117,10 @@ class Implicit:
             batch = one_batch(inner_batch)
         check_inner(problem, params, hparams, batch)
         check_is_read(problem, params, hparams, batch, outer_batch)
-        if state is not None and self._carries_start():
-            check_same_tree(state, params, "state")
+        if state is not None and self.warm_start:
+            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
+            if expected is not None:
+                check_same_tree(state, expected, "state")
 
     def _check_fresh(self, inner_batch: Batch) -> None:
         needed = self.num_inner_batches()
@@ -145,18 +166,30 @@ class Implicit:
         mixed_batch = inner_batch
         if self.fresh_batches:
             mixed_batch = select_batch(inner_batch, (self.num_inner_batches() or 1) - 1)
-        start = state if self._carries_start() else None
         responds = responding(problem, params, hparams, mixed_batch)
 
         def pullback(g: Vector) -> tuple[Hparams, Any, jax.Array, Stats]:
             g = restricted(g, responds)
-            q, result, stats = self.solver.solve(mv, g, start, key=key)
+            (q, result, stats), carried = self._solve(mv, g, state, key)
             b_transpose_q = problem.cross_vjp(params, hparams, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
             stats = {**stationarity_stats(inner_grad, params, g, q, stats), **stats}
-            return indirect, (q if self._carries_start() else None), result, stats
+            return indirect, carried, result, stats
 
         return params, pullback
+
+    def _solve(
+        self, mv: LinearMap, g: Vector, state: Any, key: Key | None
+    ) -> tuple[LinearSolution, Any]:
+        """The solve from what is carried, and what the next call is given."""
+        solver, starts = self.solver, self._carries_start()
+        if self.warm_start and isinstance(solver, CarryingSolver):
+            if solver.init_state(g) is not None:
+                start, own = (None, None) if state is None else state
+                solution, own = solver.solve_from(mv, g, own, start, key=key)
+                return solution, Carried(solution.value if starts else None, own)
+        solution = solver.solve(mv, g, state if starts else None, key=key)
+        return solution, solution.value if starts else None
 
 
 def responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> Any:

@@ -1,6 +1,7 @@
 """The adjoint solve: ``H q = g``, by methods that see only a product and say how good it is."""
 
 from bilevel.ground.linear_map import LinearMap as LinearMap
+from bilevel.linear.base import CarryingSolver as CarryingSolver
 from bilevel.linear.base import LinearSolution as LinearSolution
 from bilevel.linear.base import LinearSolver as LinearSolver
 from bilevel.linear.cg import CG as CG

@@ -7,7 +7,7 @@ everywhere these are not needed.
 """
 
 import functools
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,36 @@ class LinearSolver(Protocol):
         key: Key | None = None,
         certify: bool = True,
     ) -> LinearSolution: ...
+
+
+@runtime_checkable
+class CarryingSolver(LinearSolver, Protocol):
+    """A solver that carries something from call to call: a curvature, a sketch, a preconditioner.
+
+    ``init_state`` is what stands for "nothing yet", of arrays (zeros) whose shapes follow from
+    ``like`` alone, a vector or its shapes; ``None`` where these settings carry nothing.
+    ``solve_from`` is ``solve`` from a state. It returns the state of the next call in the same
+    structure, shapes and dtypes, also for ``state=None``, a start that is known to be cold when
+    the program is traced. A state that is not finite must count as none.
+    """
+
+    def init_state(self, like: Vector) -> Any: ...
+
+    def solve_from(
+        self,
+        mv: MatVec,
+        rhs: Vector,
+        state: Any = None,
+        x0: Vector | None = None,
+        *,
+        key: Key | None = None,
+        certify: bool = True,
+    ) -> tuple[LinearSolution, Any]: ...
+
+
+def state_of(solver: LinearSolver, like: Vector) -> Any:
+    """What ``solver`` carries before its first call; ``None`` for one that carries nothing."""
+    return solver.init_state(like) if isinstance(solver, CarryingSolver) else None
 
 
 def finish(
