@@ -33,6 +33,7 @@ from bilevel.inner.train import descend as descend
 from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense
 from bilevel.linear import Diagonal as Diagonal
+from bilevel.linear import DynamicLanczos as DynamicLanczos
 from bilevel.linear import Identity as Identity
 from bilevel.linear import LinearSolution as LinearSolution
 from bilevel.linear import LinearSolver as LinearSolver
@@ -46,8 +47,13 @@ from bilevel.outer import HyperSchedule as HyperSchedule
 from bilevel.outer import WholeRun as WholeRun
 from bilevel.outer import alternate as alternate
 from bilevel.outer import bome as bome
+from bilevel.outer import complex_momentum as complex_momentum
 from bilevel.outer import f2sa as f2sa
+from bilevel.outer import fedhyper_client as fedhyper_client
+from bilevel.outer import fedhyper_global as fedhyper_global
+from bilevel.outer import fedhyper_server as fedhyper_server
 from bilevel.outer import global_response as global_response
+from bilevel.outer import hypergradient_descent as hypergradient_descent
 from bilevel.outer import pbgd as pbgd
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning

@@ -6,6 +6,11 @@ from bilevel.outer.base import Algorithm as Algorithm
 from bilevel.outer.base import Info as Info
 from bilevel.outer.global_response import GlobalResponseState as GlobalResponseState
 from bilevel.outer.global_response import global_response as global_response
+from bilevel.outer.optimizers import complex_momentum as complex_momentum
+from bilevel.outer.optimizers import fedhyper_client as fedhyper_client
+from bilevel.outer.optimizers import fedhyper_global as fedhyper_global
+from bilevel.outer.optimizers import fedhyper_server as fedhyper_server
+from bilevel.outer.optimizers import hypergradient_descent as hypergradient_descent
 from bilevel.outer.penalty import PenaltyState as PenaltyState
 from bilevel.outer.penalty import bome as bome
 from bilevel.outer.penalty import f2sa as f2sa

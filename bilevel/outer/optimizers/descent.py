@@ -60,7 +60,10 @@ def hypergradient_descent(
         learning rate and without a sign.
       normalized: which of the two forms.
       min_rate, max_rate: bounds of the rate. At 0 the weights stand still, and the rate can grow
-        again.
+        again. Set ``max_rate`` below the limit of stability (2 over the largest curvature, for
+        SGD): where what is left of the gradient lies along flat directions, steps agree and the
+        rate climbs past what the steep ones allow, in both forms; the loss then rises steeply
+        before the rate comes down.
 
     Returns:
       An optax transformation; its state has the current ``rate``. A gradient that is NaN makes the
