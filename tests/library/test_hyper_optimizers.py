@@ -45,7 +45,7 @@ def test_the_rate_follows_the_derivative_of_the_loss_one_step_ahead(form):
     run = steps(hypergradient_descent(0.1, beta, direction, normalized=False), 5)
     base = optax.identity() if direction is None else direction
     inner = base.init(W)
-    for (w, _), (_, state), (after, following) in zip(run, run[1:], run[2:], strict=False):
+    for (w, _), (_, state), (_, following) in zip(run, run[1:], run[2:], strict=False):
         d, inner = base.update(grad(w), inner, w)
         slope = jax.grad(lambda a, w=w, d=d: loss(w - a * d))(state.rate)
         np.testing.assert_allclose(following.rate, state.rate - beta * slope, rtol=1e-12)
@@ -102,7 +102,7 @@ def test_a_poor_rate_is_mended_and_the_highest_stable_one_is_the_callers_to_say(
 def test_bounds_of_the_rate_hold():
     """The additive form would turn negative; at zero the weights stand, and the rate can grow."""
     tx = hypergradient_descent(0.5, 10.0, normalized=False, max_rate=0.7)
-    w, state, rates = jnp.asarray(1.0), tx.init(jnp.asarray(1.0)), []
+    state, rates = tx.init(jnp.asarray(1.0)), []
     for sign in (1.0, -1.0, -1.0, 1.0, 1.0, 1.0):
         updates, state = tx.update(jnp.asarray(sign), state)
         rates.append(float(state.rate))

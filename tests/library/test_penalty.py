@@ -1,4 +1,4 @@
-"""Penalty methods against closed forms on quadratics: their directions, their bias, their limits."""
+"""Penalty methods against closed forms on quadratics: directions, bias, limits."""
 
 import functools
 from typing import Any
@@ -237,6 +237,19 @@ def test_bome_at_a_minimum_of_the_inner_loss_divides_by_nothing():
     np.testing.assert_allclose(direction, X - 2)
     np.testing.assert_allclose(new.penalized[0].params, -0.3 * np.ones(D))
     assert float(info.stats["penalty"]) == 0 and int(info.result) == Status.ok
+
+
+def test_bome_never_pushes_the_gap_up():
+    """Where descent on the outer loss lowers the gap fast enough by itself, nothing is added."""
+
+    class Alike(Quadratic):
+        def outer(self, z, x, batch):
+            return 3 * self.inner(z, x, batch)
+
+    direction, info, _ = one_step(bilevel.bome, steps=300, z=np.ones(P), losses=Alike())
+    assert float(info.stats["penalty"]) == 0
+    slope = jax.grad(Alike().outer, 1)(jnp.ones(P), jnp.asarray(X), ())
+    np.testing.assert_allclose(direction, slope, rtol=1e-9)
 
 
 METHODS: dict[str, Any] = {

@@ -38,6 +38,4 @@ def check_interval(low: Any, high: Any, low_name: str, high_name: str, least: fl
     check_one_real(high_name, high, least)
     if not isinstance(low, jax.core.Tracer) and not isinstance(high, jax.core.Tracer):
         if not low < high:
-            raise ValueError(
-                f"`{low_name}` must be below `{high_name}`, got {low} and {high}."
-            )
+            raise ValueError(f"`{low_name}` must be below `{high_name}`, got {low} and {high}.")

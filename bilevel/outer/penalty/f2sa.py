@@ -2,6 +2,7 @@ r"""F2SA: hypergradients from first derivatives, as a finite difference over the
 
 import optax
 
+from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Loss
 from bilevel.ground.cost import Cost
 from bilevel.ground.settings import check_count, check_one_real
@@ -16,7 +17,6 @@ from bilevel.outer.penalty.loop import (
     make,
     penalty_at,
 )
-from bilevel.ground import tree
 from bilevel.space.space import Space
 
 
