@@ -28,7 +28,9 @@ def figures(out: Path) -> list[Path]:
                 steps, values = draw.curves(records, f"{game}_{method}", "ratio")
                 panel.plot(steps, np.median(values, 0), color=shade, label=name)
             panel.axhline(1.0, color=draw.BLACK, linewidth=0.8, linestyle=":")
-            panel.set(yscale="log", ylim=(1e-7, 1e4), xlabel="step")
+            panel.set(yscale="log", xlabel="step")
+        axes[0].set_ylim(1e-7, 1e4)
+        axes[1].set_ylim(1e-2, 1e2)
         axes[0].set(
             title="a game that only rotates", ylabel="distance to the equilibrium / at the start"
         )

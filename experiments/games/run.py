@@ -51,7 +51,16 @@ def play(
 ) -> np.ndarray:
     """Distances to the equilibrium, at the start and after every step; all players move at once."""
     start = np.random.default_rng(seed).standard_normal(len(jacobian))
-    return np.asarray(_played(steps)(jnp.asarray(jacobian), start, jnp.array([rate, *momentum])))
+    distances = np.asarray(
+        _played(steps)(jnp.asarray(jacobian), start, jnp.array([rate, *momentum]))
+    )
+    return np.where(np.isnan(distances), np.inf, distances)  # infinity less infinity
+
+
+def _length(point: jax.Array) -> jax.Array:
+    """The norm, whose squares do not overflow."""
+    largest = jnp.max(jnp.abs(point))
+    return largest * jnp.linalg.norm(point / largest)
 
 
 @functools.cache
@@ -65,16 +74,18 @@ def _played(steps: int) -> Any:
             point, state = carry
             moves, state = tx.update(jacobian @ point, state, point)
             point = optax.apply_updates(point, moves)
-            return (point, state), jnp.linalg.norm(point)
+            return (point, state), _length(point)
 
         _, distances = jax.lax.scan(step, (start, tx.init(start)), length=steps)
-        return jnp.concatenate([jnp.linalg.norm(start)[None], distances])
+        return jnp.concatenate([_length(start)[None], distances])
 
     return run
 
 
 def _decay(distances: np.ndarray, radius: float) -> dict[str, float]:
     """How far the fitted rate of the second half is from that of the spectral radius, in parts."""
+    if not np.isfinite(distances).all():
+        return {}
     half = len(distances) // 2
     steps = np.arange(half, len(distances))
     slope = np.polyfit(steps, np.log(distances[half:]), 1)[0]

@@ -99,7 +99,7 @@ def difference(nodes: list[tuple[int, float, Node]], nu: Scalar, part: Part) -> 
         Status.ok,
         (curvature * length < -10 * eps * largest, Status.negative_curvature),
         (residual > 1.001 * rhs, Status.worse_than_zero),
-        (length <= 10 * eps * size, Status.rounding),
+        ((length <= 10 * eps * size) & (rhs > 0), Status.rounding),
         (residual > RESIDUAL * rhs, Status.truncated),
     )
     usable = jnp.isfinite(nu) & (nu > 0)
