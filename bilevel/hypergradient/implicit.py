@@ -63,6 +63,9 @@ class Implicit:
       fresh_batches: ``inner_batch`` has a leading axis; product i uses slice i and the mixed
         product :math:`B^\top q` the last, independent one. For stochastic solvers only. The
         axis must be one longer than the solver's number of products.
+      certify: recompute the residual of each solve, for one product where the number or the status
+        is read. False leaves ``residual_norm`` out, and the status to what the solver met on its
+        way: for a loop that was checked and is to be as cheap as it can.
 
     Cost: one inner gradient to linearise, the solver's products, and one mixed product (at
     most 2.5 gradients); one vector of state with a warm start.
@@ -75,6 +78,7 @@ class Implicit:
     operator: Operator = Hessian()
     warm_start: bool = dataclasses.field(default=True, metadata={"static": True})
     fresh_batches: bool = dataclasses.field(default=False, metadata={"static": True})
+    certify: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -186,9 +190,10 @@ class Implicit:
         if self.warm_start and isinstance(solver, CarryingSolver):
             if solver.init_state(g) is not None:
                 start, own = (None, None) if state is None else state
-                solution, own = solver.solve_from(mv, g, own, start, key=key)
+                solution, own = solver.solve_from(mv, g, own, start, key=key, certify=self.certify)
                 return solution, Carried(solution.value if starts else None, own)
-        solution = solver.solve(mv, g, state if starts else None, key=key)
+        start = state if starts else None
+        solution = solver.solve(mv, g, start, key=key, certify=self.certify)
         return solution, solution.value if starts else None
 
 

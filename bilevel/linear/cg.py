@@ -1,7 +1,7 @@
 r"""Preconditioned conjugate gradients, which never evaluates :math:`A\,0`."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,23 @@ class CG:
         certify: bool = True,
     ) -> LinearSolution:
         """Iterate from ``x0`` (from zero, without a product, for ``None``)."""
+        return self.solve_from(mv, rhs, None, x0, key=key, certify=certify)[0]
+
+    def init_state(self, like: Vector) -> Any:
+        """That of the preconditioner."""
+        return None if self.preconditioner is None else self.preconditioner.init_state(like)
+
+    def solve_from(
+        self,
+        mv: MatVec,
+        rhs: Vector,
+        state: Any = None,
+        x0: Vector | None = None,
+        *,
+        key: Key | None = None,
+        certify: bool = True,
+    ) -> tuple[LinearSolution, Any]:
+        """Iterate from ``x0`` with the preconditioner in ``state``, where that is to be kept."""
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
         require_fixed(amap, "CG")
@@ -103,8 +120,7 @@ class CG:
 
         inverse, extra = None, 0
         if self.preconditioner is not None:
-            inverse = self.preconditioner.inverse(amap, rhs, key)
-            extra = self.preconditioner.num_products(amap)
+            inverse, extra, state = self.preconditioner.inverse_from(amap, rhs, key, state)
         x, r, used = _start(amap, rhs, x0)
         z = _apply(inverse, r)
         rr = tree.vdot(r, r)
@@ -144,7 +160,8 @@ class CG:
         gg = tree.vdot(rhs, rhs)
         indefinite = last.stuck & (low < -10 * eps * high) | (high <= 0) & (low < 0)
         flat = last.stuck & ~indefinite
-        value = tree.where((last.rr > gg) | flat, last.smooth, last.x)
+        averaged = (last.rr > gg) | flat
+        value = tree.where(averaged, last.smooth, last.x)
         least = jnp.minimum(last.rr, first.rr / last.weight)
         result = status_of(
             Status.ok,
@@ -156,11 +173,13 @@ class CG:
         # would otherwise meet its infinite tolerance at zero, and look like an answer.
         lost = ~jnp.isfinite(last.rr)
         value = jax.tree.map(lambda v: jnp.where(lost, jnp.nan, v), value)
-        solution = finish(amap, rhs, value, stats, result, certify)
+        known = None if has_tolerance else _recurrence(eps, first, last, averaged)
+        solution = finish(amap, rhs, value, stats, result, certify, known)
         if not (certify and has_tolerance):
-            return solution
+            return solution, state
         stale = (solution.stats["residual_norm"] > 10 * tolerance) & (solution.result == 0)
-        return solution._replace(result=status_of(solution.result, (stale, Status.stagnated)))
+        result = status_of(solution.result, (stale, Status.stagnated))
+        return solution._replace(result=result), state
 
     def _tolerance(self, rhs: Vector, eps: float) -> tuple[Scalar, bool]:
         norm = tree.norm(rhs)
@@ -193,6 +212,22 @@ def _start(
     residual = tree.sub(rhs, mv(x0))
     better = tree.vdot(residual, residual) < tree.vdot(rhs, rhs)
     return tree.where(better, x0, zero), tree.where(better, residual, rhs), better
+
+
+def _recurrence(
+    eps: float, first: _Carry, last: _Carry, averaged: jax.Array
+) -> tuple[Scalar, Scalar]:
+    r"""The residual norm of the value by recurrence, and a bound on its distance from the true one.
+
+    Each step rounds its parts of x and r: Greenbaum, "Estimating the attainable accuracy of
+    recursively computed residual methods", 1997, has :math:`O(k)\,\epsilon\,(\|A\| \max_j \|x_j\| +
+    \|r\|)`. The largest curvature met stands for the norm of A, and a factor of ten for what it
+    misses.
+    """
+    norm = jnp.sqrt(jnp.where(averaged, first.rr / last.weight, last.rr))
+    curvature = jnp.max(jnp.where(jnp.isfinite(last.curvature), jnp.abs(last.curvature), 0))
+    size = tree.norm(last.x) + tree.norm(first.x)
+    return norm, 10 * eps * (last.step + 1) * (curvature * size + norm)
 
 
 def _apply(inverse: Vector | None, r: Vector) -> Vector:

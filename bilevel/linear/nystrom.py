@@ -2,7 +2,7 @@ r"""The Nyström inverse: a low-rank sketch of the operator, inverted exactly.""
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,26 @@ import numpy as np
 from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.keys import require_key
+from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings, count
 from bilevel.ground.status import Status, status_of
 from bilevel.linear.base import (
     LinearSolution,
+    Refreshed,
     as_map,
     contract,
     contract_leaf,
     finish,
+    refreshed,
     replicated_if_explicit,
     require_fixed,
     require_symmetric,
 )
+
+
+class _Sketch(NamedTuple):
+    low_rank: Vector  # C, (k, ...) in each leaf
+    eigenvalues: jax.Array  # of the core
 
 
 @jax.tree_util.register_dataclass
@@ -44,13 +52,16 @@ class Nystrom:
       rank: k, the number of products.
       gaussian: draw a Gaussian sketch instead of coordinates: better where curvature is
         spread over many coordinates.
+      refresh_every: calls of a loop that one sketch serves, carried in the state of the response.
+        The residual, which is that of the matrix as it is now, tells when it is too old.
 
     The operator must be damped (``Hessian(damping=...)``); the core :math:`\Omega^\top M\Omega`
     is inverted on its positive eigenvalues only, and a clearly negative one gives status
     ``negative_curvature``.
 
-    Cost: k products in sequence, k + 3 vectors of memory, :math:`O(k^2 n)` arithmetic. Raises
-    ``ValueError`` for a missing key, zero damping, or ``rank`` above n.
+    Cost: k products in sequence (none where a sketch is carried), k + 3 vectors of memory,
+    :math:`O(k^2 n)` arithmetic. Raises ``ValueError`` for a missing key, zero damping, or
+    ``rank`` above n.
 
     Reference: Hataya, Yamada, "Nyström method for accurate and scalable implicit
     differentiation", AISTATS 2023. The core is inverted through its eigenvalues here, where
@@ -59,6 +70,7 @@ class Nystrom:
 
     rank: int = count(20)
     gaussian: bool = dataclasses.field(default=False, metadata={"static": True})
+    refresh_every: int = count(1)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -73,6 +85,28 @@ class Nystrom:
         certify: bool = True,
     ) -> LinearSolution:
         """Sketch and solve; ``x0`` is not used."""
+        return self.solve_from(mv, rhs, None, x0, key=key, certify=certify)[0]
+
+    def init_state(self, like: Vector) -> Refreshed | None:
+        """No sketch yet; ``None`` where each call draws its own."""
+        if self.refresh_every == 1:
+            return None
+        like = tree.zeros_accumulated(like)
+        stack = jax.tree.map(lambda x: jnp.zeros((self.rank, *x.shape), x.dtype), like)
+        dtype = jnp.result_type(*jax.tree.leaves(like))
+        return Refreshed(_Sketch(stack, jnp.zeros(self.rank, dtype)), jnp.zeros((), jnp.int32))
+
+    def solve_from(
+        self,
+        mv: MatVec,
+        rhs: Vector,
+        state: Refreshed | None = None,
+        x0: Vector | None = None,
+        *,
+        key: Key | None = None,
+        certify: bool = True,
+    ) -> tuple[LinearSolution, Refreshed | None]:
+        """Solve with the sketch in ``state`` while it is to be kept, else with a new one."""
         key = require_key(key, "Nystrom")
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
@@ -86,9 +120,41 @@ class Nystrom:
         n = tree.size(rhs)
         if self.rank > n:
             raise ValueError(f"`rank`={self.rank} exceeds the {n} inner parameters.")
+        made: Any = self.rank
+        if self.refresh_every == 1:
+            low_rank, eigenvalues = self._sketch(amap, rhs, key)
+        else:
+            (low_rank, eigenvalues), made, state = refreshed(
+                lambda: self._sketch(amap, rhs, key), self.rank, self.refresh_every, state
+            )
+        small = self._negligible(eigenvalues)
+        damping = jnp.asarray(amap.damping, eigenvalues.dtype)
+        gram = contract(low_rank, low_rank)
+        system = gram + damping * jnp.eye(self.rank, dtype=gram.dtype)
+        inner = jnp.linalg.solve(system, _inner(low_rank, rhs))
+        value = jax.tree.map(
+            lambda g, c: (
+                (g - jnp.tensordot(inner.astype(c.dtype), c, axes=1)) / damping.astype(g.dtype)
+            ),
+            rhs,
+            low_rank,
+        )
+        stats = {"num_matvecs": jnp.asarray(made, jnp.int32)}
+        if not self.gaussian:  # a coordinate core is a principal submatrix: its spectrum is inside
+            stats["min_curvature"] = eigenvalues[0] + damping
+            stats["max_curvature"] = eigenvalues[-1] + damping
+        # Rounding alone makes tiny negative eigenvalues of a PSD core.
+        indefinite = eigenvalues[0] < -1e3 * small
+        result = status_of(Status.ok, (indefinite, Status.negative_curvature))
+        return finish(amap, rhs, value, stats, result, certify), state
+
+    def _sketch(self, amap: LinearMap, rhs: Vector, key: Key) -> "_Sketch":
+        r"""C with :math:`M_k = CC^\top`, by k products, and the eigenvalues of the core."""
         # The k largest of n uniform numbers are a uniform draw without replacement.
         chosen = (
-            None if self.gaussian else jax.lax.top_k(jax.random.uniform(key, (n,)), self.rank)[1]
+            None
+            if self.gaussian
+            else jax.lax.top_k(jax.random.uniform(key, (tree.size(rhs),)), self.rank)[1]
         )
         test = self._test_vectors(key, rhs, chosen)
         if amap.unroll:
@@ -103,32 +169,17 @@ class Nystrom:
         else:
             core = _entries(columns, chosen)
         eigenvalues, basis = jnp.linalg.eigh((core + core.T) / 2)
-        scale = jnp.max(jnp.abs(eigenvalues))
-        small = self.rank * jnp.finfo(eigenvalues.dtype).eps * scale
-        kept = eigenvalues > small
+        kept = eigenvalues > self._negligible(eigenvalues)
         root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, eigenvalues, 1)), 0)
         low_rank = jax.tree.map(  # C: the columns in the core's eigenbasis, scaled
             lambda c: jnp.tensordot((basis * root[None, :]).T.astype(c.dtype), c, axes=1), columns
         )
-        damping = jnp.asarray(amap.damping, eigenvalues.dtype)
-        gram = contract(low_rank, low_rank)
-        system = gram + damping * jnp.eye(self.rank, dtype=gram.dtype)
-        inner = jnp.linalg.solve(system, _inner(low_rank, rhs))
-        value = jax.tree.map(
-            lambda g, c: (
-                (g - jnp.tensordot(inner.astype(c.dtype), c, axes=1)) / damping.astype(g.dtype)
-            ),
-            rhs,
-            low_rank,
-        )
-        stats = {"num_matvecs": jnp.asarray(self.rank, jnp.int32)}
-        if not self.gaussian:  # a coordinate core is a principal submatrix: its spectrum is inside
-            stats["min_curvature"] = eigenvalues[0] + damping
-            stats["max_curvature"] = eigenvalues[-1] + damping
-        # Rounding alone makes tiny negative eigenvalues of a PSD core.
-        indefinite = eigenvalues[0] < -1e3 * small
-        result = status_of(Status.ok, (indefinite, Status.negative_curvature))
-        return finish(amap, rhs, value, stats, result, certify)
+        return _Sketch(low_rank, eigenvalues)
+
+    def _negligible(self, eigenvalues: jax.Array) -> jax.Array:
+        """What rounding alone may leave of an eigenvalue of zero."""
+        eps = jnp.finfo(eigenvalues.dtype).eps
+        return self.rank * eps * jnp.max(jnp.abs(eigenvalues))
 
     def _test_vectors(self, key: Key, rhs: Vector, chosen: jax.Array | None) -> Any:
         """``i -> column i`` of the test matrix, made when asked for: it is never stored."""

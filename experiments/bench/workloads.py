@@ -5,7 +5,7 @@ A new family of methods adds a file with a dictionary `ROWS` of its own, and tha
 
 from collections.abc import Callable
 
-from experiments.bench import w1, w2, w3, w4, w4_unroll, w5, w6
+from experiments.bench import w1, w2, w3, w4, w4_unroll, w5, w6, w7
 from experiments.bench.config import Config
 from experiments.bench.measure import Row
 
@@ -17,4 +17,5 @@ ROWS: dict[str, Callable[[Config, int], Row]] = {
     **w4_unroll.ROWS,
     **w5.ROWS,
     **w6.ROWS,
+    **w7.ROWS,
 }

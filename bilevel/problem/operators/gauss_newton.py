@@ -73,7 +73,8 @@ class GaussNewton:
             bound = self.bind(problem, params, hparams, first, fresh=False)
 
             def product(v: Vector, i: Any) -> Vector:
-                mv, _ = _gauss_newton(self, problem, params, hparams, select_batch(batch, i))
+                one = select_batch(batch, i)
+                mv, _ = _gauss_newton(self, problem, params, hparams, one, repeated=False)
                 return tree.axpy(self.damping, v, tree.cast_like(mv(v), v))
 
             return BoundOperator(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
@@ -103,10 +104,15 @@ def _outputs(op: GaussNewton, problem: Problem, hparams: Hparams, batch: Batch) 
 
 
 def _gauss_newton(
-    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+    op: GaussNewton,
+    problem: Problem,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    repeated: bool = True,
 ) -> tuple[Callable[[Vector], Vector], Callable[[Key], Vector]]:
     """The product, and a sample of the diagonal of its part without the penalty."""
-    z, push, pull = _jacobian(op, problem, params, hparams, batch)
+    z, push, pull = _jacobian(op, problem, params, hparams, batch, repeated)
     weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
     bend, penalty = None, op.penalty
     if penalty is not None:
@@ -130,16 +136,23 @@ def _gauss_newton(
 
 
 def _jacobian(
-    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+    op: GaussNewton,
+    problem: Problem,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    repeated: bool,
 ) -> tuple[Any, Callable[[Vector], Any], Callable[[Any], Vector]]:
     r"""``(z, v -> J v, u -> J^T u)``, the model's outputs and its two linear maps."""
     model = op.model
     if isinstance(model, LinearModel):
         x = model.features(hparams, batch)
+        z = model.apply(params, x)
+        stored = model.stored(x, z) if repeated else None
         return (
-            model.apply(params, x),
+            z,
             lambda v: model.apply(v, x),
-            lambda u: model.transpose(params, x, u),
+            lambda u: model.transpose(params, x, u, stored),
         )
     z, push = jax.linearize(_outputs(op, problem, hparams, batch), params)
     transposed = jax.linear_transpose(push, params)
