@@ -125,11 +125,11 @@ class DynamicLanczos:
         require_fixed(amap, "DynamicLanczos")
         require_symmetric(amap, "DynamicLanczos")
         empty = self.init_state(rhs)
-        state = empty if state is None else state
+        given = empty if state is None else state
         # Spoilt by an earlier call, it counts as none; this one's own NaN passes through.
-        state = tree.where(tree.all_finite(state), state, empty)
-        begins = (state.size == 0) | (state.size == self.subspace) | _is_zero(state.direction)
-        begun = jax.lax.cond(begins, lambda: self._begin(amap, rhs, state), lambda: state)
+        old: Subspace = tree.where(tree.all_finite(given), given, empty)
+        begins = (old.size == 0) | (old.size == self.subspace) | _is_zero(old.direction)
+        begun = jax.lax.cond(begins, lambda: self._begin(amap, rhs, old), lambda: old)
         grown = self._extend(amap, begun)
         residual = tree.sub(rhs, grown.image)
         value, low, high = self._project(grown, residual)

@@ -57,7 +57,7 @@ def play(
     return np.where(np.isnan(distances), np.inf, distances)  # infinity less infinity
 
 
-def _length(point: jax.Array) -> jax.Array:
+def _length(point: Any) -> jax.Array:
     """The norm, whose squares do not overflow."""
     largest = jnp.max(jnp.abs(point))
     return largest * jnp.linalg.norm(point / largest)

@@ -2,8 +2,8 @@ r"""How two directions agree: their inner product, or the cosine of their angle.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Scalar, Vector
@@ -36,6 +36,6 @@ def check_interval(low: Any, high: Any, low_name: str, high_name: str, least: fl
     """Refuse ends that are no numbers, below ``least``, or in the wrong order."""
     check_one_real(low_name, low, least)
     check_one_real(high_name, high, least)
-    if not isinstance(low, jax.core.Tracer) and not isinstance(high, jax.core.Tracer):
+    if not isinstance(low, Tracer) and not isinstance(high, Tracer):
         if not low < high:
             raise ValueError(f"`{low_name}` must be below `{high_name}`, got {low} and {high}.")

@@ -1,6 +1,6 @@
 r"""Momentum with a complex coefficient: it damps the rotation of games."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,9 +84,7 @@ def complex_momentum(
             zeros, jax.tree.map(jnp.zeros_like, zeros), jnp.zeros((), jnp.int32)
         )
 
-    def update(
-        updates: Vector, state: ComplexMomentumState, params: Params | None = None
-    ) -> tuple[Vector, ComplexMomentumState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Vector, ComplexMomentumState]:
         turn = jnp.pi * jnp.asarray(angle, tree.norm(state.real).dtype)
         low, high = beta * jnp.cos(turn), beta * jnp.sin(turn)
 
@@ -100,6 +98,7 @@ def complex_momentum(
         p = jax.tree.map(real, state.real, state.imag, updates)
         q = jax.tree.map(imag, state.real, state.imag)
         step = jax.tree.map(lambda x, g: (rate * x).astype(g.dtype), p, updates)
-        return step, ComplexMomentumState(p, q, optax.safe_increment(state.count))
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return step, ComplexMomentumState(p, q, count)
 
     return optax.GradientTransformation(init, update)

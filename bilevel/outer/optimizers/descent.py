@@ -109,7 +109,7 @@ def hypergradient_descent(
         return HypergradientDescentState(rate, zeros_like(params), strong_types(base.init(params)))
 
     def update(
-        updates: Vector, state: HypergradientDescentState, params: Params | None = None
+        updates: Any, state: Any, params: Any = None
     ) -> tuple[Vector, HypergradientDescentState]:
         seen = alignment(tree.accumulate(updates), state.direction, normalized)
         change = jnp.asarray(hyper_rate, state.rate.dtype) * seen

@@ -6,11 +6,12 @@ where optax transformations take gradients. The inner products of the paper scal
 of parameters and the square of the rate; by default they are cosines here.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Params, Scalar, Vector
@@ -95,9 +96,7 @@ def fedhyper_global(
         one = jnp.ones((), dtype_of(params))
         return FedHyperState(jnp.zeros_like(one), zeros_like(params), one)
 
-    def update(
-        updates: Vector, state: FedHyperState, params: Params | None = None
-    ) -> tuple[Vector, FedHyperState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Vector, FedHyperState]:
         moved = tree.scale(-1, tree.accumulate(updates))
         seen = alignment(moved, state.previous, normalized)
         score = jnp.clip(state.score + hyper_rate * seen, min_rate - 1, max_rate - 1)
@@ -163,9 +162,7 @@ def fedhyper_server(
     def _sent(score: Scalar) -> Scalar:
         return jnp.clip(learning_rate * (1 + score), min_rate, max_rate).astype(score.dtype)
 
-    def update(
-        updates: Vector, state: FedHyperState, params: Params | None = None
-    ) -> tuple[Vector, FedHyperState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Vector, FedHyperState]:
         moved = tree.scale(-1, tree.accumulate(updates))
         seen = alignment(moved, state.previous, normalized)
         score = (state.score + hyper_rate * seen).astype(state.score.dtype)
@@ -241,12 +238,12 @@ def fedhyper_client(
         return FedHyperClientState(one, zeros_like(params), jnp.zeros((), jnp.int32))
 
     def update(
-        updates: Vector,
-        state: FedHyperClientState,
-        params: Params | None = None,
+        updates: Any,
+        state: Any,
+        params: Any = None,
         *,
-        global_update: Vector | None = None,
-        **unused: object,
+        global_update: Any = None,
+        **unused: Any,
     ) -> tuple[Vector, FedHyperClientState]:
         moved = tree.scale(-learning_rate * state.factor, tree.accumulate(updates))
         seen = alignment(moved, state.previous, normalized)
@@ -257,7 +254,7 @@ def fedhyper_client(
         growth = jnp.where(state.count > 0, growth, 1)
         factor = jnp.clip(state.factor * growth, min_factor, max_factor).astype(state.factor.dtype)
         step = tree.scale(-learning_rate * factor, tree.accumulate(updates))
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         return tree.cast_like(step, updates), FedHyperClientState(factor, step, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -265,5 +262,5 @@ def fedhyper_client(
 
 def _check_momentum(momentum: float) -> None:
     check_one_real("momentum", momentum, 0)
-    if not isinstance(momentum, jax.core.Tracer) and not momentum < 1:
+    if not isinstance(momentum, Tracer) and not momentum < 1:
         raise ValueError(f"`momentum` must be below 1, got {momentum}.")

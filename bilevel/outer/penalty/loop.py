@@ -17,6 +17,7 @@ from bilevel.ground.settings import (
     check_count,
     check_flag,
     check_one_real,
+    check_takes,
     is_function,
 )
 from bilevel.inner.descend import InnerState, descend
@@ -221,7 +222,7 @@ def penalty_at(penalty: Schedule, growth: float, step: Array, params: Params) ->
         grown = (1 + step.astype(dtype)) ** jnp.asarray(growth, dtype)
         return jnp.asarray(penalty, dtype) * grown
     value = penalty(step)
-    if jnp.shape(value) != () or not jnp.isrealobj(value):
+    if value is None or jnp.shape(value) != () or not jnp.isrealobj(value):
         raise TypeError(
             f"`penalty` must return one number for a step, got {value!r}: a schedule is a function "
             "of the step, such as `optax.linear_schedule(1.0, 100.0, 1000)`."
@@ -268,5 +269,7 @@ def make(
 
 def check_penalty(penalty: Any) -> None:
     """Refuse what is neither a positive number nor a schedule."""
-    if not is_function(penalty):
+    if is_function(penalty):
+        check_takes("penalty", penalty, "penalty(step)")
+    else:
         check_one_real("penalty", penalty, 0, strict=True)
