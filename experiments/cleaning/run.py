@@ -48,7 +48,7 @@ def algorithm(method: str, config: Config) -> bilevel.Algorithm:
     """The loop of a method."""
     inner, steps, tx = problem.train_loss(config), config.inner_steps, optimizer(config)
     losses = (problem.valid_loss, inner)
-    outer_tx = optax.adam(config.outer_lr)
+    outer_tx = optax.adam(config.reach / outer_steps(method, config))
     if method in ("cg", "lanczos"):
         solver = (
             bilevel.CG(max_steps=config.max_products, rtol=0.1)
@@ -76,6 +76,11 @@ def step_cost(method: str, config: Config) -> float:
         gradients = (copies + 1) * steps + 2
         return budget.Cost(gradients, 0, copies * (steps + 1) * outer).total
     return budget.Cost((1 if method == "pbgd" else steps) + 2, 0, outer).total
+
+
+def outer_steps(method: str, config: Config) -> int:
+    """How many the budget pays for."""
+    return int(config.budget / step_cost(method, config))
 
 
 def _plain(
@@ -130,7 +135,7 @@ def _tune(
     """One method at the budget; the best point by validation, and the test part once."""
     full = f"{name}_{method}"
     loop, cost = algorithm(method, config), step_cost(method, config)
-    count = int(config.budget / cost)
+    count = outer_steps(method, config)
     inner_steps = 1 if method == "pbgd" else config.inner_steps
     stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (inner_steps, *x.shape)), parts.train)
     start = loop.init(problem.start(parts), jnp.zeros(len(parts.wrong), jnp.float32))

@@ -33,8 +33,8 @@ class Config:
     batch: int = 32
     hidden: int = 64
     rounds: int = 150
-    poor: float = 0.01
-    best: float = 0.1
+    poor: float = 0.03
+    best: float = 0.3
     server_rates: tuple[float, float] = (1e-3, 0.5)
     global_hyper: float = 1.0
     server_hyper: float = 1.0
