@@ -35,7 +35,7 @@ def figures(out: Path) -> list[Path]:
             title="a game that only rotates", ylabel="distance to the equilibrium / at the start"
         )
         axes[1].set(title="rotation and descent at once")
-        axes[1].legend(title="momentum", loc="lower left", fontsize=8)
+        axes[1].legend(title="momentum", loc="upper right", fontsize=8)
         saved = record.load_arrays(out, "map")
         radii = saved["radii"]
         image = axes[2].pcolormesh(
