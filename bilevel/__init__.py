@@ -35,6 +35,7 @@ from bilevel.linear import EKFAC as EKFAC
 from bilevel.linear import KFAC as KFAC
 from bilevel.linear import Dense as Dense
 from bilevel.linear import Diagonal as Diagonal
+from bilevel.linear import DynamicLanczos as DynamicLanczos
 from bilevel.linear import Identity as Identity
 from bilevel.linear import LinearSolution as LinearSolution
 from bilevel.linear import LinearSolver as LinearSolver
@@ -58,6 +59,15 @@ from bilevel.outer import bo_rep as bo_rep
 from bilevel.outer import global_response as global_response
 from bilevel.outer import hoag as hoag
 from bilevel.outer import maid as maid
+from bilevel.outer import bome as bome
+from bilevel.outer import complex_momentum as complex_momentum
+from bilevel.outer import f2sa as f2sa
+from bilevel.outer import fedhyper_client as fedhyper_client
+from bilevel.outer import fedhyper_global as fedhyper_global
+from bilevel.outer import fedhyper_server as fedhyper_server
+from bilevel.outer import global_response as global_response
+from bilevel.outer import hypergradient_descent as hypergradient_descent
+from bilevel.outer import pbgd as pbgd
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
 from bilevel.problem.conditions import Composite as Composite
