@@ -209,6 +209,9 @@ class _Momentum(NamedTuple):
 SHORTEST = 60
 """Halvings of the step size before a proximal search gives up."""
 
+LONGEST = 30
+"""Doublings of the first step size, from one."""
+
 
 def _proximal(
     loss: Callable[[Params], Scalar], params: Params, prox: Callable[[Params, Scalar], Params]
@@ -216,16 +219,21 @@ def _proximal(
     def moved(y: Params, gradient: Vector, s: Scalar) -> Params:
         return tree.cast_like(prox(tree.cast_like(tree.axpy(-s, gradient, y), y), s), y)
 
+    def judged(y: Params, value: Scalar, gradient: Vector, s: Scalar) -> tuple[Any, Any]:
+        """Whether a step is too long for its model, and whether rounding lets it tell."""
+        w = moved(y, gradient, s)
+        d = tree.sub(w, y)
+        bend = tree.vdot(d, d) / (2 * s)
+        slack = 4 * jnp.finfo(bend.dtype).eps * jnp.abs(value)
+        too_long = ~(loss(w) <= value + tree.vdot(gradient, d) + bend + slack)
+        return too_long, bend > slack
+
     def advance(search: _Search) -> _Search:
         y, s, t = search.memory
         value, gradient = jax.value_and_grad(loss)(y)
-        slack = 4 * jnp.finfo(search.size.dtype).eps * jnp.abs(value)
 
         def too_long(s: Scalar) -> jax.Array:
-            w = moved(y, gradient, s)
-            d = tree.sub(w, y)
-            model = value + tree.vdot(gradient, d) + tree.vdot(d, d) / (2 * s) + slack
-            return ~(loss(w) <= model)
+            return judged(y, value, gradient, s)[0]
 
         s, halvings = jax.lax.while_loop(
             lambda c: (c[1] < SHORTEST) & too_long(c[0]), lambda c: (c[0] / 2, c[1] + 1), (s, ZERO)
@@ -249,6 +257,15 @@ def _proximal(
     value, gradient = jax.value_and_grad(loss)(params)
     one = jnp.ones((), tree.norm(params).dtype)
     size = tree.norm(tree.sub(params, moved(params, gradient, one)))
-    memory = _Momentum(params, one, one)
+
+    def may_grow(s: Scalar) -> jax.Array:
+        too_long, tells = judged(params, value, gradient, 2 * s)
+        return tells & ~too_long
+
+    # Later steps only shorten it: a loss of little curvature would be crossed at a step of one.
+    first = jax.lax.while_loop(
+        lambda c: (c[1] < LONGEST) & may_grow(c[0]), lambda c: (2 * c[0], c[1] + 1), (one, ZERO)
+    )[0]
+    memory = _Momentum(params, first, one)
     stuck = jnp.asarray(False)
     return _Search(params, memory, value, size, ZERO, ZERO + 1, stuck), advance

@@ -1,0 +1,96 @@
+"""The bilevel problems of `sparse`: linear models with L1 penalties whose strengths are tuned.
+
+One form holds them all. Parameters are (folds, features, outputs): a model for every fold, trained
+in one inner problem whose parts do not meet. A batch is a design, its targets, and weights
+(folds, rows) that say which rows a fold trains on, or is judged on:
+
+.. math:: \\sum_k \\sum_i c_{ki}\\, \\ell(x_i^\\top w_k, y_i)
+
+Hold-out has one fold. A design is dense, or a sparse ``BCOO``.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevel
+
+
+def predict(params: jax.Array, x: Any) -> jax.Array:
+    """(rows, folds, outputs)."""
+    folds, features, outputs = params.shape
+    flat = jnp.transpose(params, (1, 0, 2)).reshape(features, folds * outputs)
+    return (x @ flat).reshape(-1, folds, outputs)
+
+
+def row_losses(params: jax.Array, batch: Any) -> jax.Array:
+    """The loss of each fold on each row, (rows, folds): the targets tell which loss it is.
+
+    Reals: half the squared error. A boolean: logistic. Integers: softmax cross-entropy.
+    """
+    outputs, y = predict(params, batch["x"]), batch["y"][:, None]
+    if y.dtype == jnp.bool_:
+        return jax.nn.softplus(jnp.where(y, -outputs[..., 0], outputs[..., 0]))
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        y = jnp.broadcast_to(y, outputs.shape[:2])
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
+    return 0.5 * (outputs[..., 0] - y) ** 2
+
+
+def data_loss(params: jax.Array, hparams: Any, batch: Any) -> jax.Array:
+    """The weighted loss; what judges a model, too."""
+    return jnp.sum(batch["weights"].T * row_losses(params, batch))
+
+
+def inner(params: jax.Array, hparams: Any, batch: Any) -> jax.Array:
+    """The smooth part of the training loss: data, and the ridge of an elastic net."""
+    loss = data_loss(params, hparams, batch)
+    if "l2" in hparams:
+        loss += 0.5 * jnp.exp(hparams["l2"]) * jnp.sum(params**2)
+    return loss
+
+
+def soft_threshold(params: jax.Array, hparams: Any, step_size: jax.Array) -> jax.Array:
+    """The proximal operator of the L1 penalty; ``l1`` broadcasts against (features, outputs)."""
+    threshold = step_size * jnp.exp(hparams["l1"])
+    return jnp.sign(params) * jnp.maximum(jnp.abs(params) - threshold, 0)
+
+
+def on_support(params: jax.Array, hparams: Any, batch: Any) -> jax.Array:
+    """The training loss where the weights that are zero stay zero: smooth there."""
+    kept = batch["support"] * params
+    penalty = jnp.sum(jnp.exp(hparams["l1"]) * batch["support"] * jnp.abs(params))
+    rest = 0.5 * jnp.sum(jnp.where(batch["support"] == 0, params, 0) ** 2)
+    return inner(kept, hparams, batch) + penalty + rest
+
+
+def outer(params: jax.Array, hparams: Any, batch: Any) -> jax.Array:
+    """The criterion: the loss on rows that a fold did not train on, mean over folds."""
+    return data_loss(params, hparams, batch)
+
+
+def response(products: int, rtol: float) -> bilevel.Implicit:
+    """How the solution follows the penalty: conjugate gradients on the support."""
+    return bilevel.Implicit(bilevel.CG(max_steps=products, rtol=rtol))
+
+
+def hypergradient(
+    how: bilevel.Implicit, params: jax.Array, hparams: Any, fit: Any, held: Any, state: Any
+) -> bilevel.Hypergradient:
+    """The hypergradient at a solution. What is at zero stays there and does not respond."""
+    support = (params != 0).astype(params.dtype)
+
+    def seen(w: jax.Array, hparams: Any, batch: Any) -> jax.Array:
+        return outer(jnp.where(support > 0, w, jax.lax.stop_gradient(w)), hparams, batch)
+
+    return bilevel.hypergrad_solve(
+        seen, on_support, how, params, hparams,
+        inner_batch={**fit, "support": support}, outer_batch=held, state=state,
+    )  # fmt: skip
+
+
+def largest(params: jax.Array, fit: Any) -> jax.Array:
+    """The smallest penalty at which every weight of every fold is zero."""
+    return jnp.abs(jax.grad(data_loss)(jnp.zeros_like(params), None, fit)).max()
