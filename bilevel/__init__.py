@@ -48,6 +48,7 @@ from bilevel.outer import alternate as alternate
 from bilevel.outer import global_response as global_response
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
+from bilevel.problem.conditions import Composite as Composite
 from bilevel.problem.conditions import FixedPoint as FixedPoint
 from bilevel.problem.conditions import Root as Root
 from bilevel.problem.operators.gauss_newton import GaussNewton as GaussNewton

@@ -28,11 +28,13 @@ FLOORS = {
     "problem: two losses and their products": [
         "problem.conditions",
         "problem.two_losses",
+        "problem.knots",
         "problem",
         "problem.validate",
         "problem.operators.base",
         "problem.operators.hessian",
         "problem.operators.jacobian",
+        "problem.operators.composite",
         "problem.operators.linear_model",
         "problem.operators.gauss_newton",
         "problem.operators",

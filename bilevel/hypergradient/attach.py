@@ -120,17 +120,17 @@ def _implicit_tangent(
     solve by the same solver, and the pullback keeps its cheap product :math:`B^\top q`.
     """
 
+    problem = problem.settled(w, hparams, batch)
+
     # Bound where it is used and not once here: a scan over `solve` then keeps w and not the
     # residuals of a linearization for its backward pass.
     def product(q: Vector) -> Vector:
-        forward = response.bind(problem, w, hparams, batch).mv.transposed()
-        return tree.cast_like(forward(q), q)
+        return tree.cast_like(response.bind(problem, w, hparams, batch).forward(q), q)
 
     def inverse(g: Vector, adjoint: bool) -> Vector:
-        mv = response.bind(problem, w, hparams, batch).mv
-        mv = mv if adjoint else mv.transposed()
+        system = response.bind(problem, w, hparams, batch)
         g = restricted(g, responds)
-        q, result, _ = response.solver.solve(mv, g, None, key=key)
+        q, (_, result, _) = system.solve(response.solver, g, None, key=key, adjoint=adjoint)
         return tree.cast_like(_nan_where(failed(result), q) if marked else q, g)
 
     def mixed(mu: Hparams, like: Vector) -> Vector:

@@ -1,7 +1,7 @@
 r"""Implicit differentiation: the response of a minimiser, by the implicit function theorem."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,18 @@ from bilevel.ground.aliases import Batch, Hparams, Key, Params, Stats, Vector
 from bilevel.ground.batches import check_stack, one_batch, select_batch
 from bilevel.ground.cost import UNKNOWN, Cost
 from bilevel.ground.settings import check_settings
+from bilevel.ground.status import Status, status_of, worst
 from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.judge import stationarity_stats
-from bilevel.linear.base import LinearSolver
+from bilevel.linear.base import LinearSolution, LinearSolver
 from bilevel.linear.cg import CG
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.woodbury import Woodbury
+from bilevel.problem.conditions import Composite
+from bilevel.problem.knots import knots
 from bilevel.problem.operators.base import BoundOperator, Operator
+from bilevel.problem.operators.composite import SymmetricForm, bind_composite
 from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.operators.jacobian import Jacobian
 from bilevel.problem.two_losses import Problem
@@ -37,8 +43,11 @@ class Implicit:
     Parameters that the inner loss does not read differentiably (leaves behind a
     ``stop_gradient``, frozen ones) do not respond, and are left out of the system.
 
-    Where the inner problem is a ``FixedPoint`` or a ``Root``, the same with the Jacobian of its
+    Where the inner problem is a ``Composite``, the same on the support that its proximal operator
+    identifies. Where it is a ``FixedPoint`` or a ``Root``, the same with the Jacobian of its
     condition in place of H: the system is not symmetric, and the solver must allow that.
+    ``stats["knots"]`` counts the numbers that are just at a threshold of a condition, where it has
+    no derivative (status ``knot``).
 
     Args:
       solver: how :math:`A q = g` is solved: ``CG``, ``Neumann``, ``Nystrom``, ``Woodbury``,
@@ -115,11 +124,13 @@ class Implicit:
         )
         check_stack(inner_batch, needed, "inner_batch", reads)
 
-    def bind(
-        self, problem: Problem, params: Params, hparams: Hparams, batch: Batch
-    ) -> BoundOperator:
+    def bind(self, problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> "System":
         """The condition at ``params`` and :math:`A`; that of a condition is its Jacobian's."""
         operator = self.operator
+        if isinstance(problem.inner, Composite):
+            self._check_composite()
+            problem = problem.settled(params, hparams, batch)
+            return System(*bind_composite(operator, problem, params, hparams, batch))
         if not problem.has_loss:
             if not isinstance(operator, (Hessian, Jacobian)):
                 raise TypeError(
@@ -128,7 +139,20 @@ class Implicit:
                     "`Jacobian(damping=...)`."
                 )
             operator = Jacobian(operator.damping)
-        return operator.bind(problem, params, hparams, batch, fresh=self.fresh_batches)
+        return System(operator.bind(problem, params, hparams, batch, fresh=self.fresh_batches))
+
+    def _check_composite(self) -> None:
+        if isinstance(self.solver, (Nystrom, Woodbury)):
+            raise TypeError(
+                f"`solver` is {type(self.solver).__name__}, which inverts the damping of the whole "
+                "space, and the system of a `Composite` stands on its support alone: use "
+                "`CG(...)`, `Dense()`, `Lineax(...)` or `Neumann(...)`."
+            )
+        if self.fresh_batches:
+            raise ValueError(
+                "`fresh_batches=True` does not go with a `Composite`, whose support would be that "
+                "of each batch: leave it out."
+            )
 
     def vjp(
         self,
@@ -141,7 +165,8 @@ class Implicit:
         key: Key | None = None,
     ) -> tuple[Params, Pullback]:
         """``params`` and the pullback through the minimum they are taken for."""
-        inner_grad, mv = self.bind(problem, params, hparams, inner_batch)
+        problem = problem.settled(params, hparams, inner_batch)
+        system = self.bind(problem, params, hparams, inner_batch)
         mixed_batch = inner_batch
         if self.fresh_batches:
             mixed_batch = select_batch(inner_batch, (self.num_inner_batches() or 1) - 1)
@@ -150,13 +175,51 @@ class Implicit:
 
         def pullback(g: Vector) -> tuple[Hparams, Any, jax.Array, Stats]:
             g = restricted(g, responds)
-            q, result, stats = self.solver.solve(mv, g, start, key=key)
+            q, (z, result, stats) = system.solve(self.solver, g, start, key=key)
             b_transpose_q = problem.cross_vjp(params, hparams, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
-            stats = {**stationarity_stats(inner_grad, params, g, q, stats), **stats}
-            return indirect, (q if self._carries_start() else None), result, stats
+            stats = {**stationarity_stats(system.inner_grad, params, g, q, stats), **stats}
+            if not problem.has_loss:
+                stats["knots"] = knots(problem, params, hparams, mixed_batch)
+                result = worst(result, status_of(Status.ok, (stats["knots"] > 0, Status.knot)))
+            return indirect, (z if self._carries_start() else None), result, stats
 
         return params, pullback
+
+
+class System(NamedTuple):
+    r"""The system :math:`A q = g` of a problem at a point, as its solver sees it.
+
+    Attributes:
+      bound: the condition there, and the product that the solver gets.
+      form: the way to that product and back, for a composite condition.
+    """
+
+    bound: BoundOperator
+    form: SymmetricForm | None = None
+
+    @property
+    def inner_grad(self) -> Vector:
+        """The condition, zero at a solution."""
+        return self.bound.inner_grad
+
+    def solve(
+        self, solver: LinearSolver, g: Vector, start: Any, *, key: Any, adjoint: bool = True
+    ) -> tuple[Vector, LinearSolution]:
+        """q, and what the solver returned; not ``adjoint``, with the transposed matrix."""
+        if self.form is None:
+            mv = self.bound.mv if adjoint else self.bound.mv.transposed()
+            solution = solver.solve(mv, g, start, key=key)
+            return solution.value, solution
+        g = tree.accumulate(g)
+        solution = solver.solve(self.bound.mv, self.form.right_side(g, adjoint), start, key=key)
+        return self.form.solution(g, solution.value, adjoint), solution
+
+    def forward(self, v: Vector) -> Vector:
+        r""":math:`A^\top v`: the derivative of the condition."""
+        if self.form is None:
+            return self.bound.mv.transposed()(v)
+        return self.form.forward(v)
 
 
 def responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> Any:
@@ -166,7 +229,7 @@ def responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch)
     """
 
     def gradient(point: tuple[Params, Hparams], batch: Batch) -> Vector:
-        return problem.condition(point[0], point[1], batch)
+        return problem.smooth.condition(point[0], point[1], batch)
 
     return depends(gradient, (params, hparams), batch)
 

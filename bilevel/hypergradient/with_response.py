@@ -27,7 +27,7 @@ from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.problem.conditions import Condition
-from bilevel.problem.two_losses import Problem
+from bilevel.problem.two_losses import Problem, largest_curvature
 from bilevel.problem.validate import (
     check_inexact,
     check_inner,
@@ -283,7 +283,7 @@ def _stationarity(
 ) -> tuple[Vector, Scalar]:
     r"""The inner gradient, and its length over the largest curvature times that of ``w``."""
     fresh = response.fresh_batches
-    gradient, mv = response.bind(problem, w, hparams, batch)
+    gradient, mv = response.bind(problem, w, hparams, batch).bound
     if fresh:  # that of the mean loss, or the noise of one batch would count
         count = response.num_inner_batches() or 1
         each = jax.lax.map(
@@ -291,19 +291,8 @@ def _stationarity(
         )
         gradient = jax.tree.map(lambda x: jnp.mean(x, 0), each)
     gradient, w = tree.accumulate(gradient), tree.accumulate(w)
-    # The start has a share of both: `w` alone may lie in directions of little curvature.
-    v = tree.add(_unit(w), _unit(gradient))
-    curvature = jnp.zeros_like(tree.norm(w))
-    for _ in range(3):
-        v = tree.accumulate(mv(_unit(v)))
-        curvature = jnp.maximum(curvature, tree.norm(v))
-    length, scale = tree.norm(gradient), curvature * tree.norm(w)
+    length, scale = tree.norm(gradient), largest_curvature(mv, w, gradient) * tree.norm(w)
     return gradient, jnp.where(length == 0, 0, length / scale)
-
-
-def _unit(v: Vector) -> Vector:
-    length = tree.norm(v)
-    return tree.scale(1 / jnp.where(length > 0, length, 1), v)
 
 
 def _known(values: Any) -> bool:

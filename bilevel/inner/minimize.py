@@ -13,10 +13,9 @@ from bilevel.ground.batches import check_batch
 from bilevel.ground.loops import strong_types
 from bilevel.ground.settings import check_count, check_one_real, check_takes, is_function
 from bilevel.ground.status import Status, status_of
+from bilevel.problem.conditions import Composite, Prox
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inner, check_losses, check_point, check_returned
-
-Prox = Callable[[Params, Hparams, Scalar], Params]
+from bilevel.problem.validate import check_inner, check_losses, check_point, check_prox
 
 
 class Minimum(NamedTuple):
@@ -46,7 +45,7 @@ class _Search(NamedTuple):
 
 
 def minimize(
-    inner: Loss,
+    inner: Loss | Composite,
     params: Params,
     hparams: Hparams,
     batch: Batch,
@@ -66,7 +65,8 @@ def minimize(
     points uphill.
 
     Args:
-      inner: the smooth part h, ``loss(params, hparams, batch) -> scalar``.
+      inner: the smooth part h, ``loss(params, hparams, batch) -> scalar``; or a
+        :class:`~bilevel.Composite`, which has a proximal operator with it.
       params: the start; a warm one saves most of the work in a loop.
       hparams, batch: passed to the loss.
       tol: absolute; may be traced (an outer method that tightens it). ``None``:
@@ -78,7 +78,7 @@ def minimize(
     Returns:
       :class:`Minimum`. It is not differentiated: pass its ``params`` to ``hypergrad``, or call it
       in the ``solve`` of ``with_response``; with ``prox`` the condition is
-      ``FixedPoint(proximal_step(inner, prox, step_size))``.
+      ``Composite(inner, prox)``.
 
     Raises:
       TypeError, ValueError: when traced, for trees, dtypes, functions and settings that do not fit.
@@ -102,6 +102,10 @@ def minimize(
       >>> bool(jnp.allclose(found.params, jnp.array([1.5, 0.0]))), int(found.result)
       (True, 0)
     """
+    if isinstance(inner, Composite):
+        if prox is not None:
+            raise ValueError("`prox` is given twice: leave it out where `inner` is a `Composite`.")
+        inner, prox = inner.loss, inner.prox
     check_losses(inner=inner)
     check_point(params, hparams)
     check_batch(batch, "batch")
@@ -121,8 +125,7 @@ def minimize(
         if not is_function(prox):
             raise TypeError(f"`prox` must be a function prox(params, hparams, step), got {prox!r}.")
         check_takes("prox", prox, "prox(params, hparams, step_size)")
-        one = jnp.ones((), tree.norm(params).dtype)
-        check_returned(jax.eval_shape(prox, params, hparams, one), params, "prox")
+        check_prox(prox, params, hparams)
         start, advance = _proximal(loss, params, lambda w, s: prox(w, hparams, s))
     eps = jnp.finfo(start.size.dtype).eps
     bound = jnp.sqrt(eps) * jnp.maximum(1, start.size) if tol is None else jnp.asarray(tol)
@@ -156,7 +159,8 @@ def proximal_step(
 
     What a solution of :func:`minimize` with ``prox`` leaves where it is, for any step size
     :math:`s > 0`: the condition ``FixedPoint(proximal_step(...))``. A step of about one over the
-    largest curvature conditions its system best, and makes the map contract.
+    largest curvature conditions its system best, and makes the map contract. For an ordinary
+    proximal operator :class:`~bilevel.Composite` has the symmetric system of the same condition.
     """
 
     def step(params: Params, hparams: Hparams, batch: Batch) -> Params:

@@ -21,15 +21,17 @@ times as much for convolutions and more memory everywhere.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar, Vector
 from bilevel.ground.tree import cast_like
-from bilevel.problem.conditions import Condition, FixedPoint, Root
+from bilevel.problem.conditions import Composite, Condition, FixedPoint, Root
 
 
 class Point:
@@ -63,8 +65,8 @@ class Problem:
 
     Attributes:
       outer: ``outer(params, hparams, batch) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
-      inner: ``inner(params, hparams, batch) -> scalar``; or a :class:`~bilevel.FixedPoint` or
-        :class:`~bilevel.Root`, which has no loss.
+      inner: ``inner(params, hparams, batch) -> scalar``; or a :class:`~bilevel.Composite`,
+        :class:`~bilevel.FixedPoint` or :class:`~bilevel.Root`, which have no loss of their own.
       has_aux: whether ``outer`` returns an auxiliary pytree beside its value.
       has_state: whether both losses are ``loss(params, hparams, batch, model_state) ->
         (scalar, model_state)``; with ``has_aux`` too, ``outer`` returns
@@ -94,13 +96,50 @@ class Problem:
         return not isinstance(self.inner, Condition)
 
     def condition(self, params: Params, hparams: Hparams, batch: Batch) -> Vector:
-        r""":math:`R(w, \lambda)`, zero at the solution: :math:`\nabla_w h`, or :math:`w - T(w)`."""
+        r""":math:`R(w, \lambda)`, zero at the solution: :math:`\nabla_w h`, or :math:`w - T(w)`.
+
+        For a composite condition :math:`(w - \operatorname{prox}(w - s\nabla f)) / s`.
+        """
+        if isinstance(self.inner, Composite):
+            composite = self.settled(params, hparams, batch)
+            s, ahead = composite.inner.step_size, composite.ahead(params, hparams, batch)
+            moved = tree.sub(params, composite.proximal(ahead, hparams))
+            return jax.tree.map(lambda d: d / jnp.asarray(s).astype(d.dtype), moved)
         if isinstance(self.inner, FixedPoint):
             step = cast_like(self.inner.step(params, hparams, batch), params)
             return jax.tree.map(jnp.subtract, params, step)
         if isinstance(self.inner, Root):
             return self.inner.equation(params, hparams, batch)
         return self.inner_grad(params, hparams, batch)
+
+    @property
+    def smooth(self) -> "Problem":
+        """The problem with its smooth loss alone: without the part of a proximal operator."""
+        if isinstance(self.inner, Composite):
+            return dataclasses.replace(self, inner=self.inner.loss)
+        return self
+
+    def settled(self, params: Params, hparams: Hparams, batch: Batch) -> "Problem":
+        """The same problem; a composite condition gets its step size, where it has none.
+
+        It counts as a constant: the solution does not depend on it. Cost: three products.
+        """
+        if not isinstance(self.inner, Composite) or self.inner.step_size is not None:
+            return self
+        grad, mv = self.smooth.linearize(*jax.lax.stop_gradient((params, hparams, batch)))
+        curvature = largest_curvature(mv, params, grad)
+        step = jnp.where(curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 1)
+        step = jax.lax.stop_gradient(step)
+        return dataclasses.replace(self, inner=dataclasses.replace(self.inner, step_size=step))
+
+    def ahead(self, params: Params, hparams: Hparams, batch: Batch) -> Params:
+        r""":math:`w - s\nabla f(w)`, where the proximal operator of a settled problem stands."""
+        grad = self.smooth.inner_grad(params, hparams, batch)
+        return cast_like(tree.axpy(-self.inner.step_size, grad, params), params)
+
+    def proximal(self, ahead: Params, hparams: Hparams) -> Params:
+        """The proximal operator of a settled problem, in the dtype of its argument."""
+        return cast_like(self.inner.prox(ahead, hparams, self.inner.step_size), ahead)
 
     @property
     def state_arguments(self) -> tuple[ModelState, ...]:
@@ -150,7 +189,7 @@ class Problem:
     def hvp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Vector:
         r""":math:`H v`. Cost: about 2.5 gradients, memory of one forward-mode gradient."""
         v = cast_like(v, params)
-        return self._pushed(lambda w: self.inner_grad(w, hparams, batch), params, v)
+        return pushed(lambda w: self.inner_grad(w, hparams, batch), params, v)
 
     def cross_jvp(self, params: Params, hparams: Hparams, batch: Batch, mu: Hparams) -> Vector:
         r""":math:`B \mu`, shaped like ``params``. Cost: about 2.5 gradients."""
@@ -160,7 +199,7 @@ class Problem:
 
         if not self.has_loss:
             return jax.jvp(of_hparams, (hparams,), (mu,))[1]
-        return self._pushed(of_hparams, hparams, mu)
+        return pushed(of_hparams, hparams, mu)
 
     def cross_vjp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Hparams:
         r""":math:`B^\top v`, shaped like ``hparams``, as the JVP of :math:`\nabla_\lambda h`.
@@ -170,11 +209,18 @@ class Problem:
         regularise. Never more than one gradient's memory.
         """
         v = cast_like(v, params)
+        if isinstance(self.inner, Composite):
+            problem = self.settled(params, hparams, batch)
+            ahead = problem.ahead(params, hparams, batch)
+            _, pull = jax.vjp(problem.proximal, ahead, hparams)
+            through, beside = pull(v)
+            smooth = problem.smooth.cross_vjp(params, hparams, batch, through)
+            return tree.axpy(-1 / jnp.asarray(problem.inner.step_size), beside, smooth)
         if not self.has_loss:
             _, pull = jax.vjp(lambda lam: self.condition(params, lam, batch), hparams)
             return pull(v)[0]
         grad = jax.grad(self.inner_loss, argnums=1)
-        return self._pushed(lambda w: grad(w, hparams, batch), params, v)
+        return pushed(lambda w: grad(w, hparams, batch), params, v)
 
     def products(
         self, params: Params, hparams: Hparams, batch: Batch, v: Vector
@@ -185,18 +231,7 @@ class Problem:
         """
         v = cast_like(v, params)
         grads = jax.grad(self.inner_loss, argnums=(0, 1))
-        return self._pushed(lambda w: grads(w, hparams, batch), params, v)
-
-    def _pushed(self, gradient: Callable[[Any], Any], point: Any, tangent: Any) -> Any:
-        """The JVP of a gradient of the inner loss at ``point``."""
-        try:
-            return jax.jvp(gradient, (point,), (tangent,))[1]
-        except TypeError as error:
-            if "custom_vjp" not in str(error):
-                raise
-        # A function with a backward rule of its own (fused losses, attention kernels): JAX pushes
-        # no tangent through it, but linearises its gradient.
-        return jax.linearize(gradient, point)[1](tangent)
+        return pushed(lambda w: grads(w, hparams, batch), params, v)
 
     def outer_grads(
         self, params: Params, hparams: Hparams, batch: Batch
@@ -207,3 +242,34 @@ class Problem:
         return jax.value_and_grad(self.outer_loss, argnums=(0, 1), has_aux=True)(
             params, hparams, batch
         )
+
+
+def pushed(gradient: Callable[[Any], Any], point: Any, tangent: Any) -> Any:
+    """The JVP of a gradient, or of a condition, at ``point``."""
+    try:
+        return jax.jvp(gradient, (point,), (tangent,))[1]
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+    # A function with a backward rule of its own (fused losses, attention kernels): JAX pushes
+    # no tangent through it, but linearises its gradient.
+    return jax.linearize(gradient, point)[1](tangent)
+
+
+def largest_curvature(mv: Callable[[Vector], Vector], *starts: Vector) -> Scalar:
+    """About the largest absolute eigenvalue, by three power iterations from several vectors.
+
+    The start has a share of each: parameters alone may lie in directions of little curvature.
+    """
+    v = functools.reduce(tree.add, map(_unit, starts))
+    curvature = jnp.zeros_like(tree.norm(v))
+    for _ in range(3):
+        v = tree.accumulate(mv(_unit(v)))
+        curvature = jnp.maximum(curvature, tree.norm(v))
+    return curvature
+
+
+def _unit(v: Vector) -> Vector:
+    v = tree.accumulate(v)
+    length = tree.norm(v)
+    return tree.scale(1 / jnp.where(length > 0, length, 1), v)
