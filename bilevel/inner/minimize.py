@@ -102,10 +102,11 @@ def minimize(
       >>> bool(jnp.allclose(found.params, jnp.array([1.5, 0.0]))), int(found.result)
       (True, 0)
     """
+    first = None
     if isinstance(inner, Composite):
         if prox is not None:
             raise ValueError("`prox` is given twice: leave it out where `inner` is a `Composite`.")
-        inner, prox = inner.loss, inner.prox
+        inner, prox, first = inner.loss, inner.prox, inner.step_size
     check_losses(inner=inner)
     check_point(params, hparams)
     check_batch(batch, "batch")
@@ -126,7 +127,7 @@ def minimize(
             raise TypeError(f"`prox` must be a function prox(params, hparams, step), got {prox!r}.")
         check_takes("prox", prox, "prox(params, hparams, step_size)")
         check_prox(prox, params, hparams)
-        start, advance = _proximal(loss, params, lambda w, s: prox(w, hparams, s))
+        start, advance = _proximal(loss, params, lambda w, s: prox(w, hparams, s), first)
     eps = jnp.finfo(start.size.dtype).eps
     bound = jnp.sqrt(eps) * jnp.maximum(1, start.size) if tol is None else jnp.asarray(tol)
     bound = bound.astype(start.size.dtype)
@@ -216,9 +217,15 @@ SHORTEST = 60
 LONGEST = 30
 """Doublings of the first step size, from one."""
 
+GROWTH = 1.1
+"""Of the step size from step to step: curvature falls along the way, and a start may be short."""
+
 
 def _proximal(
-    loss: Callable[[Params], Scalar], params: Params, prox: Callable[[Params, Scalar], Params]
+    loss: Callable[[Params], Scalar],
+    params: Params,
+    prox: Callable[[Params, Scalar], Params],
+    first: Any = None,
 ) -> tuple[_Search, Step]:
     def moved(y: Params, gradient: Vector, s: Scalar) -> Params:
         return tree.cast_like(prox(tree.cast_like(tree.axpy(-s, gradient, y), y), s), y)
@@ -242,7 +249,7 @@ def _proximal(
         s, halvings = jax.lax.while_loop(
             lambda c: (c[1] < SHORTEST) & too_long(c[0]), lambda c: (c[0] / 2, c[1] + 1), (s, ZERO)
         )
-        w = moved(y, gradient, s)
+        w, tells = moved(y, gradient, s), judged(y, value, gradient, s)[1]
         step = tree.sub(w, search.params)
         uphill = tree.vdot(tree.sub(y, w), step) > 0
         following = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
@@ -250,7 +257,11 @@ def _proximal(
         ahead = tree.cast_like(tree.axpy(push, step, w), w)
         return _Search(
             w,
-            _Momentum(ahead, s, jnp.where(uphill, 1, following).astype(t.dtype)),
+            _Momentum(
+                ahead,
+                jnp.where(tells, GROWTH, 1).astype(s.dtype) * s,
+                jnp.where(uphill, 1, following).astype(t.dtype),
+            ),
             value,
             tree.norm(tree.sub(y, w)) / s,
             search.steps + 1,
@@ -266,10 +277,10 @@ def _proximal(
         too_long, tells = judged(params, value, gradient, 2 * s)
         return tells & ~too_long
 
-    # Later steps only shorten it: a loss of little curvature would be crossed at a step of one.
-    first = jax.lax.while_loop(
-        lambda c: (c[1] < LONGEST) & may_grow(c[0]), lambda c: (2 * c[0], c[1] + 1), (one, ZERO)
-    )[0]
-    memory = _Momentum(params, first, one)
+    if first is None:  # one in units of the loss says nothing: it may be far too short
+        first = jax.lax.while_loop(
+            lambda c: (c[1] < LONGEST) & may_grow(c[0]), lambda c: (2 * c[0], c[1] + 1), (one, ZERO)
+        )[0]
+    memory = _Momentum(params, jnp.asarray(first, one.dtype), one)
     stuck = jnp.asarray(False)
     return _Search(params, memory, value, size, ZERO, ZERO + 1, stuck), advance

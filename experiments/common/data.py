@@ -271,7 +271,16 @@ def covtype(*, valid: int = 4_000, test: int = 4_000, seed: int = 0) -> Dataset:
     return _dataset(full, None, valid=valid, held_out=test, seed=seed, what="covtype")
 
 
-HOUSING = ("longitude", "latitude", "age", "rooms", "bedrooms", "population", "households", "income")
+HOUSING = (
+    "longitude",
+    "latitude",
+    "age",
+    "rooms",
+    "bedrooms",
+    "population",
+    "households",
+    "income",
+)
 
 
 def california_housing(*, valid: int = 2_000, test: int = 2_000, seed: int = 0) -> Dataset:

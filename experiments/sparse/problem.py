@@ -58,37 +58,31 @@ def soft_threshold(params: jax.Array, hparams: Any, step_size: jax.Array) -> jax
     return jnp.sign(params) * jnp.maximum(jnp.abs(params) - threshold, 0)
 
 
-def on_support(params: jax.Array, hparams: Any, batch: Any) -> jax.Array:
-    """The training loss where the weights that are zero stay zero: smooth there."""
-    kept = batch["support"] * params
-    penalty = jnp.sum(jnp.exp(hparams["l1"]) * batch["support"] * jnp.abs(params))
-    rest = 0.5 * jnp.sum(jnp.where(batch["support"] == 0, params, 0) ** 2)
-    return inner(kept, hparams, batch) + penalty + rest
-
-
 def outer(params: jax.Array, hparams: Any, batch: Any) -> jax.Array:
     """The criterion: the loss on rows that a fold did not train on, mean over folds."""
     return data_loss(params, hparams, batch)
 
 
-def response(products: int, rtol: float) -> bilevel.Implicit:
-    """How the solution follows the penalty: conjugate gradients on the support."""
-    return bilevel.Implicit(bilevel.CG(max_steps=products, rtol=rtol))
+def training(step_size: Any) -> bilevel.Composite:
+    """The inner problem; it does not depend on the step size, which a solve would have to find."""
+    return bilevel.Composite(inner, soft_threshold, step_size)
 
 
-def hypergradient(
-    how: bilevel.Implicit, params: jax.Array, hparams: Any, fit: Any, held: Any, state: Any
-) -> bilevel.Hypergradient:
-    """The hypergradient at a solution. What is at zero stays there and does not respond."""
-    support = (params != 0).astype(params.dtype)
+POWER = 10
 
-    def seen(w: jax.Array, hparams: Any, batch: Any) -> jax.Array:
-        return outer(jnp.where(support > 0, w, jax.lax.stop_gradient(w)), hparams, batch)
 
-    return bilevel.hypergrad_solve(
-        seen, on_support, how, params, hparams,
-        inner_batch={**fit, "support": support}, outer_batch=held, state=state,
-    )  # fmt: skip
+def step_size(params: jax.Array, fit: Any) -> jax.Array:
+    """One over the largest curvature of the data at zero, by `POWER` products."""
+    grad = jax.grad(data_loss)
+
+    def product(v: jax.Array) -> jax.Array:
+        return jax.jvp(lambda w: grad(w, None, fit), (jnp.zeros_like(v),), (v,))[1]
+
+    def step(_: Any, v: jax.Array) -> jax.Array:
+        return product(v / jnp.linalg.norm(v))
+
+    start = grad(jnp.zeros_like(params), None, fit)
+    return 1 / jnp.linalg.norm(jax.lax.fori_loop(0, POWER, step, start))
 
 
 def largest(params: jax.Array, fit: Any) -> jax.Array:

@@ -70,6 +70,9 @@ def _task(
 ) -> Task:
     shape = (len(fit["weights"]), fit["x"].shape[1], outputs)
     top = float(jnp.log(jax.jit(problem.largest)(jnp.zeros(shape), fit)))
+    measure = jax.jit(problem.step_size)
+    fit = {**fit, "step_size": measure(jnp.zeros(shape), fit)}
+    full = {**full, "step_size": measure(jnp.zeros((1, *shape[1:])), full)}
     return Task(name, fit, held, full, test, shape, top, leaves, rows)
 
 

@@ -39,53 +39,55 @@ def evaluate(
     params: jax.Array, hparams: Any, fit: Any, held: Any, tol: jax.Array, max_steps: int
 ) -> tuple[bilevel.Minimum, jax.Array]:
     """A solution at the penalties, and the criterion there."""
-    found = bilevel.minimize(
-        problem.inner, params, hparams, fit, tol=tol, max_steps=max_steps,
-        prox=problem.soft_threshold,
-    )  # fmt: skip
+    inner = problem.training(fit["step_size"])
+    found = bilevel.minimize(inner, params, hparams, fit, tol=tol, max_steps=max_steps)
     return found, problem.outer(found.params, hparams, held)
 
 
 class Rprop(NamedTuple):
-    """Signs of the last hypergradient and lengths of the next moves, shaped like the penalties."""
+    """The last hypergradient and the lengths of the last moves, shaped like the penalties."""
 
-    signs: Any
+    slopes: Any
     lengths: Any
 
 
 def rprop(grads: Any, hparams: Any, state: Rprop, box: jax.Array, grow: float) -> Any:
     """One move of each log penalty by its own length, in the box; and how long the longest was.
 
-    A length grows while the sign stays and halves where it turns (Riedmiller and Braun, 1993). A
+    A length grows while the sign stays and shrinks where it turns (Riedmiller and Braun, 1993): to
+    where a line through both slopes is zero, but to a tenth at least and to a half at most. A
     penalty that is at a bound and pushes outward halves its length, too.
     """
 
     def move(g: jax.Array, h: jax.Array, last: jax.Array, length: jax.Array) -> Any:
-        sign = jnp.sign(g)
-        agree = sign * last
-        length = length * jnp.where(agree < 0, 0.5, jnp.where(agree > 0, grow, 1.0))
-        moved = jnp.clip(h - sign * length, box[0], box[1])
-        return moved, sign, jnp.where(moved == h, length / 2, length)
+        agree, size = g * last, jnp.abs(g) + jnp.abs(last)
+        turned = jnp.clip(jnp.abs(g) / jnp.where(size > 0, size, 1), 0.1, 0.5)
+        length = length * jnp.where(agree < 0, turned, jnp.where(agree > 0, grow, 1.0))
+        moved = jnp.clip(h - jnp.sign(g) * length, box[0], box[1])
+        return moved, g, jnp.where(moved == h, length / 2, length)
 
     moves = jax.tree.map(move, grads, hparams, *state)
-    moved, signs, lengths = jax.tree.transpose(
+    moved, slopes, lengths = jax.tree.transpose(
         jax.tree.structure(hparams), jax.tree.structure((0, 0, 0)), moves
     )
     steps = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), moved, hparams)
-    return moved, Rprop(signs, lengths), jnp.max(jnp.stack(jax.tree.leaves(steps)))
+    return moved, Rprop(slopes, lengths), jnp.max(jnp.stack(jax.tree.leaves(steps)))
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def outer_step(
-    config: Config, point: Any, task_batches: Any, tol: jax.Array, box: jax.Array
+    config: Config, point: Any, batches: Any, tol: jax.Array, box: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
     """A solve from where the last one ended, a hypergradient, one move of the penalties."""
-    (params, hparams, state, carried), (fit, held) = point, task_batches
-    how = problem.response(config.products, config.rtol)
+    (params, hparams, state, carried), (fit, held) = point, batches
+    response = bilevel.Implicit(bilevel.CG(max_steps=config.products, rtol=config.rtol))
     found, _ = evaluate(params, hparams, fit, held, tol, config.max_steps)
-    hyper = problem.hypergradient(how, found.params, hparams, fit, held, carried)
+    hyper = bilevel.hypergrad_solve(
+        problem.outer, problem.training(fit["step_size"]), response, found.params, hparams,
+        inner_batch=fit, outer_batch=held, state=carried,
+    )  # fmt: skip
     moved, state, longest = rprop(hyper.grads, hparams, state, box, config.grow)
-    paid = how.cost(hparams, hyper.stats).plus(Cost(found.stats["num_gradients"], 0, 1))
+    paid = response.cost(hparams, hyper.stats).plus(Cost(found.stats["num_gradients"], 0, 1))
     report = {
         "criterion": hyper.value,
         "longest": longest,
@@ -96,37 +98,51 @@ def outer_step(
     return (found.params, moved, state, hyper.state), report
 
 
-def hypergradients(task: Task, config: Config, log: Log, start: Found | None = None) -> Found:
+def hypergradients(task: Task, config: Config, log: Log) -> Found:
+    """Penalties moved along hypergradients: one for all first, then, where there are, many."""
+    one = task if task.leaves["l1"] == () else task._replace(leaves={"l1": ()})
+    found = _descend(one, config, log)
+    return found if one is task else _descend(task, config, log, found)
+
+
+def _descend(task: Task, config: Config, log: Log, start: Found | None = None) -> Found:
     """Rprop along hypergradients, solved the more exactly the shorter its moves have become.
 
-    Signs are all that Rprop reads of a hypergradient, and all that loose solves have to get right.
+    Signs are what Rprop reads of a hypergradient, and most of what loose solves must get right.
     From ``start``, a result for one penalty, it goes on with many.
     """
     box = jnp.asarray([task.top + math.log(config.low), task.top + math.log(config.high)])
-    first, params, cost, spent = config.first_step, jnp.zeros(task.shape), 0.0, 0.0
+    params, cost, spent, number = jnp.zeros(task.shape), 0.0, 0.0, 0
+    first, steps, loose = config.first_step, config.outer_steps, config.loose
     hparams = hparams_at(task, {"l1": math.log(config.start), "l2": math.log(config.start_l2)})
-    if start is not None:
-        first, params, cost, spent = config.weighted_step, start.params, start.cost, start.seconds
+    if start is None:
+        cost = Cost(products=problem.POWER).total
+    else:
+        params, cost, spent, number = start.params, start.cost, start.seconds, start.evaluations
+        first, steps, loose = config.many_step, config.many_steps, config.tolerance
         hparams = hparams_at(task, {"l1": start.hparams["l1"] - task.top})
+        start = start._replace(hparams=hparams)
     zeros = jax.tree.map(jnp.zeros_like, hparams)
     state = Rprop(zeros, jax.tree.map(lambda h: jnp.full_like(h, first), hparams))
-    point, batches = (params, hparams, state, jnp.zeros(task.shape)), (task.fit, task.held)
+    point = params, hparams, state, jnp.zeros(task.shape)
+    batches = task.fit, task.held
     outer_step(config, point, batches, jnp.float32(jnp.inf), box)  # compiled before it is timed
-    tol, best, clock, k = config.loose if start is None else config.tolerance, None, _now(), 0
-    for k in range(config.outer_steps):
+    tol, best, clock = loose, start, _now()
+    for _ in range(steps):
         used = point[1]
         point, report = outer_step(config, point, batches, tolerance(task, tol), box)
         told = {name: float(x) for name, x in report.items()}
         cost, longest = cost + told.pop("cost"), told.pop("longest")
-        log(k, cost, seconds=spent + _now() - clock, **told)
+        log(number, cost, seconds=spent + _now() - clock, **told)
+        number += 1
         if best is None or told["criterion"] < best.value:
             best = Found(used, told["criterion"], point[0], cost, 0.0, 0)
-        tol = max(config.tolerance, config.loose * min(1.0, longest / config.first_step))
-        if start is None and longest < config.least_step:
+        tol = max(config.tolerance, loose * min(1.0, longest / first))
+        if longest < config.least_step:
             break
     if best is None:
         raise ValueError("`outer_steps` must be at least 1")
-    return best._replace(cost=cost, seconds=spent + _now() - clock, evaluations=k + 1)
+    return best._replace(cost=cost, seconds=spent + _now() - clock, evaluations=number)
 
 
 _now = time.perf_counter
@@ -140,7 +156,7 @@ class Warm:
         self.points: list[np.ndarray] = []
         self.solutions: list[jax.Array] = []
         self.best: Found | None = None
-        self.cost = 0.0
+        self.cost = Cost(products=problem.POWER).total
         zeros = jnp.zeros(task.shape)
         hparams = hparams_at(task, dict.fromkeys(task.leaves, 0.0))
         evaluate(zeros, hparams, task.fit, task.held, jnp.float32(jnp.inf), config.max_steps)
@@ -154,9 +170,7 @@ class Warm:
         if self.points:
             start = self.solutions[np.argmin([np.sum((point - p) ** 2) for p in self.points])]
         tol = tolerance(task, self.config.tolerance)
-        found, criterion = evaluate(
-            start, hparams, task.fit, task.held, tol, self.config.max_steps
-        )
+        found, criterion = evaluate(start, hparams, task.fit, task.held, tol, self.config.max_steps)
         self.points.append(point)
         self.solutions.append(found.params)
         self.cost += float(found.stats["num_gradients"])
@@ -171,9 +185,7 @@ class Warm:
         if self.best is None:
             raise ValueError("nothing was evaluated")
         seconds = _now() - self.clock
-        return self.best._replace(
-            cost=self.cost, seconds=seconds, evaluations=len(self.points)
-        )
+        return self.best._replace(cost=self.cost, seconds=seconds, evaluations=len(self.points))
 
 
 def axis(config: Config, points: int) -> np.ndarray:
