@@ -61,8 +61,10 @@ def minimize(
             \le \text{tol}
 
     Without ``prox`` by L-BFGS with a zoom line search (optax). With it by accelerated proximal
-    gradient steps, whose length s is found by backtracking and whose momentum starts anew where it
-    points uphill.
+    gradient steps, whose momentum starts anew where it points uphill. Their length s begins with
+    the ``step_size`` of a ``Composite``, or else is doubled or halved until it fits; after that it
+    grows by a tenth with every step and is halved where it is too long. Values of the loss decide,
+    which cost no gradient, as far as rounding lets them.
 
     Args:
       inner: the smooth part h, ``loss(params, hparams, batch) -> scalar``; or a

@@ -66,8 +66,8 @@ class Config:
 def smoke() -> Config:
     """Seconds, on sets that come with scikit-learn: does it all run?"""
     return Config(
-        tasks=("elastic_net", "classes"), images="digits", rows=200, outer_steps=6, many_steps=6, points=16,
-        trials=8,
+        tasks=("elastic_net", "classes"), images="digits", rows=200,
+        outer_steps=6, many_steps=6, points=16, trials=8,
     )  # fmt: skip
 
 

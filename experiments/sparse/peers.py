@@ -1,4 +1,4 @@
-"""scikit-learn's own search over a path of penalties: LassoCV, ElasticNetCV, LogisticRegressionCV."""
+"""The searches of scikit-learn: LassoCV, ElasticNetCV, LogisticRegressionCV."""
 
 import math
 import time

@@ -201,9 +201,8 @@ def _padded(matrix: Any, entries: int) -> BCOO:
 
 def _news(name: str, config: Config, seed: int) -> Task:
     """Two groups of 20 newsgroups, TF-IDF of 5630 terms; hold-out by halves; a sparse design."""
-    from sklearn.feature_extraction.text import TfidfTransformer
-
     import scipy.sparse
+    from sklearn.feature_extraction.text import TfidfTransformer
 
     sets = data.newsgroups(valid=1, seed=seed)
     seen = scipy.sparse.vstack([sets.train.x, sets.valid.x]).tocsr()
