@@ -56,6 +56,7 @@ from bilevel.problem.operators.hessian import Hessian as Hessian
 from bilevel.problem.operators.jacobian import Jacobian as Jacobian
 from bilevel.problem.operators.linear_model import LinearModel as LinearModel
 from bilevel.problem.two_losses import Problem as Problem
+from bilevel.regularizers import prox as prox
 from bilevel.run import FitResult as FitResult
 from bilevel.run import fit as fit
 from bilevel.space import Free as Free

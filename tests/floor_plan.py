@@ -53,6 +53,7 @@ FLOORS = {
         "regularizers.mixup",
         "regularizers.noise",
         "regularizers.penalties",
+        "regularizers.prox",
         "regularizers",
     ],
     "inner: how w follows the hyperparameters forward": [

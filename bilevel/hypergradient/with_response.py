@@ -27,6 +27,7 @@ from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.problem.conditions import Condition
+from bilevel.problem.knots import knots
 from bilevel.problem.two_losses import Problem, largest_curvature
 from bilevel.problem.validate import (
     check_inexact,
@@ -43,11 +44,13 @@ class SolveInfo(NamedTuple):
     Attributes:
       result: int32 :class:`~bilevel.Status`: ``not_stationary`` where an implicit response would
         differentiate a point that is no minimum, ``nonfinite_input`` for NaN or infinite
-        parameters or inner gradients, ``invalid_setting`` for a traced setting of the response.
+        parameters or inner gradients, ``invalid_setting`` for a traced setting of the response,
+        ``knot`` where a condition has no derivative.
         :func:`~bilevel.raise_for_status` takes it.
       stats: for an implicit response ``stationarity`` :math:`\|\nabla_w h\|` and
         ``relative_stationarity`` :math:`\|\nabla_w h\| / (c\,\|w\|)`, with c the curvature that
-        three power iterations find. Empty for others, which assume no minimum.
+        three power iterations find; of a condition ``knots``, how many numbers are at a threshold.
+        Empty for others, which assume no minimum.
     """
 
     result: jax.Array
@@ -75,14 +78,16 @@ def with_response(
         minimizer of ``inner``. It is only called, never differentiated: outside ``jit`` it may
         be ordinary Python (a loop with an early stop, another library), inside it must trace.
       inner: the loss that ``solve`` minimizes, ``inner(params, hparams, batch) -> scalar``; or
-        the condition that it solves, a :class:`~bilevel.FixedPoint` or :class:`~bilevel.Root`.
+        the condition that it solves, a :class:`~bilevel.Composite`, :class:`~bilevel.FixedPoint` or
+        :class:`~bilevel.Root`.
       response: applied at the point that ``solve`` returns, e.g. ``Implicit(CG())``. It starts
         cold in every call.
       has_aux: ``solve`` returns ``(params, aux)``; ``aux`` is passed on without a derivative.
       has_status: return a :class:`SolveInfo` too: arrays, under every transformation.
       on_failure: what a derivative is where its linear solve fails (status ``singular``,
         ``negative_curvature``, ``diverged`` or ``invalid_setting``): NaN, or what the solver has
-        (``"keep"``).
+        (``"keep"``). At a ``knot`` it is that of one side: a generalized derivative, and no failure
+        of the solve.
 
     Returns:
       ``fn(params, hparams, inner_batch, *, key=None) -> params``, with the values of ``solve``;
@@ -269,11 +274,14 @@ def _judge(
         stats = {"stationarity": tree.norm(gradient), "relative_stationarity": relative}
         far = ~(relative <= STATIONARITY)
         finite &= jnp.isfinite(stats["stationarity"])
+        if not problem.has_loss and not response.fresh_batches:
+            stats["knots"] = knots(problem, w, hparams, batch)
     result = status_of(
         Status.ok,
         (~finite, Status.nonfinite_input),
         (out_of_range(response), Status.invalid_setting),
         (far, Status.not_stationary),
+        (stats.get("knots", 0) > 0, Status.knot),
     )
     return SolveInfo(result, stats)
 
@@ -310,6 +318,12 @@ def _warn(info: SolveInfo) -> None:
         what = (
             "The result of `solve`, or the gradient of `inner` there, is NaN or infinite, and so "
             "are the derivatives: look at `solve`, the batch and the hyperparameters."
+        )
+    elif status == Status.knot:
+        what = (
+            f"knots={int(info.stats['knots'])} numbers of the result of `solve` are just at a "
+            "threshold of their condition, where the solution has no derivative: those given are "
+            "of one side. Solve to a tighter tolerance, or move the hyperparameters a little."
         )
     else:
         what = (

@@ -25,9 +25,9 @@ JUMP = 0.1
 def knots(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> jax.Array:
     r"""How many numbers of a condition change their derivative within the point's own error.
 
-    Compares the products of the Jacobian with one vector at two points, on both sides of ``params``
-    (of :math:`w - s\nabla f(w)`, for the proximal operator of a composite condition). They lie as
-    far away as rounding and what is left of the condition, :math:`\max_i |R_i|`, may have put the
+    Compares the derivatives along one direction, of parameters and hyperparameters, at two points on
+    both sides of ``params`` (of :math:`w - s\nabla f(w)`, for the proximal operator of a composite
+    condition). They lie as far away as rounding and what is left of the condition, :math:`\max_i |R_i|`, may have put the
     point: what an unfinished solve cannot decide counts too. A :class:`~bilevel.Root`, whose
     equation has other units than its solution, counts rounding alone.
 
@@ -39,21 +39,23 @@ def knots(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> j
         point = problem.ahead(params, hparams, batch)
         unsolved = problem.inner.step_size * _largest(residual)
 
-        def function(v: Params) -> Vector:
-            return problem.proximal(v, hparams)
+        function = problem.proximal
     else:
         point = params
         unsolved = _largest(residual) if isinstance(problem.inner, FixedPoint) else 0.0
 
-        def function(v: Params) -> Vector:
-            return problem.condition(v, hparams, batch)
+        def function(v: Params, lam: Hparams) -> Vector:
+            return problem.condition(v, lam, batch)
 
-    return _jumps(function, point, unsolved)
+    return _jumps(function, point, hparams, unsolved)
 
 
-def _jumps(function: Callable[[Params], Vector], point: Params, unsolved: Any) -> jax.Array:
+def _jumps(
+    function: Callable[[Params, Hparams], Vector], point: Params, hparams: Hparams, unsolved: Any
+) -> jax.Array:
     whole = _largest(point)
-    direction = jax.tree.map(_direction, point)
+    # A threshold may show in either: the step of a map that forgets its start has no other slope.
+    direction, beside = jax.tree.map(_direction, (point, hparams))
 
     def displaced(x: jax.Array, t: jax.Array) -> jax.Array:
         size = jnp.max(jnp.abs(x)).astype(whole.dtype)
@@ -63,7 +65,7 @@ def _jumps(function: Callable[[Params], Vector], point: Params, unsolved: Any) -
 
     shift = jax.tree.map(displaced, point, direction)
     one, other = (
-        tree.accumulate(pushed(function, side, direction))
+        tree.accumulate(pushed(lambda x: function(*x), (side, hparams), (direction, beside)))
         for side in (tree.add(point, shift), tree.sub(point, shift))
     )
     typical = tree.norm(one) / tree.size(one) ** 0.5

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 # A snapshot: adding a name is a decision, and so is taking one away.
 NAMES = """
-Algorithm BestResponse BestResponseState CG Composite Dense Diagnosis Diagonal Evolution FiniteDifference
+Composite
+Algorithm BestResponse BestResponseState CG Dense Diagnosis Diagonal Evolution FiniteDifference
 FitResult FixedPoint Free GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient
 HypergradientError Hypernetwork Identity Implicit InnerState Integer Interval Jacobian LinearModel
 LinearSolution LinearSolver Lineax MemoryReport Minimum Neumann Nystrom Positive Problem Response
