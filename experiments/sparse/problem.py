@@ -54,8 +54,8 @@ def inner(params: jax.Array, hparams: Any, batch: Any) -> jax.Array:
 
 def soft_threshold(params: jax.Array, hparams: Any, step_size: jax.Array) -> jax.Array:
     """The proximal operator of the L1 penalty; ``l1`` broadcasts against (features, outputs)."""
-    threshold = step_size * jnp.exp(hparams["l1"])
-    return jnp.sign(params) * jnp.maximum(jnp.abs(params) - threshold, 0)
+    strength = jnp.broadcast_to(jnp.exp(hparams["l1"]), params.shape)
+    return bilevel.prox.l1(params, strength, step_size)
 
 
 def outer(params: jax.Array, hparams: Any, batch: Any) -> jax.Array:
