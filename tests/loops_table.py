@@ -143,6 +143,8 @@ def anchored(inner, outer):
 
 
 THREE = valid, train, TX, MOMENTUM, TX  # the state of the adjoint's optimizer is carried
+
+
 def penalty(name, cost, make, tx=TX, outer_tx=MOMENTUM, losses=(valid, train), **rest):
     own = {k: rest.pop(k) for k in OWN & rest.keys()}
     algorithm = make(*losses, tx, outer_tx, 2, **rest)
