@@ -43,7 +43,9 @@ def knots(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> j
         return _jumps(lambda point: problem.proximal(point[0], hparams), (ahead,), unsolved)
     unsolved = _largest(residual) if isinstance(problem.inner, FixedPoint) else 0.0
     # Hyperparameters too: a map that forgets its start has a threshold in them alone.
-    return _jumps(lambda point: problem.condition(*point, batch), (params, hparams), unsolved)
+    return _jumps(
+        lambda point: problem.condition(point[0], point[1], batch), (params, hparams), unsolved
+    )
 
 
 def _jumps(function: Callable[[Any], Vector], point: tuple[Any, ...], unsolved: Any) -> jax.Array:
