@@ -4,6 +4,7 @@ A weight of the lasso leaves zero, a bound begins or ceases to hold: on the two 
 has different Jacobians, and the solution different derivatives.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,14 +26,14 @@ JUMP = 0.1
 def knots(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> jax.Array:
     r"""How many numbers of a condition change their derivative within the point's own error.
 
-    Compares the derivatives along one direction, of parameters and hyperparameters, at two points
+    Compares the derivatives in a direction of parameters, and of hyperparameters, at two points
     on both sides of ``params`` (of :math:`w - s\nabla f(w)`, for the proximal operator of a
     composite condition). They lie as far away as rounding and what is left of the condition,
     :math:`\max_i |R_i|`, may have put the point: what an unfinished solve cannot decide counts too.
     A :class:`~bilevel.Root`, whose equation has other units than its solution, counts rounding
     alone.
 
-    Cost: two derivatives of ``prox``; of a fixed point or a root two of the whole condition.
+    Cost: two derivatives of ``prox``; of a fixed point or a root four of the whole condition.
     """
     problem = problem.settled(params, hparams, batch)
     residual = problem.condition(params, hparams, batch)
@@ -42,7 +43,9 @@ def knots(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> j
         return _jumps(lambda point: problem.proximal(point[0], hparams), (ahead,), unsolved)
     unsolved = _largest(residual) if isinstance(problem.inner, FixedPoint) else 0.0
     # Hyperparameters too: a map that forgets its start has a threshold in them alone.
-    return _jumps(lambda point: problem.condition(*point, batch), (params, hparams), unsolved)
+    return _jumps(
+        lambda point: problem.condition(point[0], point[1], batch), (params, hparams), unsolved
+    )
 
 
 def _jumps(function: Callable[[Any], Vector], point: tuple[Any, ...], unsolved: Any) -> jax.Array:
@@ -60,17 +63,26 @@ def _jumps(function: Callable[[Any], Vector], point: tuple[Any, ...], unsolved: 
     first = len(jax.tree.leaves(point[0]))
     left = [unsolved if i < first else 0.0 for i in range(len(leaves))]
     shift = jax.tree.unflatten(treedef, list(map(displaced, leaves, tangents, left)))
-    one, other = (
-        tree.accumulate(pushed(function, side, direction))
-        for side in (tree.add(point, shift), tree.sub(point, shift))
+    sides = tree.add(point, shift), tree.sub(point, shift)
+
+    def jumps(k: int) -> Vector:
+        """Where the derivatives along part k of the direction differ on the two sides."""
+        still = jax.tree.map(jnp.zeros_like, direction)
+        along = tuple(direction[i] if i == k else still[i] for i in range(len(point)))
+        one, other = (tree.accumulate(pushed(function, side, along)) for side in sides)
+        typical = tree.norm(one) / tree.size(one) ** 0.5
+
+        def differ(a: jax.Array, b: jax.Array) -> jax.Array:
+            size = jnp.maximum(jnp.abs(a), jnp.abs(b)) + JUMP * typical.astype(a.dtype)
+            return jnp.abs(a - b) > JUMP * size
+
+        return jax.tree.map(differ, one, other)
+
+    # Part by part: along both at once their jumps may cancel.
+    found = functools.reduce(
+        lambda a, b: jax.tree.map(jnp.logical_or, a, b), map(jumps, range(len(point)))
     )
-    typical = tree.norm(one) / tree.size(one) ** 0.5
-
-    def count(a: jax.Array, b: jax.Array) -> jax.Array:
-        size = jnp.maximum(jnp.abs(a), jnp.abs(b)) + JUMP * typical.astype(a.dtype)
-        return jnp.sum(jnp.abs(a - b) > JUMP * size, dtype=jnp.int32)
-
-    return sum(jax.tree.leaves(jax.tree.map(count, one, other)), jnp.int32(0))
+    return sum((jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(found)), jnp.int32(0))
 
 
 def _largest(vector: Vector) -> Scalar:

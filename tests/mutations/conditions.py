@@ -120,8 +120,8 @@ MUTANTS = [
     Mutant(
         "knots_on_one_side",
         "problem/knots.py",
-        "for side in (tree.add(point, shift), tree.sub(point, shift))",
-        "for side in (tree.add(point, shift), tree.add(point, shift))",
+        "sides = tree.add(point, shift), tree.sub(point, shift)",
+        "sides = tree.add(point, shift), tree.add(point, shift)",
         "no weight is ever at its threshold",
         ("test_knots.py::test_a_weight_at_its_threshold_is_told_from_both_sides_and_counted",),
     ),
