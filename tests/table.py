@@ -139,9 +139,10 @@ def in_eigenbasis(case: Case, truth: Exact) -> np.ndarray:
     assert operator is not None and operator.penalty is not None
     strengths = jax.hessian(lambda w: operator.penalty(flat[1](w), case.hparams))(flat[0])
     x = np.asarray(operator.model.features(case.hparams, case.inner_batch))
+    x = np.column_stack([np.ones(len(x)), x])  # the bias is the first of the parameters
     basis = np.linalg.eigh(x.T @ x)[1]
-    data = basis.T @ (dense_gauss_newton(case) - strengths) @ basis
-    scales = np.diag(data) + np.mean(np.diag(strengths)) + DAMPING
+    data = basis.T @ (dense_gauss_newton(case) - np.asarray(strengths)) @ basis
+    scales = np.diag(data) + np.mean(np.diag(np.asarray(strengths))) + DAMPING
     return basis @ (basis.T @ truth.outer_grad / scales)
 
 

@@ -46,7 +46,9 @@ def dual_kernel(
         parts, rows = jax.vmap(one)(jax.tree.map(lambda x: x[:, None], batch), root)
         pairs, wholes = [], []
         for layer, part in zip(layers, parts, strict=True):
-            bias = None if layer.vector is None else layer.vector(scales[layer.bias])
+            bias = None
+            if layer.vector is not None and layer.bias is not None:
+                bias = layer.vector(scales[layer.bias])
             scale = layer.matrix(scales[layer.kernel])
             if uniform and part[0].ndim == 3 and part[0].shape[1] == 1:
                 pairs.append(_pair(part, scale, bias))
@@ -117,13 +119,12 @@ def _lower(pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     edges = sorted({n * i // 4 for i in range(5)})
     blocks = []
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        block = None
+        made = []
         for inputs, d in pairs:
             left = d[start:stop].reshape((stop - start) * c, -1)
             products = (left @ d[:stop].reshape(stop * c, -1).T).reshape(-1, c, stop, c)
-            made = inputs[start:stop, None, :stop, None] * products
-            block = made if block is None else block + made
-        block = block.reshape(-1, stop * c)
+            made.append(inputs[start:stop, None, :stop, None] * products)
+        block = functools.reduce(jnp.add, made).reshape(-1, stop * c)
         blocks.append(jnp.pad(block, ((0, 0), (0, (n - stop) * c))))
     return jnp.concatenate(blocks)
 

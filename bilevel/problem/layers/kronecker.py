@@ -184,7 +184,7 @@ def _columns(layer: Layer, d: jax.Array) -> jax.Array:
 def _matrix(layer: Layer, leaves: list[Any]) -> jax.Array:
     """Kernel and bias of a vector, (in + 1, out)."""
     kernel = layer.matrix(leaves[layer.kernel])
-    if layer.vector is None:
+    if layer.vector is None or layer.bias is None:
         return kernel
     return jnp.concatenate([kernel, layer.vector(leaves[layer.bias])[None]])
 
