@@ -239,7 +239,7 @@ def _dual(
     if found is None:
         return None
     kernel, covered = found
-    z, push, pull = _jacobian(op, problem, params, hparams, batch)
+    z, push, pull = _jacobian(op, problem, params, hparams, batch, repeated=False)
     weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
     flat, back = ordered_outputs(z)
 
