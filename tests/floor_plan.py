@@ -142,6 +142,7 @@ FLOORS = {
         "outer.inexact.tolerance",
         "outer.inexact.hoag",
         "outer.inexact.certificate",
+        "outer.inexact.certified",
         "outer.inexact.maid",
         "outer.inexact.bo_rep",
         "outer.inexact",

@@ -31,21 +31,26 @@ def figures(out: Path) -> list[Path]:
 def _losses(
     records: list[record.Record], tasks: list[str], methods: tuple[str, ...], path: Path
 ) -> Path:
-    """The best validation loss against cost, a panel for each problem."""
+    """The best validation loss against cost, a panel for each problem, a line for each seed."""
     width = 5.2 * len(tasks)
     with draw.figure(path, columns=len(tasks), width=width, height=4.4) as (_, axes):
         panels = [axes] if len(tasks) == 1 else list(axes)
+        seeds = sorted({r.seed for r in records})
         shades = dict(zip(methods, draw.OTHERS, strict=False))
         for panel, task in zip(panels, tasks, strict=True):
             for method in methods:
-                cost, values = draw.curves(records, f"{task}_{method}", "validation_loss")
-                panel.plot(
-                    cost,
-                    values.mean(0),
-                    color=shades.get(method),
-                    label=NAMES.get(method, method.replace("_", " ")),
-                    linestyle="--" if method in SEARCHES else "-",
-                )
+                name = NAMES.get(method, method.replace("_", " "))
+                style = "--" if method in SEARCHES else "-"
+                for seed in seeds:
+                    way = [r for r in records if (r.method, r.seed) == (f"{task}_{method}", seed)]
+                    panel.plot(
+                        [r.cost for r in way],
+                        [r.metrics["validation_loss"] for r in way],
+                        color=shades.get(method),
+                        label=name if seed == seeds[0] else None,
+                        linestyle=style,
+                        drawstyle="steps-post",
+                    )
             draw.cost_axes(panel, "validation loss (nats an example)")
             panel.set_xscale("log")
             panel.set_title(task)

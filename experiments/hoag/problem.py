@@ -39,7 +39,8 @@ def load(name: str, config: Config, seed: int) -> Task:
         sets, outputs = data.libsvm(name, seed=seed), 2
     parts = [_sparse(part) if name == "newsgroups" else _dense(part, outputs) for part in sets]
     features = sets[0].x[:1].reshape(1, -1).shape[1]
-    return Task(*parts, (features, outputs) if outputs > 2 else (features,))
+    train, valid, test = parts
+    return Task(train, valid, test, (features, outputs) if outputs > 2 else (features,))
 
 
 def _dense(part: Any, outputs: int) -> Any:

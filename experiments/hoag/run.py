@@ -17,7 +17,7 @@ TABLE = ("validation_loss", "test_loss", "test_error", "products", "gradients")
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     """All methods on one seed; one that is finished has a test loss, and is not run again."""
     records = record.Records(out, seed)
-    loaded: tuple[str, Any] = ("", None)
+    loaded: Any = ("", None)
     for name, method in methods.tasks(config):
         label = f"{name}_{method}"
         done = record.read(out, seed=seed, method=label)
@@ -38,7 +38,9 @@ class _Best:
 
     def __init__(self, label: str, task: problem.Task, records: record.Records):
         self.label, self.task, self.records = label, task, records
-        self.value, self.params, self.hparams = np.inf, None, None
+        self.value = np.inf
+        self.params: Any = None
+        self.hparams: Any = None
         self.spent = np.zeros(2)  # inner gradients, products
         self.last: tuple[int, float, dict[str, float]] = (0, 0.0, {})
 
@@ -114,7 +116,7 @@ def _search(
         found = problem.solve()(start, jnp.float32(lam), task.train, config.solved)
         spent = float(found.stats["num_gradients"]) + 1
         cost, trial = cost + spent, trial + 1
-        value = float(problem.outer(found.params, None, task.valid))
+        value = float(problem.outer(found.params, jnp.float32(lam), task.valid))
         if cost <= config.budget or trial == 1:
             best.spent += (spent, 0.0)
             best.see(trial - 1, cost, value, found.params, jnp.float32(lam))

@@ -31,19 +31,27 @@ def figures(out: Path) -> list[Path]:
 
 
 def _values(records: list[record.Record], tasks: list[str], path: Path) -> Path:
-    """The best outer loss against cost, a panel for each problem."""
+    """The best outer loss against cost, a panel for each problem, a line for each seed."""
     methods = {r.method for r in records}
     width = 5.2 * len(tasks)
     with draw.figure(path, columns=len(tasks), width=width, height=4.4) as (_, axes):
         panels = [axes] if len(tasks) == 1 else list(axes)
+        seeds = sorted({r.seed for r in records})
         shades = (*draw.OTHERS, "#555555")
         for panel, task in zip(panels, tasks, strict=True):
             for shade, method in zip(shades, METHODS, strict=True):
-                if f"{task}_{method}" in methods:
-                    cost, values = draw.curves(records, f"{task}_{method}", "value")
-                    style = "--" if method in SEARCHES else "-"
+                if f"{task}_{method}" not in methods:
+                    continue
+                style = "--" if method in SEARCHES else "-"
+                for seed in seeds:
+                    way = [r for r in records if (r.method, r.seed) == (f"{task}_{method}", seed)]
                     panel.plot(
-                        cost, values.mean(0), color=shade, label=NAMES[method], linestyle=style
+                        [r.cost for r in way],
+                        [r.metrics["value"] for r in way],
+                        color=shade,
+                        label=NAMES[method] if seed == seeds[0] else None,
+                        linestyle=style,
+                        drawstyle="steps-post",
                     )
             draw.cost_axes(panel, "outer loss")
             panel.set_xscale("log")

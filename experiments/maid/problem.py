@@ -62,8 +62,8 @@ def quadratic(config: Config, seed: int) -> Task:
         float(np.linalg.norm(a2.T @ lower[1], 2)),
     )
     zeros = jnp.zeros(m)
-    parts = (jax.tree.map(jnp.asarray, part) for part in (lower, upper))
-    return Task(outer, inner, certificate, zeros, zeros, *parts, test)
+    train, valid = (jax.tree.map(jnp.asarray, part) for part in (lower, upper))
+    return Task(outer, inner, certificate, zeros, zeros, train, valid, test)
 
 
 def multinomial(config: Config, seed: int) -> Task:

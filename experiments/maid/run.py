@@ -32,7 +32,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     """All methods on one seed; one that is finished has a last record, and is not run again."""
     with jax.enable_x64(True):
         records = record.Records(out, seed)
-        loaded: tuple[str, Any] = ("", None)
+        loaded: Any = ("", None)
         for name, method in tasks(config):
             label = f"{name}_{method}"
             if any("end" in r.metrics for r in record.read(out, seed=seed, method=label)):

@@ -128,13 +128,16 @@ def test_the_error_is_below_the_bound_of_the_tolerance_in_every_step():
     states, infos = run(hoag(held_out, logistic), -1.0, 25)
     scale = float(jnp.linalg.norm(jax.grad(logistic)(jnp.zeros(N), -1.0, TRAIN)))
     for k, info in enumerate(infos):
-        tol = 1e-3 * 0.9**k
+        turned_down = sum(not before.stats["accepted"] for before in infos[:k])
+        tol = 1e-3 * 0.9**k * 0.5**turned_down
         np.testing.assert_allclose(info.stats["tol"], tol, rtol=1e-6)
         assert float(info.stats["stationarity"]) <= tol * scale
         assert float(info.stats["residual_norm"]) <= 1.01 * tol * float(info.stats["rhs_norm"])
-        assert bool(info.stats["accepted"])  # otherwise the hypergradient is not kept
         exact = float(true_value()(info.hparams)[1])
-        assert abs(float(states[k + 1].kept_grads) - exact) <= tol_bound(info, tol * scale)
+        found = float(info.hypergrad_norm) * np.sign(exact)
+        if info.stats["accepted"]:  # otherwise only the length is kept
+            found = float(states[k + 1].kept_grads)
+        assert abs(found - exact) <= tol_bound(info, tol * scale)
 
 
 def tol_bound(info, stationarity):

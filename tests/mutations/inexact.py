@@ -57,7 +57,7 @@ MUTANTS = [
     ),
     Mutant(
         "maid_compares_computed_values",
-        "outer/inexact/maid.py",
+        "outer/inexact/certified.py",
         "change = value - found.solution.value + slack + found.slack",
         "change = value - found.solution.value",
         "the decrease of the computed loss is taken for that of the true one",
@@ -67,7 +67,7 @@ MUTANTS = [
     ),
     Mutant(
         "maid_forgets_the_change_of_variables",
-        "outer/inexact/maid.py",
+        "outer/inexact/certified.py",
         "bound = bound * self._stretch(state.outer)",
         "bound = bound * 1",
         "the bound is of the hypergradient in what the losses read, not in what moves",
