@@ -110,7 +110,8 @@ def _descend(task: Task, config: Config, log: Log, start: Found | None = None) -
 
     Signs are what Rprop reads of a hypergradient, and most of what loose solves must get right.
     Their criterion is not to be trusted, as weights that are still on the way generalise better:
-    what counts as a result is a point solved to the tolerance of all methods. From ``start``, a result for one penalty, it goes on with many.
+    what counts as a result is a point solved to the tolerance of all methods. From ``start``, a
+    result for one penalty, it goes on with many.
     """
     box = jnp.asarray([task.top + math.log(config.low), task.top + math.log(config.high)])
     params, cost, spent, number = jnp.zeros(task.shape), 0.0, 0.0, 0
