@@ -135,9 +135,9 @@ def _descend(task: Task, config: Config, log: Log, start: Found | None = None) -
         point, report = outer_step(config, point, batches, tolerance(task, tol), box)
         told = {name: float(x) for name, x in report.items()}
         cost, longest = cost + told.pop("cost"), told.pop("longest")
-        log(number, cost, seconds=spent + _now() - clock, **told)
-        number += 1
         exact = tol == config.tolerance
+        log(number, cost, seconds=spent + _now() - clock, counts=exact, **told)
+        number += 1
         if exact and (best is None or told["criterion"] < best.value):
             best = Found(used, told["criterion"], point[0], cost, 0.0, 0)
         tol = max(config.tolerance, loose * min(1.0, longest / first))
