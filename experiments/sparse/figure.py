@@ -137,6 +137,9 @@ def _line(cell: Any, records: list[record.Record], task: str, method: str) -> No
     cell.plot(cost[-1], middle[-1], "o", color=SHADES[method], markersize=5)
 
 
+NOTHING = 1e3
+
+
 def _stretched(records: list[record.Record]) -> tuple[np.ndarray, np.ndarray]:
     """Best so far on one grid of costs up to the median seed's end: a seed that ended stays."""
     seeds = sorted({r.seed for r in records})
@@ -149,7 +152,7 @@ def _stretched(records: list[record.Record]) -> tuple[np.ndarray, np.ndarray]:
     grid = np.geomspace(start, max(stop, start), 200)
     # Before its first point a seed has nothing: worse than all.
     rows = [
-        np.append(np.fmin.accumulate(v), np.inf)[np.searchsorted(c, grid, side="right") - 1]
+        np.append(np.fmin.accumulate(v), NOTHING)[np.searchsorted(c, grid, side="right") - 1]
         for c, v in series
     ]
     return grid, np.stack(rows)
