@@ -19,7 +19,7 @@ class Config:
       low, high: range of penalties, relative.
       start: penalty from which hypergradients start, relative.
       start_l2: the ridge of an elastic net from which they start, relative.
-      outer_steps: hypergradients with one penalty (two of an elastic net), at most.
+      outer_steps: hypergradients with one penalty (two of an elastic net), at most; two at least.
       first_step: first move of a log penalty. Moves grow by ``grow`` while their sign stays, halve
         where it turns (Rprop).
       grow: see there.
@@ -51,7 +51,7 @@ class Config:
     grow: float = 1.2
     least_step: float = 0.05
     tolerance: float = 2e-3
-    loose: float = 1e-2
+    loose: float = 5e-3
     products: int = 20
     rtol: float = 0.1
     points: int = 100

@@ -117,7 +117,9 @@ def _line(cell: Any, records: list[record.Record], task: str, method: str) -> No
     scaled = [
         r._replace(metrics={"criterion": r.metrics["criterion"] / grids[r.seed]["measured"]})
         for r in records
-        if r.method == f"{task}_{method}_path" and r.seed in grids
+        if r.method == f"{task}_{method}_path"
+        and r.seed in grids
+        and r.metrics.get("counts", True)  # not those of looser solves
     ]
     if method == "scikit_learn":
         ends = [r for r in records if r.method == f"{task}_{method}" and r.seed in grids]
@@ -135,12 +137,22 @@ def _line(cell: Any, records: list[record.Record], task: str, method: str) -> No
     cell.plot(cost[-1], middle[-1], "o", color=SHADES[method], markersize=5)
 
 
+NOTHING = 1e3
+
+
 def _stretched(records: list[record.Record]) -> tuple[np.ndarray, np.ndarray]:
     """Best so far on one grid of costs up to the median seed's end: a seed that ended stays."""
     seeds = sorted({r.seed for r in records})
     series = [np.array([(r.cost, r.metrics["criterion"]) for r in records if r.seed == s]).T
               for s in seeds]  # fmt: skip
-    start, stop = max(c[0] for c, _ in series), float(np.median([c[-1] for c, _ in series]))
+    start, stop = (
+        float(np.median([c[0] for c, _ in series])),
+        float(np.median([c[-1] for c, _ in series])),
+    )
     grid = np.geomspace(start, max(stop, start), 200)
-    rows = [np.fmin.accumulate(v)[np.searchsorted(c, grid, side="right") - 1] for c, v in series]
+    # Before its first point a seed has nothing: worse than all.
+    rows = [
+        np.append(np.fmin.accumulate(v), NOTHING)[np.searchsorted(c, grid, side="right") - 1]
+        for c, v in series
+    ]
     return grid, np.stack(rows)

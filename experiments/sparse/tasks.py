@@ -205,7 +205,7 @@ def _news(name: str, config: Config, seed: int) -> Task:
     from sklearn.feature_extraction.text import TfidfTransformer
 
     sets = data.newsgroups(valid=1, seed=seed)
-    seen = scipy.sparse.vstack([sets.train.x, sets.valid.x]).tocsr()
+    seen: Any = scipy.sparse.vstack([sets.train.x, sets.valid.x]).tocsr()
     labels = np.concatenate([sets.train.y, sets.valid.y])
     rows = np.flatnonzero(np.isin(labels, GROUPS))
     tested = np.flatnonzero(np.isin(sets.test.y, GROUPS))
@@ -214,7 +214,7 @@ def _news(name: str, config: Config, seed: int) -> Task:
     seen = seen[:, terms]
     order = np.random.default_rng([seed, 9]).permutation(len(rows))
     train, valid = np.sort(order[: len(rows) // 2]), np.sort(order[len(rows) // 2 :])
-    scale = TfidfTransformer(sublinear_tf=True).fit(seen[train])
+    scale: Any = TfidfTransformer(sublinear_tf=True).fit(seen[train])
     seen, test = scale.transform(seen), scale.transform(sets.test.x[tested][:, terms])
     room = int(PADDED * seen.nnz)
     halves = {"train": train, "valid": valid}

@@ -109,7 +109,9 @@ def _descend(task: Task, config: Config, log: Log, start: Found | None = None) -
     """Rprop along hypergradients, solved the more exactly the shorter its moves have become.
 
     Signs are what Rprop reads of a hypergradient, and most of what loose solves must get right.
-    From ``start``, a result for one penalty, it goes on with many.
+    Their criterion is not to be trusted, as weights that are still on the way generalise better:
+    what counts as a result is a point solved to the tolerance of all methods. From ``start``, a
+    result for one penalty, it goes on with many.
     """
     box = jnp.asarray([task.top + math.log(config.low), task.top + math.log(config.high)])
     params, cost, spent, number = jnp.zeros(task.shape), 0.0, 0.0, 0
@@ -128,20 +130,25 @@ def _descend(task: Task, config: Config, log: Log, start: Found | None = None) -
     batches = task.fit, task.held
     outer_step(config, point, batches, jnp.float32(jnp.inf), box)  # compiled before it is timed
     tol, best, clock = loose, start, _now()
-    for _ in range(steps):
+    for step in range(steps):
         used = point[1]
         point, report = outer_step(config, point, batches, tolerance(task, tol), box)
         told = {name: float(x) for name, x in report.items()}
         cost, longest = cost + told.pop("cost"), told.pop("longest")
-        log(number, cost, seconds=spent + _now() - clock, **told)
+        exact = tol == config.tolerance
+        log(number, cost, seconds=spent + _now() - clock, counts=exact, **told)
         number += 1
-        if best is None or told["criterion"] < best.value:
+        if exact and (best is None or told["criterion"] < best.value):
             best = Found(used, told["criterion"], point[0], cost, 0.0, 0)
         tol = max(config.tolerance, loose * min(1.0, longest / first))
         if longest < config.least_step:
-            break
+            if exact:
+                break
+            tol = config.tolerance
+        elif step == steps - 2:
+            tol = config.tolerance  # whatever the moves: one point must count
     if best is None:
-        raise ValueError("`outer_steps` must be at least 1")
+        raise ValueError("`outer_steps` must be at least 2")
     return best._replace(cost=cost, seconds=spent + _now() - clock, evaluations=number)
 
 
