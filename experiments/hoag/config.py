@@ -24,7 +24,7 @@ class Config:
 
     single: tuple[str, ...] = ("a9a", "ijcnn1", "newsgroups")
     every: tuple[str, ...] = ("digits", "mnist")
-    budget: float = 1_000.0
+    budget: float = 3_000.0
     steps: int = 60
     start: float = 0.0
     low: float = -6.0
@@ -49,4 +49,4 @@ def cpu() -> Config:
 
 def paper() -> Config:
     """Five times the budget, and all of MNIST."""
-    return Config(budget=5_000.0, steps=200, points=127, mnist=30_000)
+    return Config(budget=15_000.0, steps=200, points=127, mnist=30_000)

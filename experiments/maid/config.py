@@ -38,7 +38,7 @@ class Config:
 
 def smoke() -> Config:
     """Seconds: does everything run?"""
-    return Config(budget=80.0, steps=8, rows=50, examples=200, images=1, side=32, trials=3)
+    return Config(budget=200.0, steps=8, rows=50, examples=200, images=1, side=32, trials=3)
 
 
 def cpu() -> Config:
