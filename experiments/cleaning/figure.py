@@ -32,12 +32,11 @@ def figures(out: Path) -> list[Path]:
     sets = [s for s in SETS if any(r.method == f"{s}_cg" for r in records)]
     path = out / "figures" / "cleaning.png"
     size = {"rows": len(sets), "columns": 3, "width": 15.0, "height": 4.2 * len(sets)}
-    with draw.figure(path, **size) as (figure, axes):
+    with draw.figure(path, **size) as (_, axes):
         for row, name in zip(np.reshape(axes, (len(sets), 3)), sets, strict=True):
             _errors(row[0], records, name)
             _losses(row[1], records, name)
             _weights(row[2], records, out, name)
-        figure.tight_layout()
     return [path]
 
 
