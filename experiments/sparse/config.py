@@ -27,8 +27,8 @@ class Config:
       tolerance: of every solve of grid and searches, relative to the smallest penalty
         at which every weight is zero; of hypergradients, the last one.
       loose: of hypergradients, the first one; it tightens to ``tolerance`` in proportion to the
-        moves. Looser solves saved nothing on seeds 100 to 107 (costs within a fifth, in both
-        directions), and on some the logistic criterion of unfinished weights misled the search.
+        moves. On seeds 100 to 107 looser ones saved an eighth of the cost at most, and on some of
+        them the logistic criterion of unfinished weights misled the search.
       products: steps of CG in a hypergradient, at most.
       rtol: the residual at which CG stops, relative.
       points: of the grid.
