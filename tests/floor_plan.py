@@ -141,6 +141,7 @@ FLOORS = {
         "testing.case",
         "testing.linear_models",
         "testing.other_models",
+        "testing.conditions",
         "testing.cases",
         "testing.methods",
         "testing.wrong",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
@@ -27,6 +28,7 @@ from bilevel import (
     Hypergradient,
     Identity,
     Implicit,
+    Lineax,
     Neumann,
     Nystrom,
     Response,
@@ -34,7 +36,7 @@ from bilevel import (
     Unroll,
     Woodbury,
 )
-from bilevel.testing import Case, Exact, cases
+from bilevel.testing import Case, Exact, cases, condition_cases
 
 DAMPING = 0.5
 KEY = jax.random.key(7)
@@ -296,14 +298,50 @@ RESPONSES = [
 ]
 
 
+# Inner problems that are no smooth loss, by the solvers that their systems allow.
+CONDITIONS = [
+    Row("condition_dense", lambda case: Implicit(Dense()), exact, 1e-8, BACKWARD_STABLE),
+    Row(
+        "condition_gmres",
+        lambda case: Implicit(Lineax(lineax.GMRES(1e-13, 1e-13, restart=6))),
+        exact,
+        1e-8,
+        TOLERANCE,
+    ),
+    Row(
+        "condition_series",
+        lambda case: Implicit(Neumann(3000)),
+        exact,
+        1e-8,
+        "a contraction of 0.6, or eigenvalues above 0.01 of the largest: 3000 terms go to rounding",
+        only("equilibrium", "lasso", "elastic_net"),
+    ),
+    Row("condition_cg", lambda c: Implicit(CG(rtol=1e-13)), exact, 1e-8, TOLERANCE,
+        needs("symmetric")),
+    Row(
+        "condition_cg_hutchinson",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=Diagonal())),
+        exact,
+        1e-8,
+        TOLERANCE,
+        needs("symmetric"),
+    ),
+]  # fmt: skip
+
+
+def rows_of(case: Case) -> list[Row]:
+    rows = CONDITIONS if "condition" in case.tags else RESPONSES
+    return [row for row in rows if row.excluded(case) is None]
+
+
 def legal_pairs() -> list[tuple[Row, Case]]:
-    return [(row, case) for row in RESPONSES for case in cases() if row.excluded(case) is None]
+    return [(row, case) for case in (*cases(), *condition_cases()) for row in rows_of(case)]
 
 
 @functools.cache
 def solve_all(case: Case) -> dict:
     """Every legal response on one case, in one compiled program: compile time rules here."""
-    rows = [row for row in RESPONSES if row.excluded(case) is None]
+    rows = rows_of(case)
 
     def everything(key):
         return {row.name: row.solve(case, key) for row in rows}

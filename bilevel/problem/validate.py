@@ -300,7 +300,13 @@ def check_prox(prox: Any, params: Params, hparams: Hparams) -> None:
     one = jnp.ones(
         (), jnp.result_type(*map(accumulator_dtype, map(jnp.result_type, jax.tree.leaves(params))))
     )
-    check_returned(jax.eval_shape(prox, params, hparams, one), params, "prox")
+
+    def returned(*args: Any) -> Any:
+        out = prox(*args)
+        check_returned(out, params, "prox")
+        return out
+
+    jax.eval_shape(returned, params, hparams, one)
 
 
 def check_is_read(

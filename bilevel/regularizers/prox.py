@@ -33,8 +33,8 @@ def l1(params: Params, strength: Any, step_size: Any = 1.0) -> Params:
 
     Raises:
       TypeError: what is not a real number.
-      ValueError: a strength of another structure or shape, or a known one below 0. Traced ones
-        below 0 give NaN.
+      ValueError: a strength of another structure or shape, or a known one below 0 or not finite.
+        Traced ones give NaN there.
     """
     return _by_leaf(_soft, params, {"strength": strength}, step_size)
 
@@ -101,6 +101,8 @@ def _by_leaf(
     """``function(v, s a, ...)`` on every leaf, with each of ``strengths`` laid along it."""
     check_strength("step_size", step_size)
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if not flat:
+        raise ValueError("`params` has no arrays: there is nothing to penalize. Pass the weights.")
     laid = {name: _leaves(name, value, treedef) for name, value in strengths.items()}
     out = []
     for i, (path, leaf) in enumerate(flat):
@@ -132,7 +134,7 @@ def _along(name: str, value: Any, v: jax.Array, axis: Any) -> jax.Array:
     check_strength(name, value)
     a = jnp.asarray(value, dtype)
     # A product and not a selection: the derivative in an impossible strength is NaN as well.
-    a = a * jnp.where(a >= 0, 1, jnp.nan).astype(dtype)
+    a = a * jnp.where((a >= 0) & (a < jnp.inf), 1, jnp.nan).astype(dtype)
     if axis is None:
         fits = [(), v.shape[-1:], v.shape]
     else:

@@ -17,7 +17,15 @@ from bilevel import CG, Composite, Dense, Diagonal, Hessian, Implicit, Lineax, N
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.status import Status
 from bilevel.problem.operators.base import BoundOperator
-from bilevel.testing import flatten, relative_error
+from bilevel.testing import (
+    CheckFailed,
+    check_estimator,
+    check_response,
+    condition_cases,
+    flatten,
+    relative_error,
+    wrong_condition_estimators,
+)
 
 
 def least_squares(w, lam, batch):
@@ -463,3 +471,33 @@ def test_leaves_that_the_loss_does_not_read_do_not_respond():
     np.testing.assert_allclose(sol.grads, truth, rtol=1e-6, atol=1e-8)
     assert int(sol.result) == Status.ok
     assert ravel_pytree(sol.grads)[0].size == N
+
+
+@pytest.mark.parametrize("wrong", wrong_condition_estimators(), ids=lambda wrong: wrong.name)
+def test_mistakes_in_conditions_are_rejected_by_two_cases(wrong):
+    judges = [case for case in condition_cases() if wrong.legal(case)]
+    assert len(judges) >= 2
+    for case in judges:
+        with pytest.raises(CheckFailed, match=f"{case.name}.*relative error"):
+            check_estimator(wrong.estimate, cases=[case], name=wrong.name)
+
+
+def test_responses_hold_on_conditions_with_their_state():
+    cases = condition_cases()
+    check_response(Implicit(Dense()), cases=cases)
+    check_response(
+        Implicit(CG(rtol=1e-13)), cases=[case for case in cases if "symmetric" in case.tags]
+    )
+
+
+@pytest.mark.parametrize("case", condition_cases(), ids=lambda case: case.name)
+def test_truth_of_the_condition_cases_by_differences(case):
+    lam, step = flatten(case.hparams), 1e-5
+
+    def value(x):
+        hparams = jax.tree.map(jnp.asarray, bilevel.testing.unflatten(x, case.hparams))
+        return float(case.outer(case.solution(hparams), hparams, case.outer_batch))
+
+    slope = [(value(lam + e) - value(lam - e)) / (2 * step) for e in step * np.eye(len(lam))]
+    assert relative_error(slope, case.truth().hypergrad()) <= 1e-6
+    assert len(jax.tree.leaves(case.params)) == 2

@@ -33,7 +33,7 @@ MUTANTS = [
     Mutant(
         "warm_start_not_carried",
         "hypergradient/implicit.py",
-        "return indirect, (q if self._carries_start() else None), result, stats",
+        "return indirect, (z if self._carries_start() else None), result, stats",
         "zero = jax.tree.map(jax.numpy.zeros_like, q)\n"
         "            return indirect, (zero if self._carries_start() else None), result, stats",
         "every solve starts cold",
