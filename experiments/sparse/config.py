@@ -26,7 +26,9 @@ class Config:
       least_step: where no move is longer than this, the search ends.
       tolerance: of every solve of grid and searches, relative to the smallest penalty
         at which every weight is zero; of hypergradients, the last one.
-      loose: they start at this tolerance and tighten in proportion to the moves.
+      loose: of hypergradients, the first one; it tightens to ``tolerance`` in proportion to the
+        moves. On seeds 100 to 107 looser ones saved an eighth of the cost at most, and on some of
+        them the logistic criterion of unfinished weights misled the search.
       products: steps of CG in a hypergradient, at most.
       rtol: the residual at which CG stops, relative.
       points: of the grid.
@@ -51,7 +53,7 @@ class Config:
     grow: float = 1.2
     least_step: float = 0.05
     tolerance: float = 2e-3
-    loose: float = 5e-3
+    loose: float = 2e-3
     products: int = 20
     rtol: float = 0.1
     points: int = 100

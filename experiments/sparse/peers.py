@@ -35,7 +35,7 @@ def _found(task: Task, hparams: Any, seconds: float, passes: float, evaluations:
     return Found(hparams, math.nan, start, passes, seconds, evaluations)
 
 
-def _passes(task: Task, config: Config, ratio: float, alphas: np.ndarray) -> float:
+def _passes(task: Task, config: Config, ratio: float, alphas: Any) -> float:
     """Coordinate-descent passes over the data of one path, mean over folds."""
     from sklearn.linear_model import enet_path
 
@@ -47,7 +47,12 @@ def _passes(task: Task, config: Config, ratio: float, alphas: np.ndarray) -> flo
     return float(np.sum(np.mean(told, 0)))
 
 
-def _alphas(task: Task, config: Config) -> np.ndarray:
+def _any(value: Any) -> Any:
+    """What scikit-learn's annotations leave out, which are made from its defaults."""
+    return value
+
+
+def _alphas(task: Task, config: Config) -> Any:
     return np.exp(task.top + axis(config, config.points))
 
 
@@ -64,9 +69,9 @@ def _lasso(task: Task, config: Config) -> Found:
 def _elastic_net(task: Task, config: Config) -> Found:
     from sklearn.linear_model import ElasticNetCV
 
-    alphas = _alphas(task, config)
+    alphas, ratios = _alphas(task, config), _any(list(RATIOS))
     model = ElasticNetCV(
-        alphas=alphas, l1_ratio=list(RATIOS), cv=task.rows[2], fit_intercept=False, n_jobs=1
+        alphas=alphas, l1_ratio=ratios, cv=task.rows[2], fit_intercept=False, n_jobs=1
     )
     model, seconds, passes = _timed(
         model, task, lambda _: sum(_passes(task, config, r, alphas) for r in RATIOS)
@@ -83,7 +88,7 @@ def _logistic(task: Task, config: Config) -> Found:
 
     alphas, (train, _) = _alphas(task, config), task.rows[2][0]
     model = LogisticRegressionCV(
-        Cs=1 / (len(train) * alphas), cv=task.rows[2], solver="liblinear", l1_ratios=(1,),
+        Cs=1 / (len(train) * alphas), cv=task.rows[2], solver="liblinear", l1_ratios=_any((1,)),
         penalty="l1", fit_intercept=False, scoring="neg_log_loss", refit=False,
     )  # fmt: skip
     model, seconds, passes = _timed(model, task, lambda _: math.nan)
