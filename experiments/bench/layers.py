@@ -51,7 +51,7 @@ def _dual(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate(blocks), root
 
 
-def woodbury(config: Config, seed: int) -> Row:
+def woodbury_layers(config: Config, seed: int) -> Row:
     """The exact inverse of damped Gauss–Newton, 256 examples with 10 outputs each."""
 
     def solve(g: Any, params: Any, lam: Any, batch: Any, key: Any) -> Any:
@@ -82,4 +82,4 @@ def woodbury(config: Config, seed: int) -> Row:
     return Row("w2_woodbury_layers", title, source, args, w2.inner, columns=columns)
 
 
-ROWS = {"w2_woodbury_layers": woodbury}
+ROWS = {"w2_woodbury_layers": woodbury_layers}
