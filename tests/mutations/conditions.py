@@ -14,8 +14,8 @@ MUTANTS = [
     Mutant(
         "tangent_solved_with_the_adjoint",
         "hypergradient/implicit.py",
-        "mv = self.bound.mv if adjoint else self.bound.mv.transposed()",
-        "mv = self.bound.mv",
+        "return (mv if adjoint else mv.transposed()), g, lambda z: z",
+        "return mv, g, lambda z: z",
         "forward derivatives of an equilibrium solve the transposed system",
         (
             "test_conditions.py::test_with_response_differentiates_an_equilibrium_to_second_order_in_both_modes",
@@ -64,8 +64,8 @@ MUTANTS = [
     Mutant(
         "proximal_step_too_long",
         "inner/minimize.py",
-        "return ~(loss(w) <= model)",
-        "return ~(loss(w) <= 4 * jnp.abs(model) + 1)",
+        "too_long = ~(loss(w) <= value + tree.vdot(gradient, d) + bend + slack)",
+        "too_long = ~(loss(w) <= 4 * jnp.abs(value) + 1)",
         "proximal steps are longer than the curvature allows",
         ("test_minimize.py::test_lasso_satisfies_its_optimality_conditions",),
     ),

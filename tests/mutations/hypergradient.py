@@ -33,9 +33,8 @@ MUTANTS = [
     Mutant(
         "warm_start_not_carried",
         "hypergradient/implicit.py",
-        "return indirect, (z if self._carries_start() else None), result, stats",
-        "zero = jax.tree.map(jax.numpy.zeros_like, q)\n"
-        "            return indirect, (zero if self._carries_start() else None), result, stats",
+        "        return solution, solution.value if starts else None",
+        "        return solution, tree.scale(0, solution.value) if starts else None",
         "every solve starts cold",
         ("test_transforms.py::test_scan_carries_the_state_of_hypergrad_init",),
     ),
