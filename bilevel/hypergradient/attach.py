@@ -223,11 +223,12 @@ def attach_response(
     def pull_to_both(
         g: Vector, response: Any, w: Params, lam: Hparams, batch: Batch, key: Any
     ) -> Any:
-        cross, theta = joined(problem), (lam, data_of(batch))
+        here = problem.settled(w, lam, batch)
+        cross, theta = joined(here), (lam, data_of(batch))
         g = restricted(g, responding(cross, w, theta, batch))
-        mv = response.bind(problem, w, lam, batch).mv
-        q, result, stats = response.solver.solve(mv, g, None, key=key)
-        q = marks.apply(q, result, stats, response)
+        mv, right_side, back = response.bind(here, w, lam, batch).equation(g)
+        z, result, stats = response.solver.solve(mv, right_side, None, key=key)
+        q = marks.apply(back(z), result, stats, response)
         return tree.scale(-1, cross.cross_vjp(w, theta, batch, q))
 
     pulls = (pull, pull_to_both)[: 1 + (gives_data and can_move(inner_batch))]
