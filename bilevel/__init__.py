@@ -42,10 +42,14 @@ from bilevel.linear import Nystrom as Nystrom
 from bilevel.linear import Stochastic as Stochastic
 from bilevel.linear import Woodbury as Woodbury
 from bilevel.outer import Algorithm as Algorithm
+from bilevel.outer import Certificate as Certificate
 from bilevel.outer import HyperSchedule as HyperSchedule
 from bilevel.outer import WholeRun as WholeRun
 from bilevel.outer import alternate as alternate
+from bilevel.outer import bo_rep as bo_rep
 from bilevel.outer import global_response as global_response
+from bilevel.outer import hoag as hoag
+from bilevel.outer import maid as maid
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
 from bilevel.problem.conditions import FixedPoint as FixedPoint

@@ -111,6 +111,13 @@ FLOORS = {
         "outer.self_tuning.loop",
         "outer.self_tuning",
         "outer.global_response",
+        "outer.inexact.solves",
+        "outer.inexact.tolerance",
+        "outer.inexact.hoag",
+        "outer.inexact.certificate",
+        "outer.inexact.maid",
+        "outer.inexact.bo_rep",
+        "outer.inexact",
         "outer",
     ],
     "roof: drivers and tools for people": [

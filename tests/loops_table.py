@@ -38,7 +38,7 @@ class LoopRow(NamedTuple):
     """A loop and the arguments of `check_algorithm` that are its own.
 
     `inner` is the number of training batches of a step; `cost` what a step evaluates (inner
-    gradients, products, outer gradients; None for those that the solver counted); `outer` the loss
+    gradients, products, outer gradients; None for those that the loop counted); `outer` the loss
     that its value is (None where it reports another); `bounded` whether its hyperparameters are in
     `SPACE`. One loop of each kind goes through `fit` too: it does the same for all, and costs a
     compilation.
@@ -47,7 +47,7 @@ class LoopRow(NamedTuple):
     name: str
     algorithm: Algorithm
     inner: int
-    cost: tuple[float, float | None, float]
+    cost: tuple[float | None, float | None, float | None]
     outer: Any
     bounded: bool = False
     params: Any = PARAMS
@@ -131,6 +131,14 @@ SERIES = Implicit(Neumann(3, 0.1))  # compiles in a third of the time of CG
 COUNTING: Any = dict(
     losses=(valid_counting, train_counting), has_state=True, model_state=jnp.array(0.5)
 )
+# Of `train`: its Hessian is at least twice the strength, and B = 2 w (1, 0.1). The Hessian of
+# `valid` is twice the mean square of its few rows at most: below 20.
+CERTIFICATE = bilevel.Certificate(
+    lambda w, lam: 2 * (lam["decay"] + 0.1 * lam["count"]),
+    20.0,
+    lambda w, lam: 2 * np.sqrt(1.01) * jnp.sqrt(jnp.sum(w["a"] ** 2) + w["b"] ** 2),
+    2 * np.sqrt(1.01),
+)
 LOOPS = [
     alternate("cg", Implicit(CG(rtol=1e-10)), 2, (2, None, 1)),
     alternate("unroll_momentum", Unroll(MOMENTUM, 2), 4, (2 + 2, 2, 1), MOMENTUM, through_fit=True),
@@ -167,6 +175,25 @@ LOOPS = [
         (2 * 2, 0, 1),
         valid,
         through_fit=True,
+    ),
+    LoopRow("hoag", bilevel.hoag(valid, train), 1, (None, None, 1), valid, through_fit=True),
+    LoopRow(
+        "hoag_bounds", bilevel.hoag(valid, train, "cubic", constrain=SPACE, first_step=0.3),
+        1, (None, None, 1), valid, bounded=True,
+    ),
+    LoopRow("maid", bilevel.maid(valid, train, CERTIFICATE), 1, (None, None, None), valid),
+    LoopRow(
+        "maid_bounds", bilevel.maid(valid, train, CERTIFICATE, constrain=SPACE), 1,
+        (None, None, None), valid, bounded=True,
+    ),
+    LoopRow("bo_rep", bilevel.bo_rep(valid, train, MOMENTUM, 0.05, 2), 3, (2, 1, 1), valid),
+    LoopRow(
+        "bo_rep_bounds_model_state",
+        bilevel.bo_rep(
+            valid_counting, train_counting, TX, 0.05, 1, every=1, warm_up=1, constrain=SPACE,
+            has_state=True,
+        ),
+        2, (1, 1, 1), valid_counting, bounded=True, model_state=COUNTING["model_state"],
     ),
 ]  # fmt: skip
 INNER = {row.inner: batch(row.inner) for row in LOOPS}

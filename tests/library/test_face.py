@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[2]
 
 # A snapshot: adding a name is a decision, and so is taking one away.
 NAMES = """
-Algorithm BestResponse BestResponseState CG Dense Diagnosis Diagonal Evolution FiniteDifference
-FitResult FixedPoint Free GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient
-HypergradientError Hypernetwork Identity Implicit InnerState Integer Interval Jacobian LinearModel
-LinearSolution LinearSolver Lineax MemoryReport Minimum Neumann Nystrom Positive Problem Response
-Root Simplex Space Split Status Stochastic StructuredResponse Unroll WholeRun Woodbury alternate
-check_hypergrad descend diagnose fit global_response hypergrad hypergrad_init hypergrad_solve
-memory_report minimize proximal_step raise_for_status scan_run self_tuning split_equinox split_linen
-split_nnx value_and_hypergrad with_response
+Algorithm BestResponse BestResponseState CG Certificate Dense Diagnosis Diagonal Evolution
+FiniteDifference FitResult FixedPoint Free GaussNewton Hessian HyperSchedule HypergradCheck
+Hypergradient HypergradientError Hypernetwork Identity Implicit InnerState Integer Interval Jacobian
+LinearModel LinearSolution LinearSolver Lineax MemoryReport Minimum Neumann Nystrom Positive Problem
+Response Root Simplex Space Split Status Stochastic StructuredResponse Unroll WholeRun Woodbury
+alternate bo_rep check_hypergrad descend diagnose fit global_response hoag hypergrad hypergrad_init
+hypergrad_solve maid memory_report minimize proximal_step raise_for_status scan_run self_tuning
+split_equinox split_linen split_nnx value_and_hypergrad with_response
 """.split()
 
 
