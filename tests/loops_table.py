@@ -41,7 +41,7 @@ class LoopRow(NamedTuple):
     gradients, products, outer gradients; None for those that the loop counted); `outer` the loss
     that its value is (None where it reports another); `bounded` whether its hyperparameters are in
     `SPACE`. One loop of each kind goes through `fit` too: it does the same for all, and costs a
-    compilation.
+    compilation. `wrap` makes of the inner and the outer batches what the loop wants.
     """
 
     name: str
@@ -54,6 +54,7 @@ class LoopRow(NamedTuple):
     hparams: Any = HPARAMS
     model_state: Any = None
     through_fit: bool = False
+    wrap: Any = None
 
 
 def batch(*leading: int) -> Any:
@@ -127,6 +128,21 @@ def tuning(name, cost=(4, 0, 1), losses=(valid, train), centred=True, tune_scale
     return LoopRow(f"self_tuning_{name}", algorithm, 2, cost, outer, "constrain" in rest, **own)
 
 
+def single(name, algorithm, inner, cost, wrap=None, **rest):
+    # `info.value` is of the batch that is wrapped.
+    outer = valid if wrap is None else lambda w, lam, batch: valid(w, lam, batch.batch)
+    return LoopRow(name, algorithm, inner, cost, outer, wrap=wrap, **rest)
+
+
+def indexed(inner, outer):
+    return bilevel.Indexed(inner, jnp.zeros(1, jnp.int32)), bilevel.Indexed(outer, jnp.array(1))
+
+
+def anchored(inner, outer):
+    return bilevel.Anchored(inner, ALL), bilevel.Anchored(outer, ALL)
+
+
+THREE = valid, train, TX, MOMENTUM, TX  # the state of the adjoint's optimizer is carried
 SERIES = Implicit(Neumann(3, 0.1))  # compiles in a third of the time of CG
 COUNTING: Any = dict(
     losses=(valid_counting, train_counting), has_state=True, model_state=jnp.array(0.5)
@@ -195,9 +211,25 @@ LOOPS = [
         ),
         2, (1, 1, 1), valid_counting, bounded=True, model_state=COUNTING["model_state"],
     ),
+    single("soba", bilevel.soba(*THREE, constrain=SPACE), 1, (1, 1, 1), bounded=True,
+           through_fit=True),
+    single("soba_independent", bilevel.soba(*THREE, independent=True), 3, (1, 2, 1)),
+    LoopRow(
+        "soba_model_state", bilevel.soba(valid_counting, train_counting, *THREE[2:],
+                                         has_state=True),
+        1, (1, 1, 1), valid_counting, model_state=jnp.array(0.5),
+    ),
+    single("saba", bilevel.saba(*THREE, 2, 2), 1, (1, 1, 1), indexed, through_fit=True),
+    single("fsla", bilevel.fsla(*THREE, 0.5), 1, (1, 2, 2)),
+    single("srba", bilevel.srba(*THREE, 3), 1, (2, 2, 2), anchored, through_fit=True),
+    single("spaba", bilevel.spaba(*THREE, 1e-6), 1, (2, 2, 2), anchored),
+    single("mrbo", bilevel.mrbo(valid, train, TX, TX, 0.5, 0.5, 2, 0.1), 4, (2, 6, 2)),
+    single("stocbio", bilevel.stocbio(valid, train, TX, TX, 2, 3, 0.1), 6, (2, 4, 1)),
+    single("amigo", bilevel.amigo(*THREE, 2, 3), 6, (2, 4, 1)),
 ]  # fmt: skip
 INNER = {row.inner: batch(row.inner) for row in LOOPS}
 OUTER = batch()
+ALL = jax.tree.map(jnp.concatenate, batch(2))
 
 
 def within(hparams) -> bool:

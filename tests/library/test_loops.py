@@ -18,12 +18,15 @@ from bilevel.testing import CheckFailed, check_algorithm
 
 @pytest.mark.parametrize("row", LOOPS, ids=lambda row: row.name)
 def test_a_loop_keeps_its_contract(row: LoopRow):
+    inner, outer = INNER[row.inner], OUTER
+    if row.wrap is not None:
+        inner, outer = row.wrap(inner, outer)
     infos = check_algorithm(
         row.algorithm,
         row.params,
         row.hparams,
-        inner_batches=INNER[row.inner],
-        outer_batch=OUTER,
+        inner_batches=inner,
+        outer_batch=outer,
         model_state=row.model_state,
         key=jax.random.key(1),
         outer=row.outer,

@@ -1,0 +1,58 @@
+"""Settings of the `solvers` experiment and its presets."""
+
+import dataclasses
+
+METHODS = ("soba", "saba", "fsla", "srba", "spaba", "mrbo", "stocbio", "amigo")
+
+# (step size of parameters and adjoint, that of the hyperparameters), found by `tune.py` on seed
+# 100. Where a method's steps decrease, the first one.
+RATES: dict[str, dict[str, tuple[float, float]]] = {
+    "quadratic": {},
+    "ijcnn1": {},
+    "covtype": {},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every number of the experiment.
+
+    Attributes:
+      problems: of `quadratic`, `ijcnn1` and `covtype`.
+      methods: of `METHODS`.
+      batch: examples of a batch, of either loss.
+      budget: oracle calls of a run, in inner gradients of one batch, for each problem.
+      points: records of a run, evenly spaced in the logarithm of its steps.
+      products: Hessian-vector products of the series of `mrbo` and `stocbio`, and steps of the
+        adjoint of `amigo`.
+      inner_steps: training steps of `stocbio` and `amigo`.
+      passes: a full step of `srba` comes every so many passes over the training data.
+      timed: steps of a timing; 0 times nothing.
+      rounds: timings of each implementation, in turns.
+    """
+
+    problems: tuple[str, ...] = ("quadratic", "ijcnn1", "covtype")
+    methods: tuple[str, ...] = METHODS
+    batch: int = 64
+    budget: tuple[float, ...] = (200_000.0, 300_000.0, 60_000.0)
+    points: int = 12
+    products: int = 10
+    inner_steps: int = 10
+    passes: float = 0.5
+    timed: int = 2_000
+    rounds: int = 7
+
+
+def smoke() -> Config:
+    """A short run on the problem that needs no file: does everything run?"""
+    return Config(problems=("quadratic",), budget=(4_000.0,), points=3, timed=50, rounds=2)
+
+
+def cpu() -> Config:
+    """The experiment: minutes a seed."""
+    return Config()
+
+
+def paper() -> Config:
+    """Ten times the budget, as the curves of the papers."""
+    return Config(budget=(2_000_000.0, 3_000_000.0, 600_000.0), points=24)

@@ -1,0 +1,111 @@
+"""Our loops and their hand-written twins, with the batches that each step draws."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevel
+from bilevel.ground.cost import PRODUCT
+from experiments.solvers.config import Config
+from experiments.solvers.hand import Hand
+from experiments.solvers.problem import Problem, everything
+from experiments.solvers.steps import falling, momentum, period, sizes
+
+IMPLEMENTATIONS = ("bilevel", "jax")
+
+
+class Runner(NamedTuple):
+    """A loop as the experiment drives it.
+
+    Attributes:
+      init: ``(params, hparams) -> state``.
+      step: ``(state, inner, outer, key) -> state``.
+      hparams: of a state.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    hparams: Callable[[Any], Any]
+
+
+def ours(
+    method: str, config: Config, problem: Problem, rates: tuple[Any, Any]
+) -> bilevel.Algorithm:
+    """The loop of this library."""
+    losses = problem.outer, problem.inner
+    rate, outer_rate = (falling(method, x) for x in rates)
+    tx, outer_tx = optax.sgd(rate), optax.sgd(outer_rate)
+    k, t = config.products, config.inner_steps
+    if method == "soba":
+        return bilevel.soba(*losses, tx, tx, outer_tx)
+    if method == "saba":
+        return bilevel.saba(*losses, tx, tx, outer_tx, *sizes(problem))
+    if method == "fsla":
+        return bilevel.fsla(*losses, tx, tx, outer_tx, momentum(method))
+    if method == "srba":
+        return bilevel.srba(*losses, tx, tx, outer_tx, period(config, problem))
+    if method == "spaba":
+        return bilevel.spaba(*losses, tx, tx, outer_tx, 1 / period(config, problem))
+    if method == "mrbo":
+        storm = momentum(method), momentum(method)
+        return bilevel.mrbo(*losses, tx, outer_tx, *storm, k, rates[0])
+    if method == "stocbio":
+        return bilevel.stocbio(*losses, tx, outer_tx, t, k, rates[0])
+    return bilevel.amigo(*losses, tx, tx, outer_tx, t, k)
+
+
+def runner(
+    implementation: str, method: str, config: Config, problem: Problem, rates: tuple[Any, Any]
+) -> Runner:
+    """A loop of ours, or by hand."""
+    if implementation == "jax":
+        by_hand = Hand(method, config, problem, rates)
+        return Runner(by_hand.init, by_hand.step, by_hand.hparams)
+    algorithm = ours(method, config, problem, rates)
+
+    def step(state: Any, inner: Any, outer: Any, key: Any) -> Any:
+        if method == "saba":
+            inner, outer = bilevel.Indexed(*inner), bilevel.Indexed(*outer)
+        if method in ("srba", "spaba"):
+            inner, outer = bilevel.Anchored(*inner), bilevel.Anchored(*outer)
+        return algorithm.step(state, inner_batches=inner, outer_batch=outer, key=key)[0]
+
+    return Runner(algorithm.init, step, lambda state: state.hparams)
+
+
+def draw(method: str, config: Config, train: Any, valid: Any, key: Any) -> tuple[Any, Any]:
+    """What a step reads: batches drawn evenly, with what the method wants beside them."""
+    k, t = config.products, config.inner_steps
+    count = {"mrbo": k + 2, "stocbio": t + k + 1, "amigo": t + k + 1}.get(method, 1)
+    batches = jax.tree.leaves(train)[0].shape[0], jax.tree.leaves(valid)[0].shape[0]
+    one, two = jax.random.split(key)
+    i = jax.random.randint(one, (count,), 0, batches[0], jnp.int32)
+    j = jax.random.randint(two, (), 0, batches[1], jnp.int32)
+    inner = jax.tree.map(lambda x: x[i], train)
+    outer = jax.tree.map(lambda x: x[j], valid)
+    if method == "saba":
+        return (inner, i), (outer, j)
+    if method in ("srba", "spaba"):
+        return (inner, everything(train)), (outer, everything(valid))
+    return inner, outer
+
+
+def cost(method: str, config: Config, problem: Problem) -> float:
+    """Inner gradients that a step of ours counts, on average over its full steps."""
+    k, t, product = config.products, config.inner_steps, PRODUCT
+    one = 2 + product
+    if method in ("srba", "spaba"):
+        inner, outer = sizes(problem)
+        full = (1 + inner) * (1 + product) + 1 + outer
+        return 2 * one + (full - 2 * one) / period(config, problem)
+    return {
+        "soba": one,
+        "saba": one,
+        "fsla": 1 + 2 * product + 2,
+        "mrbo": 2 * (1 + (k + 1) * product + 1),
+        "stocbio": t + (k + 1) * product + 1,
+        "amigo": t + (k + 1) * product + 1,
+    }[method]

@@ -1,0 +1,160 @@
+"""The three problems of `solvers`: losses, batches, and the exact gradient they are judged by."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel
+from experiments.common import data
+
+Loss = Callable[[Any, Any, Any], jax.Array]
+
+
+class Problem(NamedTuple):
+    """A bilevel problem whose data are cut into batches once.
+
+    Attributes:
+      inner, outer: losses of a batch, means over its examples.
+      params, hparams: where runs start.
+      train, valid: batches on a leading axis.
+      gradient: the gradient of the value function at any hyperparameters, in float64.
+    """
+
+    inner: Loss
+    outer: Loss
+    params: Any
+    hparams: Any
+    train: Any
+    valid: Any
+    gradient: Callable[[Any], np.ndarray]
+
+
+def build(name: str, batch: int) -> Problem:
+    """A problem by its name; its data are the same for every seed."""
+    return {"quadratic": _quadratic, "ijcnn1": _ijcnn1, "covtype": _covtype}[name](batch)
+
+
+def everything(batches: Any) -> Any:
+    """All examples as one batch."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
+
+
+def _cut(arrays: Any, batch: int) -> Any:
+    """Batches of equal size; what is left over is dropped."""
+
+    def leaf(x: Any) -> jax.Array:
+        whole = len(x) // batch * batch
+        return jnp.asarray(np.asarray(x)[:whole].reshape(-1, batch, *x.shape[1:]), jnp.float32)
+
+    return jax.tree.map(leaf, arrays)
+
+
+def _quadratic(batch: int, examples: int = 1024, n: int = 20, p: int = 10) -> Problem:
+    """h = w'Aw/2 + lam'Cw + a'w and f = w'Fw/2 + lam'G lam/2 + c'w, one of each an example."""
+    rng = np.random.default_rng(0)
+    values = np.geomspace(0.1, 1.0, n)
+    turn = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    x = (rng.standard_normal((examples, n)) * np.sqrt(values)) @ turn.T
+    z = rng.standard_normal((examples, n)) / np.sqrt(n)
+    train = (
+        x,
+        0.5 * rng.standard_normal((examples, p, n)) + np.eye(p, n),
+        rng.standard_normal((examples, n)),
+    )
+    valid = z, rng.standard_normal((examples, n)), 0.5 + rng.random((examples, p))
+
+    def inner(w: Any, lam: Any, batch: Any) -> jax.Array:
+        x, c, a = batch
+        return 0.5 * jnp.mean((x @ w) ** 2) + 0.05 * w @ w + lam @ (c.mean(0) @ w) + a.mean(0) @ w
+
+    def outer(w: Any, lam: Any, batch: Any) -> jax.Array:
+        z, c, g = batch
+        return 0.5 * jnp.mean((z @ w) ** 2) + 0.5 * g.mean(0) @ lam**2 + c.mean(0) @ w
+
+    cut = _cut(train, batch), _cut(valid, batch)
+    x, c, a, z, d, g = (
+        np.asarray(v, np.float64) for part in cut for v in jax.tree.leaves(everything(part))
+    )
+    curvature = x.T @ x / len(x) + 0.1 * np.eye(n)
+    cross, a, d, g, other = c.mean(0), a.mean(0), d.mean(0), g.mean(0), z.T @ z / len(z)
+
+    def gradient(lam: Any) -> np.ndarray:
+        lam = np.asarray(lam, np.float64)
+        w = -np.linalg.solve(curvature, cross.T @ lam + a)
+        return g * lam - cross @ np.linalg.solve(curvature, other @ w + d)
+
+    return Problem(inner, outer, jnp.zeros(n), jnp.ones(p), *cut, gradient)
+
+
+def _ijcnn1(batch: int) -> Problem:
+    """Logistic regression with a log penalty for each feature."""
+    loaded = data.libsvm("ijcnn1", valid=14_990, test=0)
+    train, valid = ((x, 2.0 * y - 1.0) for x, y in (loaded.train, loaded.valid))
+
+    def outer(w: Any, lam: Any, batch: Any) -> jax.Array:
+        x, y = batch
+        return jnp.mean(jax.nn.softplus(-y * (x @ w)))
+
+    def inner(w: Any, lam: Any, batch: Any) -> jax.Array:
+        return outer(w, lam, batch) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+
+    features = loaded.train.x.shape[1]
+    start = jnp.zeros(features), jnp.full(features, -3.0)
+    return _solved(inner, outer, *start, _cut(train, batch), _cut(valid, batch))
+
+
+def _covtype(batch: int) -> Problem:
+    """Softmax regression with a log penalty for each class, features of unit variance."""
+    loaded = data.covtype(valid=3_200, test=4_000)
+    shift, scale = loaded.train.x.mean(0), loaded.train.x.std(0)
+    scale = np.where(scale > 0, scale, 1)
+
+    def part(split: data.Split) -> Any:
+        x = (split.x - shift) / scale
+        return np.c_[x, np.ones(len(x))], np.eye(7)[split.y]
+
+    def outer(w: Any, lam: Any, batch: Any) -> jax.Array:
+        x, y = batch
+        return jnp.mean(optax.softmax_cross_entropy(x @ w, y))
+
+    def inner(w: Any, lam: Any, batch: Any) -> jax.Array:
+        return outer(w, lam, batch) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+
+    start = jnp.zeros((loaded.train.x.shape[1] + 1, 7)), jnp.full(7, -3.0)
+    train, valid = part(loaded.train), part(loaded.valid)
+    return _solved(inner, outer, *start, _cut(train, batch), _cut(valid, batch))
+
+
+def _solved(inner: Loss, outer: Loss, params: Any, hparams: Any, train: Any, valid: Any) -> Problem:
+    """With the gradient by L-BFGS to a tolerance and conjugate gradients, in float64."""
+    whole = everything(train), everything(valid)
+    cg = bilevel.Implicit(bilevel.CG(rtol=1e-8, max_steps=500), warm_start=False)
+
+    @jax.jit
+    def solved(lam: Any, start: Any, train: Any, valid: Any) -> Any:
+        found = bilevel.minimize(inner, start, lam, train, tol=1e-8, max_steps=2_000)
+        grads = bilevel.hypergrad(outer, inner, cg)(
+            found.params, lam, inner_batch=train, outer_batch=valid
+        )
+        return grads, found.params
+
+    last: list[Any] = []
+
+    def gradient(lam: Any) -> np.ndarray:
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (lam, params, *whole))
+            if last:  # the solution before is a good start
+                wide = (wide[0], last[0], *wide[2:])
+            grads, found = solved(*wide)
+            last[:] = [found]
+            return np.asarray(grads)
+
+    return Problem(inner, outer, params, hparams, train, valid, gradient)
+
+
+cached = functools.cache(build)

@@ -1,0 +1,155 @@
+"""The loops of `solvers` against their hand-written twins, its problems and its adapters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs bilevel[experiments]")
+
+import bilevel
+from experiments.common import record
+from experiments.solvers import benchmark, config, figure, loops, problem, run
+
+SETTINGS = config.smoke()
+
+
+@pytest.fixture(autouse=True)
+def defaults():
+    """What those who run the experiments have: float32 and broadcasting."""
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    out = tmp_path_factory.mktemp("solvers")
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        run.run(SETTINGS, 0, out, resume=False)
+    return record.read(out), out
+
+
+def test_every_method_lowers_the_gradient_and_equals_its_twin(records):
+    last = {r.method: r for r in records[0]}
+    assert set(last) == {f"quadratic_{method}" for method in config.METHODS}
+    for name, r in last.items():
+        assert r.metrics["relative"] < 0.5, name
+        # 20 steps in float32, of the distance gone
+        assert r.metrics["difference"] < 1e-4, name
+
+
+def test_a_finished_run_is_not_repeated(records):
+    before, out = records
+    run.run(SETTINGS, 0, out, resume=True)
+    assert len(record.read(out)) == len(before) == len(config.METHODS) * (SETTINGS.points + 1)
+    assert all(path.exists() for path in figure.figures(out))
+
+
+def test_costs_are_those_that_the_loops_count():
+    made = problem.cached("quadratic", SETTINGS.batch)
+    for method in config.METHODS:
+        algorithm = loops.ours(method, SETTINGS, made, (0.1, 0.1))
+        state, counted = algorithm.init(made.params, made.hparams), []
+        steps = loops.period(SETTINGS, made) if method == "srba" else 1
+
+        @jax.jit
+        def step(state, key, method=method, algorithm=algorithm):
+            inner, outer = loops.draw(method, SETTINGS, made.train, made.valid, key)
+            if method == "saba":
+                inner, outer = bilevel.Indexed(*inner), bilevel.Indexed(*outer)
+            if method in ("srba", "spaba"):
+                inner, outer = bilevel.Anchored(*inner), bilevel.Anchored(*outer)
+            return algorithm.step(state, inner_batches=inner, outer_batch=outer, key=key)
+
+        for t in range(steps):
+            state, info = step(state, jax.random.key(t))
+            counted.append(float(info.cost.total))
+        if method != "spaba":  # whose full steps are drawn
+            assert np.mean(counted) == pytest.approx(loops.cost(method, SETTINGS, made)), method
+
+
+def test_the_gradient_of_the_quadratic_is_that_of_the_library():
+    made = problem.cached("quadratic", SETTINGS.batch)
+    with jax.enable_x64(True):
+        whole = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float64),
+            (problem.everything(made.train), problem.everything(made.valid)),
+        )
+        lam = jnp.linspace(-1.0, 1.0, 10)
+        zero = jnp.zeros(20)
+        hessian = jax.hessian(made.inner)(zero, lam, whole[0])
+        w = -jnp.linalg.solve(hessian, jax.grad(made.inner)(zero, lam, whole[0]))
+        expected = bilevel.hypergrad(made.outer, made.inner, bilevel.Implicit(bilevel.Dense()))(
+            w, lam, inner_batch=whole[0], outer_batch=whole[1]
+        )
+    np.testing.assert_allclose(made.gradient(lam), expected, rtol=1e-8)
+
+
+class Base:
+    """As much of the benchmark's base class as a solver sees."""
+
+    parameters = {"eval_freq": [128], "random_state": [1]}  # noqa: RUF012
+    step_size, outer_ratio, batch_size_inner, batch_size_outer = 0.1, 2.0, 4, 4
+    n_inner_samples = n_outer_samples = 10
+
+    def __init__(self):
+        x = jax.random.normal(jax.random.key(0), (2, 10, 3))
+
+        def loss(part):
+            def value(w, lam, start):
+                rows = jax.lax.dynamic_slice(x[part], (start, 0), (4, 3))
+                penalty = 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+                return 0.5 * jnp.mean((rows @ w - 1) ** 2) + (penalty if part == 0 else 0.0)
+
+            return value
+
+        self.f_inner, self.f_outer = loss(0), loss(1)
+        self.inner_var0, self.outer_var0 = jnp.ones(3), jnp.zeros(3)
+        self.state_inner_sampler = self.state_outer_sampler = jnp.zeros((), jnp.int32)
+
+
+def sampler(state):
+    """First row, number, weight, state, as the benchmark's."""
+    return 4 * (state % 3), state % 3, 1 / 3, state + 1
+
+
+@pytest.mark.parametrize("method", benchmark.ADAPTED)
+def test_adapters_are_the_loops(method):
+    made = benchmark.solver(Base, method)()
+    assert made.name == f"bilevel-{method}" and set(made.parameters) >= {"step_size", "eval_freq"}
+    step = jax.jit(made.get_step(sampler, sampler))
+    carry = made.init()
+    for _ in range(3):
+        carry, _ = step(carry, None)
+    assert np.isfinite(carry["outer_var"]).all() and int(carry["state"].step) == 3
+    if method == "soba":
+        tx = optax.sgd(lambda t: 0.1 / (1 + t) ** 0.5)
+        outer_tx = optax.sgd(lambda t: 0.05 / (1 + t) ** 0.5)
+        alg = bilevel.soba(made.f_outer, made.f_inner, tx, tx, outer_tx)
+        state = alg.init(made.inner_var0, made.outer_var0)
+        for t in range(3):
+            state, _ = alg.step(
+                state, inner_batches=jnp.array([4 * t]), outer_batch=jnp.array(4 * t)
+            )
+        np.testing.assert_allclose(carry["outer_var"], state.hparams, rtol=1e-5)
+
+
+def test_a_method_that_needs_all_data_is_not_adapted():
+    with pytest.raises(ValueError, match="method must be one of"):
+        benchmark.solver(Base, "srba")
+
+
+def test_marks_end_with_the_last_step():
+    stops = run.marks(10_000, 12)
+    assert len(stops) == 12 and stops[-1] == 10_000 and stops == sorted(set(stops))
+
+
+def test_the_presets_have_rates_for_all():
+    for preset in (config.smoke(), config.cpu(), config.paper()):
+        assert len(preset.problems) == len(preset.budget)
+        for name in preset.problems:
+            assert set(config.RATES[name]) == set(preset.methods)
+        assert dataclasses.replace(preset) == preset
