@@ -36,6 +36,7 @@ class Config:
       budget: G of every run.
       first_seed, tuning_seeds: seeds that choose the step sizes; they are not reported.
       points: measurements along a run.
+      solve_rate: step size of the adjoint, for all loops that carry one.
       decay: step sizes fall by this factor until the end, like a cosine.
     """
 
@@ -51,6 +52,7 @@ class Config:
     first_seed: int = 100
     tuning_seeds: int = 1
     points: int = 20
+    solve_rate: float = 0.05
     decay: float = 0.01
 
 

@@ -12,7 +12,7 @@ PAD, UNKNOWN = 0, 1
 
 
 class Rows(NamedTuple):
-    """``ids`` (n, length) int32, padded in front; ``y`` as trained on; ``clean`` the true labels."""
+    """``ids`` (n, length) int32, padded in front; ``y`` to train on; ``clean``: true labels."""
 
     ids: np.ndarray
     y: np.ndarray
