@@ -31,8 +31,11 @@ from bilevel.inner.minimize import proximal_step as proximal_step
 from bilevel.inner.network import StructuredResponse as StructuredResponse
 from bilevel.inner.train import descend as descend
 from bilevel.linear import CG as CG
+from bilevel.linear import EKFAC as EKFAC
+from bilevel.linear import KFAC as KFAC
 from bilevel.linear import Dense as Dense
 from bilevel.linear import Diagonal as Diagonal
+from bilevel.linear import DynamicLanczos as DynamicLanczos
 from bilevel.linear import Identity as Identity
 from bilevel.linear import LinearSolution as LinearSolution
 from bilevel.linear import LinearSolver as LinearSolver
@@ -57,8 +60,19 @@ from bilevel.outer import bo_rep as bo_rep
 from bilevel.outer import fsla as fsla
 from bilevel.outer import global_response as global_response
 from bilevel.outer import hoag as hoag
+from bilevel.outer import bome as bome
+from bilevel.outer import complex_momentum as complex_momentum
+from bilevel.outer import f2sa as f2sa
+from bilevel.outer import fedhyper_client as fedhyper_client
+from bilevel.outer import fedhyper_global as fedhyper_global
+from bilevel.outer import fedhyper_server as fedhyper_server
+from bilevel.outer import fsla as fsla
+from bilevel.outer import global_response as global_response
+from bilevel.outer import hoag as hoag
+from bilevel.outer import hypergradient_descent as hypergradient_descent
 from bilevel.outer import maid as maid
 from bilevel.outer import mrbo as mrbo
+from bilevel.outer import pbgd as pbgd
 from bilevel.outer import saba as saba
 from bilevel.outer import scan_run as scan_run
 from bilevel.outer import self_tuning as self_tuning
@@ -67,6 +81,7 @@ from bilevel.outer import soba as soba
 from bilevel.outer import spaba as spaba
 from bilevel.outer import srba as srba
 from bilevel.outer import stocbio as stocbio
+from bilevel.problem.conditions import Composite as Composite
 from bilevel.problem.conditions import FixedPoint as FixedPoint
 from bilevel.problem.conditions import Root as Root
 from bilevel.problem.operators.gauss_newton import GaussNewton as GaussNewton
@@ -74,6 +89,7 @@ from bilevel.problem.operators.hessian import Hessian as Hessian
 from bilevel.problem.operators.jacobian import Jacobian as Jacobian
 from bilevel.problem.operators.linear_model import LinearModel as LinearModel
 from bilevel.problem.two_losses import Problem as Problem
+from bilevel.regularizers import prox as prox
 from bilevel.run import FitResult as FitResult
 from bilevel.run import fit as fit
 from bilevel.space import Free as Free

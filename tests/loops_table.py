@@ -143,6 +143,14 @@ def anchored(inner, outer):
 
 
 THREE = valid, train, TX, MOMENTUM, TX  # the state of the adjoint's optimizer is carried
+
+
+def penalty(name, cost, make, tx=TX, outer_tx=MOMENTUM, losses=(valid, train), **rest):
+    own = {k: rest.pop(k) for k in OWN & rest.keys()}
+    algorithm = make(*losses, tx, outer_tx, 2, **rest)
+    return LoopRow(name, algorithm, 2, cost, losses[0], "constrain" in rest, **own)
+
+
 SERIES = Implicit(Neumann(3, 0.1))  # compiles in a third of the time of CG
 COUNTING: Any = dict(
     losses=(valid_counting, train_counting), has_state=True, model_state=jnp.array(0.5)
@@ -180,6 +188,14 @@ LOOPS = [
         "layers", (2 * 8 / 3, 0, 4 / 3), (valid_of_layers, train_of_layers), network=NETWORK,
         params=LAYERS,
     ),
+    penalty("f2sa", (2 * 2 + 2, 0, 2 + 1), bilevel.f2sa, through_fit=True),
+    penalty("f2sa_order_2_bounds", (3 * 2 + 2, 0, 2 * 3), bilevel.f2sa, MOMENTUM, order=2,
+            constrain=SPACE),
+    penalty("f2sa_model_state", (2 * 2 + 2, 0, 2 + 1), bilevel.f2sa, **COUNTING),
+    penalty("pbgd", (2 + 2, 0, 1), bilevel.pbgd, penalized_tx=MOMENTUM),
+    penalty("pbgd_model_state_bounds", (2 + 2, 0, 1), bilevel.pbgd, constrain=SPACE, **COUNTING),
+    penalty("bome", (2 + 2, 0, 1), bilevel.bome, MOMENTUM),
+    penalty("bome_model_state_bounds", (2 + 2, 0, 1), bilevel.bome, constrain=SPACE, **COUNTING),
     LoopRow(
         "global_response",
         bilevel.global_response(

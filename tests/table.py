@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import (
     CG,
+    EKFAC,
+    KFAC,
     BestResponse,
     BestResponseState,
     Dense,
@@ -27,6 +30,7 @@ from bilevel import (
     Hypergradient,
     Identity,
     Implicit,
+    Lineax,
     Neumann,
     Nystrom,
     Response,
@@ -34,7 +38,7 @@ from bilevel import (
     Unroll,
     Woodbury,
 )
-from bilevel.testing import Case, Exact, cases
+from bilevel.testing import Case, Exact, cases, condition_cases
 
 DAMPING = 0.5
 KEY = jax.random.key(7)
@@ -87,10 +91,10 @@ def largest(case: Case) -> float:
     return float(np.linalg.eigvalsh(case.truth().hessian)[-1])
 
 
-def gauss_newton(case: Case, damping: float = 0.0) -> GaussNewton:
+def gauss_newton(case: Case, damping: float = 0.0, independent: bool = False) -> GaussNewton:
     operator = case.gauss_newton
     assert operator is not None
-    return GaussNewton(operator.model, operator.output_loss, damping, operator.penalty)
+    return GaussNewton(operator.model, operator.output_loss, damping, operator.penalty, independent)
 
 
 @functools.cache
@@ -127,6 +131,19 @@ def damped(case: Case, truth: Exact) -> np.ndarray:
 def damped_gauss_newton(case: Case, truth: Exact) -> np.ndarray:
     matrix = dense_gauss_newton(case)
     return np.linalg.solve(matrix + DAMPING * np.eye(len(matrix)), truth.outer_grad)
+
+
+def in_eigenbasis(case: Case, truth: Exact) -> np.ndarray:
+    """EKFAC of one layer with one output: the matrix' diagonal in the inputs' eigenbasis."""
+    operator, flat = case.gauss_newton, ravel_pytree(case.params)
+    assert operator is not None and operator.penalty is not None
+    strengths = jax.hessian(lambda w: operator.penalty(flat[1](w), case.hparams))(flat[0])
+    x = np.asarray(operator.model.features(case.hparams, case.inner_batch))
+    x = np.column_stack([np.ones(len(x)), x])  # the bias is the first of the parameters
+    basis = np.linalg.eigh(x.T @ x)[1]
+    data = basis.T @ (dense_gauss_newton(case) - np.asarray(strengths)) @ basis
+    scales = np.diag(data) + np.mean(np.diag(np.asarray(strengths))) + DAMPING
+    return basis @ (basis.T @ truth.outer_grad / scales)
 
 
 def series(num_matvecs: int) -> Callable[[Case, Exact], np.ndarray]:
@@ -216,6 +233,46 @@ RESPONSES = [
         BACKWARD_STABLE,
         only("ridge_labels", "multi_output", "softmax_per_weight", "least_squares", "network"),
     ),
+    Row(
+        "woodbury_through_layers",
+        lambda case: Implicit(Woodbury(), gauss_newton(case, DAMPING, independent=True)),
+        damped_gauss_newton,
+        1e-8,
+        BACKWARD_STABLE,
+        only("ridge_labels", "multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "cg_kfac",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=KFAC()), gauss_newton(case, DAMPING)),
+        damped_gauss_newton,
+        1e-8,
+        TOLERANCE,
+        only("ridge_labels", "multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "cg_ekfac",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=EKFAC()), gauss_newton(case, DAMPING)),
+        damped_gauss_newton,
+        1e-8,
+        TOLERANCE,
+        only("multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "ekfac",
+        lambda case: Implicit(EKFAC(), gauss_newton(case, DAMPING)),
+        in_eigenbasis,
+        1e-8,
+        BACKWARD_STABLE,
+        only("ridge_scalar", "ridge_labels", "ridge_per_feature", "logistic_scalar"),
+    ),
+    Row(
+        "cg_nystrom",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=Nystrom(2)), Hessian(DAMPING)),
+        damped,
+        1e-8,
+        TOLERANCE,
+        only("ridge_per_feature", "quadratic", "network"),
+    ),
     Row("neumann_0", lambda c: Implicit(Neumann(0, steps_of(c))), series(0), 1e-12, ROUNDING),
     Row("neumann_7", lambda c: Implicit(Neumann(7, steps_of(c))), series(7), 1e-12, ROUNDING),
     Row(
@@ -296,14 +353,50 @@ RESPONSES = [
 ]
 
 
+# Inner problems that are no smooth loss, by the solvers that their systems allow.
+CONDITIONS = [
+    Row("condition_dense", lambda case: Implicit(Dense()), exact, 1e-8, BACKWARD_STABLE),
+    Row(
+        "condition_gmres",
+        lambda case: Implicit(Lineax(lineax.GMRES(1e-13, 1e-13, restart=6))),
+        exact,
+        1e-8,
+        TOLERANCE,
+    ),
+    Row(
+        "condition_series",
+        lambda case: Implicit(Neumann(3000)),
+        exact,
+        1e-8,
+        "a contraction of 0.6, or eigenvalues above 0.01 of the largest: 3000 terms go to rounding",
+        only("equilibrium", "lasso", "elastic_net"),
+    ),
+    Row("condition_cg", lambda c: Implicit(CG(rtol=1e-13)), exact, 1e-8, TOLERANCE,
+        needs("symmetric")),
+    Row(
+        "condition_cg_hutchinson",
+        lambda case: Implicit(CG(rtol=1e-13, preconditioner=Diagonal())),
+        exact,
+        1e-8,
+        TOLERANCE,
+        needs("symmetric"),
+    ),
+]  # fmt: skip
+
+
+def rows_of(case: Case) -> list[Row]:
+    rows = CONDITIONS if "condition" in case.tags else RESPONSES
+    return [row for row in rows if row.excluded(case) is None]
+
+
 def legal_pairs() -> list[tuple[Row, Case]]:
-    return [(row, case) for row in RESPONSES for case in cases() if row.excluded(case) is None]
+    return [(row, case) for case in (*cases(), *condition_cases()) for row in rows_of(case)]
 
 
 @functools.cache
 def solve_all(case: Case) -> dict:
     """Every legal response on one case, in one compiled program: compile time rules here."""
-    rows = [row for row in RESPONSES if row.excluded(case) is None]
+    rows = rows_of(case)
 
     def everything(key):
         return {row.name: row.solve(case, key) for row in rows}

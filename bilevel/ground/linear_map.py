@@ -25,6 +25,60 @@ class Factors(NamedTuple):
     diagonal: Vector
 
 
+class Dual(NamedTuple):
+    r""":math:`A = J^\top Q J + D` as :class:`Factors`, without the rows of J.
+
+    Attributes:
+      kernel: :math:`(d, R) \mapsto R^\top J\,\mathrm{diag}(d)\,J^\top R`, (m, m), for blocks R;
+        the lower triangle of it, with anything above.
+      root: blocks R, (N, C, C), with :math:`R R^\top = Q`, or the identity; NC = m.
+      is_root: whether R is that root rather than the identity, traced.
+      push: :math:`v \mapsto J v`, (m,).
+      pull: :math:`u \mapsto J^\top u`.
+      weigh: :math:`u \mapsto Q u`.
+      diagonal: D, tree like the vectors, damping included.
+      size: m.
+      num_products: products that the kernel costs, at most.
+      covered: share of the entries of a vector that no row is stored for.
+    """
+
+    kernel: Callable[[Vector, jax.Array], jax.Array]
+    root: jax.Array
+    is_root: jax.Array
+    push: Callable[[Vector], jax.Array]
+    pull: Callable[[jax.Array], Vector]
+    weigh: Callable[[jax.Array], jax.Array]
+    diagonal: Vector
+    size: int
+    num_products: int
+    covered: float
+
+
+class Kronecker(NamedTuple):
+    r"""Blocks :math:`L_i \otimes R_i` of :math:`M`, and what stands beside them.
+
+    Attributes:
+      split: the parts of a vector that the blocks act on, as matrices; linear.
+      factors: :math:`(L_i, R_i)`; block i maps :math:`V \mapsto L_i V R_i`.
+      moments: for orthogonal :math:`(U_i, W_i)` the diagonals of M in those bases, shaped like
+        the matrices.
+      known: D, tree like the vectors, damping included.
+      rest: mean curvature of each leaf, as scalars, without D.
+      has_block: whether a leaf is in a block, as Python booleans.
+      num_products: products that the factors cost, at most; the moments cost as many again.
+      covered: share of the entries of a vector that are in a block.
+    """
+
+    split: Callable[[Vector], list[jax.Array]]
+    factors: list[tuple[jax.Array, jax.Array]]
+    moments: Callable[[list[tuple[jax.Array, jax.Array]]], list[jax.Array]]
+    known: Vector
+    rest: Vector
+    has_block: Any
+    num_products: int
+    covered: float
+
+
 class SampledDiagonal(NamedTuple):
     r""":math:`\operatorname{diag}(M + \rho I) = d + \mathrm{E}[s]`.
 
@@ -51,6 +105,8 @@ class LinearMap:
       penalized: whether :class:`Factors` have a diagonal of their own, beside the damping.
       fresh: ``fresh(v, i)`` is the damped product on batch ``i``, where batches are fresh.
       transpose: :math:`v \mapsto M^\top v`; ``None`` for a symmetric M.
+      dual: returns a :class:`Dual`, or None where the model has no layers to read it from.
+      kronecker: returns a :class:`Kronecker`, of a number of samples (None: no sampling) and key.
     """
 
     undamped: MatVec
@@ -62,6 +118,8 @@ class LinearMap:
     penalized: bool = False
     fresh: Callable[[Vector, Any], Vector] | None = None
     transpose: MatVec | None = None
+    dual: Callable[[], Dual | None] | None = None
+    kronecker: Callable[[int | None, Key | None], Kronecker] | None = None
 
     def transposed(self) -> "LinearMap":
         """The map of the transposed matrix; a symmetric one is its own."""

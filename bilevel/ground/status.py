@@ -35,13 +35,14 @@ class Status(enum.IntEnum):
     stagnated = 3
     singular = 4
     rounding = 5
-    not_stationary = 6
-    worse_than_zero = 7
-    negative_curvature = 8
-    diverged = 9
-    invalid_setting = 10
-    nonfinite_input = 11
-    nonfinite_output = 12
+    knot = 6
+    not_stationary = 7
+    worse_than_zero = 8
+    negative_curvature = 9
+    diverged = 10
+    invalid_setting = 11
+    nonfinite_input = 12
+    nonfinite_output = 13
 
 
 MESSAGES: dict[Status, str] = {
@@ -71,15 +72,23 @@ MESSAGES: dict[Status, str] = {
     ),
     Status.rounding: (
         "The result is at the level of rounding: steps or perturbations are too small for the "
-        "dtype of the parameters, which lose them. Keep parameters in float32 and cast inside the "
-        "loss, use fewer or longer steps, or raise `radius`."
+        "dtype of the parameters, which lose them, or the smallest inner curvature is below a "
+        "rounding of the largest. Keep parameters in float32 and cast inside the loss, use fewer "
+        "or longer steps, add `damping`, or raise `radius`."
+    ),
+    Status.knot: (
+        "The solution has a kink in the hyperparameters here and no derivative: some parameters "
+        "(`knots`) are just at a threshold or a bound of their condition, or nearer than the solve "
+        "of the inner problem tells. The value is the derivative on one side. Solve the inner "
+        "problem to a tighter tolerance; if it stays, move the hyperparameters a little, or take "
+        "the one-sided value, as a descent may."
     ),
     Status.not_stationary: (
         "The parameters are not at a minimum of the inner loss, as an implicit hypergradient "
         "assumes: see `relative_stationarity` and `predicted_change`. Train further; use "
         "`Unroll(...)`, which assumes no minimum; or, where parameters are held by a constraint or "
         "a kink of the loss (L1, hinge, bounds), pass the condition that they satisfy: "
-        "`FixedPoint(step)` in place of the loss. On a minibatch "
+        "`Composite(loss, prox)` or `FixedPoint(step)` in place of the loss. On a minibatch "
         "the noise of its gradient counts too. To accept more: `raise_for_status(solution, "
         "stationarity=...)`."
     ),

@@ -8,6 +8,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
+BACKWARD_RULE = "custom_vjp_call"
+"""How the primitives of ``jax.custom_vjp`` begin: JAX pushes no tangent through them."""
+
 
 def programs_within(eqn: Any) -> Iterator[Any]:
     """The traced programs that one operation holds: the body of a loop, the branches, a call."""
@@ -29,6 +32,39 @@ def contains_primitive(function: Callable[..., Any], *args: Any, prefix: str) ->
         )
 
     return search(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The operations of a traced program that some output needs, in their order."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed |= {v for v in eqn.invars if not isinstance(v, core.Literal)}
+    return kept[::-1]
+
+
+def pushes_tangents(function: Callable[..., Any], point: Any, tangent: Any) -> bool:
+    """Whether JAX can push ``tangent`` through ``function`` at ``point``.
+
+    It cannot through a backward rule of the user's own (``jax.custom_vjp``), and then raises while
+    tracing, or leaves an operation behind that raises when it is compiled, unless nothing needs it.
+    """
+
+    def stuck(jaxpr: Any) -> bool:
+        return any(
+            eqn.primitive.name == "custom_lin" or any(map(stuck, programs_within(eqn)))
+            for eqn in _live(jaxpr)
+        )
+
+    try:
+        pushed = jax.make_jaxpr(lambda x, v: jax.jvp(function, (x,), (v,))[1])(point, tangent)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        return False
+    return not stuck(pushed.jaxpr)
 
 
 def _masks(

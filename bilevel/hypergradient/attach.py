@@ -1,8 +1,12 @@
-r"""A solution as a differentiable function of the hyperparameters: the rules of differentiation.
+r"""A solution as a differentiable function of hyperparameters and data: the rules.
 
 Both functions here are the identity on ``w``. :func:`attach_implicit` has derivatives of every
 order, forward and reverse; :func:`attach_response` has the first derivative in reverse mode,
 which is all that a response's pullback gives.
+
+Each holds up to two programs: the rule for :math:`\theta = \lambda`, and where the batch may move
+one for :math:`\theta = (\lambda, \text{data})`. A derivative in hyperparameters alone never
+pays for the second.
 """
 
 import functools
@@ -11,34 +15,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import jaxpr_as_fun
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Vector
-from bilevel.ground.status import failed
 from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.implicit import Implicit, responding, restricted
-from bilevel.problem.two_losses import Point, Problem
-from bilevel.problem.validate import unread_message
-
-
-class _Rest(NamedTuple):
-    """What a response reads and no derivative is given for."""
-
-    inner_batch: Batch
-    key: Any
-    response: Any
-    closed_over: Any
-
-
-_NAMES = _Rest(
-    "`inner_batch`",
-    "`key`",
-    "a number inside `response`",
-    "a value that `inner` or `response` closes over",
+from bilevel.hypergradient.rules import (
+    Marks,
+    Program,
+    Rest,
+    can_move,
+    close,
+    data_of,
+    filled,
+    first_order_only,
+    in_batch,
+    is_zero,
+    joined,
+    moves,
+    numbers_of,
+    refuse_other_derivatives,
+    refuse_unread,
 )
+from bilevel.problem.two_losses import Point, Problem
 
 
 def differentiates_fully(response: Response) -> bool:
@@ -58,54 +58,75 @@ def attach_implicit(
     hparams: Hparams,
     inner_batch: Batch,
     key: Key | None,
-    marked: bool,
+    marks: Marks,
 ) -> Params:
-    r"""``w``, whose tangent along :math:`\dot\lambda` is :math:`-A^{-1}B\dot\lambda`.
+    r"""``w``, whose tangent along :math:`\dot\theta` is :math:`-A^{-1}B\dot\theta`.
 
     The rule evaluates A and B at the attached ``w``, not at its value. So a derivative of the
-    rule sees ``w`` as a function of :math:`\lambda` again, to every order. ``marked``: NaN where
-    a solve fails.
+    rule sees ``w`` as a function of :math:`\theta` again, to every order.
     """
 
-    responds = responding(problem, w, hparams, inner_batch)
+    def program(with_data: bool) -> tuple[Program, list[bool]]:
+        cross = joined(problem) if with_data else problem
 
-    def tangent(v: Hparams, response: Implicit, w: Params, lam: Hparams, batch: Batch, key: Any):
-        return _implicit_tangent(problem, response, w, lam, batch, key, v, marked, responds)
+        def chosen(lam: Hparams, batch: Batch) -> Any:
+            return (lam, data_of(batch)) if with_data else lam
 
-    def mixed(q: Vector, w: Params, lam: Hparams, batch: Batch) -> Hparams:
-        return problem.cross_vjp(w, lam, batch, q)
+        theta = chosen(hparams, inner_batch)
+        responds = responding(cross, w, theta, inner_batch)
 
-    run, rest = _closed(tangent, hparams, response, w, hparams, inner_batch, key)
-    reads = jax.tree.leaves(depends(mixed, w, w, hparams, inner_batch))
+        def tangent(v: Any, response: Implicit, w: Params, lam: Hparams, batch: Batch, key: Any):
+            system = _System(problem, response, w, lam, batch, key, with_data, chosen(lam, batch))
+            return _implicit_tangent(system, v, marks, responds)
+
+        def mixed(q: Vector, w: Params, theta: Any, batch: Batch) -> Any:
+            return cross.cross_vjp(w, theta, batch, q)
+
+        reads = jax.tree.leaves(depends(mixed, w, w, theta, inner_batch))
+        return close(tangent, theta, response, w, hparams, inner_batch, key), reads
+
+    programs = [program(with_data) for with_data in (False, True)[: 1 + can_move(inner_batch)]]
+    rest = Rest(inner_batch, key, numbers_of(response), [p.constants for p, _ in programs])
 
     @jax.custom_jvp
-    def attach(w: Params, hparams: Hparams, rest: _Rest) -> Params:
+    def attach(w: Params, hparams: Hparams, rest: Rest) -> Params:
         return w
 
     @functools.partial(attach.defjvp, symbolic_zeros=True)
     def rule(primals: Any, tangents: Any) -> tuple[Params, Vector]:
         w, hparams, rest = primals
         _, v, v_rest = tangents
-        _refuse_other_derivatives([_moves(part) for part in v_rest])
-        _refuse_unread(reads, _moves(v), hparams)
+        batch = rest.inner_batch
+        refuse_other_derivatives(Rest(*map(moves, v_rest)), batch, response, data=True)
+        v_data = data_of(batch, jax.tree.leaves(v_rest.inner_batch, is_leaf=is_zero))
+        with_data, asked = any(moves(v_data)), moves(v)
+        v = filled(v, hparams)
+        if with_data:
+            asked += moves(v_data)
+            v = v, filled(v_data, data_of(batch))
+        (run, _), reads = programs[with_data]
+        refuse_unread(reads, asked, hparams, batch)
         w = attach(w, hparams, rest)
-        out = run(_filled(v, hparams), w, hparams, rest)
+        out = run(v, w, hparams, rest, rest.closed_over[with_data])
         return w, jax.tree.unflatten(jax.tree.structure(w), out)
 
     return attach(w, hparams, rest)
 
 
-def _implicit_tangent(
-    problem: Problem,
-    response: Implicit,
-    w: Params,
-    hparams: Hparams,
-    batch: Batch,
-    key: Any,
-    v: Hparams,
-    marked: bool,
-    responds: Any,
-) -> Vector:
+class _System(NamedTuple):
+    """The point of one block system; ``with_data``, B is in hyperparameters and data."""
+
+    problem: Problem
+    response: Implicit
+    w: Params
+    hparams: Hparams
+    batch: Batch
+    key: Any
+    with_data: bool
+    theta: Any
+
+
+def _implicit_tangent(at: _System, v: Any, marks: Marks, responds: Any) -> Vector:
     r""":math:`\dot w` of the block system, whose transpose is the pullback:
 
     .. math::
@@ -120,43 +141,41 @@ def _implicit_tangent(
     solve by the same solver, and the pullback keeps its cheap product :math:`B^\top q`.
     """
 
+    problem = at.problem.settled(at.w, at.hparams, at.batch)
+    cross = joined(problem) if at.with_data else problem
+
     # Bound where it is used and not once here: a scan over `solve` then keeps w and not the
     # residuals of a linearization for its backward pass.
     def product(q: Vector) -> Vector:
-        forward = response.bind(problem, w, hparams, batch).mv.transposed()
-        return tree.cast_like(forward(q), q)
+        system = at.response.bind(problem, at.w, at.hparams, at.batch)
+        return tree.cast_like(system.forward(q), q)
 
     def inverse(g: Vector, adjoint: bool) -> Vector:
-        mv = response.bind(problem, w, hparams, batch).mv
-        mv = mv if adjoint else mv.transposed()
-        g = restricted(g, responds)
-        q, result, _ = response.solver.solve(mv, g, None, key=key)
-        return tree.cast_like(_nan_where(failed(result), q) if marked else q, g)
+        system = at.response.bind(problem, at.w, at.hparams, at.batch)
+        mv, right_side, back = system.equation(restricted(g, responds), adjoint=adjoint)
+        z, result, stats = at.response.solver.solve(mv, right_side, None, key=at.key)
+        return tree.cast_like(marks.apply(back(z), result, stats, at.response), g)
 
-    def mixed(mu: Hparams, like: Vector) -> Vector:
-        return tree.cast_like(problem.cross_jvp(w, hparams, batch, mu), like)
+    def mixed(mu: Any, like: Vector) -> Vector:
+        return tree.cast_like(cross.cross_jvp(at.w, at.theta, at.batch, mu), like)
 
-    def matvec(x: tuple[Vector, Hparams]) -> tuple[Vector, Hparams]:
+    def matvec(x: tuple[Vector, Any]) -> tuple[Vector, Any]:
         q, mu = _coupled(x)
         return _coupled((tree.add(product(q), mixed(mu, q)), mu))
 
     # Right sides may be partly zero, and must stay runtime values: see `linear.cg._start`.
-    def solve(_: Any, b: tuple[Vector, Hparams]) -> tuple[Vector, Hparams]:
+    def solve(_: Any, b: tuple[Vector, Any]) -> tuple[Vector, Any]:
         g, mu = jax.lax.optimization_barrier(b)
         return inverse(tree.sub(g, mixed(mu, g)), adjoint=False), mu
 
-    def transpose_solve(_: Any, b: tuple[Vector, Hparams]) -> tuple[Vector, Hparams]:
+    def transpose_solve(_: Any, b: tuple[Vector, Any]) -> tuple[Vector, Any]:
         g, mu = jax.lax.optimization_barrier(b)
         q = inverse(g, adjoint=True)
-        return q, tree.sub(mu, problem.cross_vjp(w, hparams, batch, q))
+        return q, tree.sub(mu, cross.cross_vjp(at.w, at.theta, at.batch, q))
 
-    b = _coupled((tree.zeros_accumulated(w), v))
+    b = _coupled((tree.zeros_accumulated(at.w), v))
     w_dot, _ = _coupled(jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve))
-    return tree.cast_like(w_dot, w)
-
-
-def _nan_where(condition: jax.Array, vector: Vector) -> Vector:
-    return jax.tree.map(lambda x: jnp.where(condition, jnp.nan, x), vector)
+    return tree.cast_like(w_dot, at.w)
 
 
 def _coupled(vectors: Any) -> Any:
@@ -180,11 +199,16 @@ def attach_response(
     hparams: Hparams,
     inner_batch: Batch,
     key: Key | None,
-    marked: bool,
+    marks: Marks,
 ) -> Params:
-    """``w``, whose pullback to ``hparams`` is the response's; a second derivative is refused."""
+    """``w``, whose pullback is the response's; a second derivative is refused.
 
-    def pull(g: Vector, response: Any, w: Params, lam: Hparams, batch: Batch, key: Any) -> Hparams:
+    To the batch too for an ``Implicit`` on one fixed batch (whose loss has a backward rule of its
+    own).
+    """
+    gives_data = differentiates_fully(response)
+
+    def pull(g: Vector, response: Any, w: Params, lam: Hparams, batch: Batch, key: Any) -> Any:
         state = response.init(problem, w, lam)
         point, pullback = response.vjp(problem, w, lam, batch, state, key=key)
         if isinstance(point, Point):
@@ -193,135 +217,76 @@ def attach_response(
                 f"{type(point).__name__} in place of parameters, and `with_response` has no outer "
                 "loss. Use `hypergrad(outer, inner, response)`."
             )
-        indirect, _, result, _ = pullback(g)
-        return _nan_where(failed(result), indirect) if marked else indirect
+        indirect, _, result, stats = pullback(g)
+        return marks.apply(indirect, result, stats, response)
 
-    run, rest = _closed(pull, w, response, w, hparams, inner_batch, key)
+    def pull_to_both(
+        g: Vector, response: Any, w: Params, lam: Hparams, batch: Batch, key: Any
+    ) -> Any:
+        cross, theta = joined(problem), (lam, data_of(batch))
+        g = restricted(g, responding(cross, w, theta, batch))
+        mv = response.bind(problem, w, lam, batch).mv
+        q, result, stats = response.solver.solve(mv, g, None, key=key)
+        q = marks.apply(q, result, stats, response)
+        return tree.scale(-1, cross.cross_vjp(w, theta, batch, q))
 
-    @jax.custom_jvp
-    def pullback(g: Vector, w: Params, hparams: Hparams, rest: _Rest) -> list[Any]:
-        return run(g, w, hparams, rest)
-
-    @functools.partial(pullback.defjvp, symbolic_zeros=True)
-    def linear(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-        if any(_moves(tangents[1:])):
-            raise TypeError(_first_order_only(response))
-        return pullback(*primals), run(_filled(tangents[0], primals[0]), *primals[1:])
+    pulls = (pull, pull_to_both)[: 1 + (gives_data and can_move(inner_batch))]
+    programs = [close(p, w, response, w, hparams, inner_batch, key) for p in pulls]
+    rest = Rest(inner_batch, key, numbers_of(response), [p.constants for p in programs])
+    pullbacks = [_linear(program.run, response) for program in programs]
 
     @jax.custom_vjp
-    def attach(w: Params, hparams: Hparams, rest: _Rest) -> Params:
+    def attach(w: Params, hparams: Hparams, rest: Rest) -> Params:
         return w
 
     def forward(w: Any, hparams: Any, rest: Any) -> tuple[Params, Any]:
-        def perturbed(part: Any) -> list[bool]:
-            leaves = jax.tree.leaves(part, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
-            return [leaf.perturbed for leaf in leaves]
-
-        _refuse_other_derivatives([perturbed(part) for part in rest])
-        asked = perturbed(hparams)
+        asked, moving = _perturbed(hparams), Rest(*map(_perturbed, rest))
         w, hparams, rest = jax.tree.map(
             lambda x: x.value, (w, hparams, rest), is_leaf=lambda x: hasattr(x, "perturbed")
         )
-        reads = depends(lambda g, *args: run(g, *args), w, w, hparams, rest)
-        _refuse_unread(reads, asked, hparams)
-        return w, (w, hparams, rest)
+        batch = rest.inner_batch
+        refuse_other_derivatives(moving, batch, response, gives_data)
+        with_data = any(moving.inner_batch)
+        if with_data:
+            asked += data_of(batch, moving.inner_batch)
+        constants = rest.closed_over[with_data]
+        reads = depends(programs[with_data].run, w, w, hparams, rest, constants)
+        refuse_unread(reads, asked, hparams, batch)
+        # Which program it is, as the structure of a tree: that is known while tracing.
+        return w, (w, hparams, rest, ((),) * with_data)
 
-    def backward(values: Any, g: Vector) -> tuple[None, Hparams, None]:
-        w, hparams, rest = values
-        if not any(_moves(g)):
+    def backward(values: Any, g: Vector) -> tuple[None, Hparams, Any]:
+        w, hparams, rest, with_data = values
+        if not any(moves(g)):
             return None, jax.tree.map(jnp.zeros_like, hparams), None
-        out = pullback(_filled(g, w), w, hparams, rest)
-        return None, jax.tree.unflatten(jax.tree.structure(hparams), out), None
+        which, (leaves, structure) = len(with_data), jax.tree.flatten(hparams)
+        out = pullbacks[which](filled(g, w), w, hparams, rest, rest.closed_over[which])
+        to_hparams = jax.tree.unflatten(structure, out[: len(leaves)])
+        if not which:
+            return None, to_hparams, None
+        to_batch = in_batch(out[len(leaves) :], rest.inner_batch, lambda _: None)
+        return None, to_hparams, Rest(to_batch, None, None, None)
 
     attach.defvjp(forward, backward, symbolic_zeros=True)
     return attach(w, hparams, rest)
 
 
-def _closed(
-    function: Callable[..., Any],
-    vector: Any,
-    response: Response,
-    w: Params,
-    hparams: Hparams,
-    inner_batch: Batch,
-    key: Any,
-) -> tuple[Callable[..., list[Any]], _Rest]:
-    """``function`` as ``run(vector, w, hparams, rest) -> leaves``, which closes over no array.
-
-    Traced once, so that everything that losses and operators close over becomes an argument: a
-    custom rule that closes over tracers cannot be transformed inside ``scan``. The numbers in a
-    response travel as a list: not every pytree can be rebuilt around JAX's placeholders.
-    """
-    leaves, structure = jax.tree.flatten(response)
-    # A response of somebody else need not be a pytree of numbers; then it is closed over.
-    numbers = all(hasattr(x, "dtype") or isinstance(x, (float, int)) for x in leaves)
-    carried = leaves if numbers else []
-
-    def flat(v: Any, w: Params, lam: Hparams, batch: Batch, key: Any, carried: list[Any]) -> Any:
-        chosen = jax.tree.unflatten(structure, carried) if numbers else response
-        return function(v, chosen, w, lam, batch, key)
-
-    closed = jax.make_jaxpr(flat)(vector, w, hparams, inner_batch, key, carried)
-    jaxpr = closed.jaxpr
-    info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-    inputs = [*jaxpr.constvars, *jaxpr.invars]
-    jaxpr = jaxpr.replace(constvars=[], invars=inputs, debug_info=info)
-    call = jaxpr_as_fun(closed.replace(jaxpr=jaxpr, consts=[]))
-
-    def run(vector: Any, w: Params, hparams: Hparams, rest: _Rest) -> list[Any]:
-        args = (vector, w, hparams, rest.inner_batch, rest.key, rest.response)
-        return call(*rest.closed_over, *jax.tree.leaves(args))
-
-    consts = [c if isinstance(c, jax.Array) else jnp.asarray(c) for c in closed.consts]
-    return run, _Rest(inner_batch, key, carried, consts)
+def _perturbed(part: Any) -> list[bool]:
+    leaves = jax.tree.leaves(part, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    return [leaf.perturbed for leaf in leaves]
 
 
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, SymbolicZero)
+def _linear(run: Callable[..., list[Any]], response: Response) -> Callable[..., list[Any]]:
+    """A pullback that is linear in its cotangent, and refuses to be differentiated in the rest."""
 
+    @jax.custom_jvp
+    def pullback(g: Vector, *args: Any) -> list[Any]:
+        return run(g, *args)
 
-def _moves(tangents: Any) -> list[bool]:
-    """For each leaf, whether it has a derivative at all."""
-    leaves = jax.tree.leaves(tangents, is_leaf=_is_zero)
-    return [not _is_zero(x) and getattr(x, "dtype", None) != jax.dtypes.float0 for x in leaves]
+    @functools.partial(pullback.defjvp, symbolic_zeros=True)
+    def linear(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        if any(moves(tangents[1:])):
+            raise TypeError(first_order_only(response))
+        return pullback(*primals), run(filled(tangents[0], primals[0]), *primals[1:])
 
-
-def _filled(tangents: Any, like: Any) -> Any:
-    """``tangents`` with runtime zeros for what does not move (constant ones: see `linear.cg`)."""
-
-    def leaf(x: Any, y: Any) -> Any:
-        return jax.lax.optimization_barrier(jnp.zeros_like(y)) if _is_zero(x) else x
-
-    return jax.tree.map(leaf, tangents, like, is_leaf=_is_zero)
-
-
-def _refuse_other_derivatives(asked: list[list[bool]]) -> None:
-    for name, leaves in zip(_NAMES, asked, strict=True):
-        if any(leaves):
-            raise ValueError(
-                f"A derivative is asked with respect to {name}, which `with_response` does not "
-                "give: the response differentiates with respect to `hparams` alone. Make it part "
-                "of `hparams` (and let `inner` read it there), or cut it with "
-                "`jax.lax.stop_gradient`."
-            )
-
-
-def _refuse_unread(reads: list[bool], asked: list[bool], hparams: Hparams) -> None:
-    names = [path for path, _ in tree.paths(hparams, "hparams")]
-    dead = [n for n, a, r in zip(names, asked, reads, strict=True) if a and not r]
-    if dead:
-        raise ValueError(
-            unread_message(dead, "the gradient of the inner loss does not depend on it")
-            + " One that only your own outer loss reads need not go through `solve`."
-        )
-
-
-def _first_order_only(response: Response) -> str:
-    fresh = " with `fresh_batches=True`" if getattr(response, "fresh_batches", False) else ""
-    return (
-        f"`with_response` gives the first derivative only for {type(response).__name__}{fresh}, "
-        "and a second one is asked (`jax.grad` of `jax.grad`, `jax.hessian`, `jax.jvp` of "
-        "`jax.grad`): its pullback does not tell how it changes with `hparams`. Use "
-        "`Implicit(...)` with one fixed batch and a loss without `jax.custom_vjp`, whose "
-        "derivatives of every order are right, or take differences of the first derivative."
-    )
+    return pullback

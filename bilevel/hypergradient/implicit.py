@@ -1,7 +1,8 @@
 r"""Implicit differentiation: the response of a minimiser, by the implicit function theorem."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,36 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Stats, Vector
 from bilevel.ground.batches import check_stack, one_batch, select_batch
 from bilevel.ground.cost import UNKNOWN, Cost
+from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings
+from bilevel.ground.status import Status, status_of, worst
 from bilevel.ground.traced import depends
 from bilevel.hypergradient.base import Pullback
-from bilevel.hypergradient.judge import stationarity_stats
-from bilevel.linear.base import LinearSolver
+from bilevel.hypergradient.judge import rounding_of_solve, stationarity_stats
+from bilevel.linear.base import CarryingSolver, LinearSolution, LinearSolver, state_of
 from bilevel.linear.cg import CG
+from bilevel.linear.nystrom import Nystrom
+from bilevel.linear.woodbury import Woodbury
+from bilevel.problem.conditions import Composite
+from bilevel.problem.knots import knots
 from bilevel.problem.operators.base import BoundOperator, Operator
+from bilevel.problem.operators.composite import SymmetricForm, bind_composite
 from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.operators.jacobian import Jacobian
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_inner, check_is_read, check_same_tree
+
+
+class Carried(NamedTuple):
+    """The state of a solver that carries more than the start of its next solve.
+
+    Attributes:
+      start: the previous :math:`q`; ``None`` for a solver without a start.
+      solver: what the solver carries, see :class:`~bilevel.linear.base.CarryingSolver`.
+    """
+
+    start: Vector | None
+    solver: Any
 
 
 @jax.tree_util.register_dataclass
@@ -37,18 +57,25 @@ class Implicit:
     Parameters that the inner loss does not read differentiably (leaves behind a
     ``stop_gradient``, frozen ones) do not respond, and are left out of the system.
 
-    Where the inner problem is a ``FixedPoint`` or a ``Root``, the same with the Jacobian of its
+    Where the inner problem is a ``Composite``, the same on the support that its proximal operator
+    identifies. Where it is a ``FixedPoint`` or a ``Root``, the same with the Jacobian of its
     condition in place of H: the system is not symmetric, and the solver must allow that.
+    ``stats["knots"]`` counts the numbers that are just at a threshold of a condition, where it has
+    no derivative (status ``knot``).
 
     Args:
       solver: how :math:`A q = g` is solved: ``CG``, ``Neumann``, ``Nystrom``, ``Woodbury``,
         ``Dense``, ``Stochastic``, ``Identity``, or anything with their ``solve``.
       operator: what :math:`A` is: ``Hessian(damping)`` or ``GaussNewton(...)``.
-      warm_start: start each solve from the previous :math:`q`, carried in ``state``; one more
-        product. Solvers without a start (series, direct ones) carry nothing.
+      warm_start: start each solve from what the call before it left in ``state``: the previous
+        :math:`q`, for one more product; what ``Neumann()`` found about its step size. Direct
+        solvers carry nothing.
       fresh_batches: ``inner_batch`` has a leading axis; product i uses slice i and the mixed
         product :math:`B^\top q` the last, independent one. For stochastic solvers only. The
         axis must be one longer than the solver's number of products.
+      certify: recompute the residual of each solve, for one product where the number or the status
+        is read. False leaves ``residual_norm`` out, and the status to what the solver met on its
+        way: for a loop that was checked and is to be as cheap as it can.
 
     Cost: one inner gradient to linearise, the solver's products, and one mixed product (at
     most 2.5 gradients); one vector of state with a warm start.
@@ -61,13 +88,19 @@ class Implicit:
     operator: Operator = Hessian()
     warm_start: bool = dataclasses.field(default=True, metadata={"static": True})
     fresh_batches: bool = dataclasses.field(default=False, metadata={"static": True})
+    certify: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def init(self, problem: Problem, params: Params, hparams: Hparams) -> Vector | None:
-        """A zero warm start, shaped like ``params`` in the accumulator dtype, or ``None``."""
-        return tree.zeros_accumulated(params) if self._carries_start() else None
+    def init(self, problem: Problem, params: Params, hparams: Hparams) -> Any:
+        """A zero warm start, shaped like ``params`` in the accumulator dtype, or ``None``.
+
+        In :class:`Carried` beside the solver's own state where it has one.
+        """
+        start = tree.zeros_accumulated(params) if self._carries_start() else None
+        own = state_of(self.solver, params) if self.warm_start else None
+        return start if own is None else Carried(start, own)
 
     def num_inner_batches(self) -> int | None:
         """Length of the leading axis of ``inner_batch``, or None where it is a single batch."""
@@ -98,8 +131,10 @@ class Implicit:
             batch = one_batch(inner_batch)
         check_inner(problem, params, hparams, batch)
         check_is_read(problem, params, hparams, batch, outer_batch)
-        if state is not None and self._carries_start():
-            check_same_tree(state, params, "state")
+        if state is not None and self.warm_start:
+            expected = jax.eval_shape(lambda: self.init(problem, params, hparams))
+            if expected is not None:
+                check_same_tree(state, expected, "state")
 
     def _check_fresh(self, inner_batch: Batch) -> None:
         needed = self.num_inner_batches()
@@ -115,11 +150,13 @@ class Implicit:
         )
         check_stack(inner_batch, needed, "inner_batch", reads)
 
-    def bind(
-        self, problem: Problem, params: Params, hparams: Hparams, batch: Batch
-    ) -> BoundOperator:
+    def bind(self, problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> "System":
         """The condition at ``params`` and :math:`A`; that of a condition is its Jacobian's."""
         operator = self.operator
+        if isinstance(problem.inner, Composite):
+            self._check_composite()
+            problem = problem.settled(params, hparams, batch)
+            return System(*bind_composite(operator, problem, params, hparams, batch))
         if not problem.has_loss:
             if not isinstance(operator, (Hessian, Jacobian)):
                 raise TypeError(
@@ -128,7 +165,20 @@ class Implicit:
                     "`Jacobian(damping=...)`."
                 )
             operator = Jacobian(operator.damping)
-        return operator.bind(problem, params, hparams, batch, fresh=self.fresh_batches)
+        return System(operator.bind(problem, params, hparams, batch, fresh=self.fresh_batches))
+
+    def _check_composite(self) -> None:
+        if isinstance(self.solver, (Nystrom, Woodbury)):
+            raise TypeError(
+                f"`solver` is {type(self.solver).__name__}, which inverts the damping of the whole "
+                "space, and the system of a `Composite` stands on its support alone: use "
+                "`CG(...)`, `Dense()`, `Lineax(...)` or `Neumann(...)`."
+            )
+        if self.fresh_batches:
+            raise ValueError(
+                "`fresh_batches=True` does not go with a `Composite`, whose support would be that "
+                "of each batch: leave it out."
+            )
 
     def vjp(
         self,
@@ -141,22 +191,78 @@ class Implicit:
         key: Key | None = None,
     ) -> tuple[Params, Pullback]:
         """``params`` and the pullback through the minimum they are taken for."""
-        inner_grad, mv = self.bind(problem, params, hparams, inner_batch)
+        problem = problem.settled(params, hparams, inner_batch)
+        system = self.bind(problem, params, hparams, inner_batch)
         mixed_batch = inner_batch
         if self.fresh_batches:
             mixed_batch = select_batch(inner_batch, (self.num_inner_batches() or 1) - 1)
-        start = state if self._carries_start() else None
         responds = responding(problem, params, hparams, mixed_batch)
 
         def pullback(g: Vector) -> tuple[Hparams, Any, jax.Array, Stats]:
             g = restricted(g, responds)
-            q, result, stats = self.solver.solve(mv, g, start, key=key)
+            mv, right_side, back = system.equation(g)
+            (z, result, stats), carried = self._solve(mv, right_side, state, key)
+            q = back(z)
             b_transpose_q = problem.cross_vjp(params, hparams, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
-            stats = {**stationarity_stats(inner_grad, params, g, q, stats), **stats}
-            return indirect, (q if self._carries_start() else None), result, stats
+            result = rounding_of_solve(result, params, stats)
+            stats = {**stationarity_stats(system.inner_grad, params, g, q, stats), **stats}
+            if not problem.has_loss:
+                stats["knots"] = knots(problem, params, hparams, mixed_batch)
+                result = worst(result, status_of(Status.ok, (stats["knots"] > 0, Status.knot)))
+            return indirect, carried, result, stats
 
         return params, pullback
+
+    def _solve(
+        self, mv: LinearMap, g: Vector, state: Any, key: Key | None
+    ) -> tuple[LinearSolution, Any]:
+        """The solve from what is carried, and what the next call is given."""
+        solver, starts = self.solver, self._carries_start()
+        if self.warm_start and isinstance(solver, CarryingSolver):
+            if solver.init_state(g) is not None:
+                start, own = (None, None) if state is None else state
+                solution, own = solver.solve_from(mv, g, own, start, key=key, certify=self.certify)
+                return solution, Carried(solution.value if starts else None, own)
+        start = state if starts else None
+        solution = solver.solve(mv, g, start, key=key, certify=self.certify)
+        return solution, solution.value if starts else None
+
+
+class System(NamedTuple):
+    r"""The system :math:`A q = g` of a problem at a point, as its solver sees it.
+
+    Attributes:
+      bound: the condition there, and the product that the solver gets.
+      form: the way to that product and back, for a composite condition.
+    """
+
+    bound: BoundOperator
+    form: SymmetricForm | None = None
+
+    @property
+    def inner_grad(self) -> Vector:
+        """The condition, zero at a solution."""
+        return self.bound.inner_grad
+
+    def equation(
+        self, g: Vector, *, adjoint: bool = True
+    ) -> tuple[LinearMap, Vector, Callable[[Vector], Vector]]:
+        """What a solver gets for g, the matrix and the right side, and the way from z back to q.
+
+        Not ``adjoint``: for the system with the transposed matrix.
+        """
+        mv, form = self.bound.mv, self.form
+        if form is None:
+            return (mv if adjoint else mv.transposed()), g, lambda z: z
+        g = tree.accumulate(g)
+        return mv, form.right_side(g, adjoint), lambda z: form.solution(g, z, adjoint)
+
+    def forward(self, v: Vector) -> Vector:
+        r""":math:`A^\top v`: the derivative of the condition."""
+        if self.form is None:
+            return self.bound.mv.transposed()(v)
+        return self.form.forward(v)
 
 
 def responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> Any:
@@ -166,7 +272,7 @@ def responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch)
     """
 
     def gradient(point: tuple[Params, Hparams], batch: Batch) -> Vector:
-        return problem.condition(point[0], point[1], batch)
+        return problem.smooth.condition(point[0], point[1], batch)
 
     return depends(gradient, (params, hparams), batch)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Params, Scalar, Stats, Vector
-from bilevel.ground.status import STATIONARITY, Status, code
+from bilevel.ground.status import STATIONARITY, Status, code, worst
 from bilevel.inner.descend import StepInfo
 
 LOST = 0.2
@@ -68,6 +68,31 @@ def not_stationary(value: Scalar, g: Vector, params: Params, stats: Stats) -> ja
     return far | matters & (residual <= SOLVED * stats.get("rhs_norm", jnp.inf))
 
 
+def rounding_of_solve(result: jax.Array, params: Params, stats: Stats) -> jax.Array:
+    """``result``, or ``rounding`` where parameters of half precision cannot tell the curvatures.
+
+    Products with the matrix then err by a unit roundoff of its largest curvature, and where that
+    exceeds the smallest one met, the solution in that direction is noise, which a residual of the
+    same products does not show. Says nothing of a solver that does not tell its curvatures.
+    """
+    low, high = stats.get("min_curvature"), stats.get("max_curvature")
+    unit = _half_roundoff(params)
+    if unit is None or low is None or high is None:
+        return result
+    lost = (low > 0) & (unit * high > low)
+    return jnp.where(result < int(Status.singular), worst(result, _rounding_if(lost)), result)
+
+
+def _half_roundoff(params: Params) -> float | None:
+    """The largest unit roundoff of leaves of half precision; None where there are none."""
+    units = [float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(params)]
+    return max(units) if max(units) > 1e-4 else None
+
+
+def _rounding_if(condition: jax.Array) -> jax.Array:
+    return jnp.where(condition, code(Status.rounding), code(Status.ok))
+
+
 def status_of_rounding(told: list[StepInfo], params: Params) -> jax.Array:
     """``rounding`` where parameters of half precision make the derivative untrustworthy.
 
@@ -81,4 +106,4 @@ def status_of_rounding(told: list[StepInfo], params: Params) -> jax.Array:
     steps = sum(info.loss.size for info in told)
     unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(params))
     bad = (lost > LOST**2 * asked) | (unit * steps**0.5 > WALK)
-    return jnp.where(bad, code(Status.rounding), code(Status.ok))
+    return _rounding_if(bad)

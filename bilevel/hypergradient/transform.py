@@ -45,7 +45,8 @@ def hypergrad_solve(
     Args:
       outer: :math:`f`, ``loss(params, hparams, batch) -> scalar`` (the validation loss).
       inner: :math:`h`, ``loss(params, hparams, batch) -> scalar`` (the training loss); or a
-        :class:`~bilevel.FixedPoint` or :class:`~bilevel.Root`, for implicit responses.
+        :class:`~bilevel.Composite`, :class:`~bilevel.FixedPoint` or :class:`~bilevel.Root`, for
+        implicit responses.
       response: how the parameters follow the hyperparameters, e.g. ``Implicit(CG())``.
       params: the inner variable, n real numbers in any pytree.
       *hparams: the outer variable, p real numbers in any pytree. Several positions are

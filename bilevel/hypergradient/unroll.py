@@ -12,7 +12,7 @@ from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scal
 from bilevel.ground.batches import check_stack, one_batch
 from bilevel.ground.cost import Cost
 from bilevel.ground.settings import check_settings, check_takes, count
-from bilevel.ground.traced import contains_primitive
+from bilevel.ground.traced import BACKWARD_RULE, contains_primitive
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.forward import no_tangents, push_forward
 from bilevel.hypergradient.judge import status_of_rounding
@@ -241,7 +241,7 @@ class Unroll:
             check_same_tree(state, expected, "state")
         one = one_batch(inner_batch)
         if self.mode == "forward" and contains_primitive(
-            problem.inner_loss, params, hparams, one, prefix="custom_vjp_call"
+            problem.inner_loss, params, hparams, one, prefix=BACKWARD_RULE
         ):
             raise TypeError(
                 "`mode='forward'` pushes tangents through `inner`, which contains a function with "

@@ -14,6 +14,8 @@ from bilevel.ground.batches import check_batch, select_batch
 from bilevel.ground.keys import check_key
 from bilevel.ground.settings import (
     check_flag,
+    check_number,
+    check_real,
     check_settings_used,
     check_takes,
     concrete,
@@ -21,13 +23,15 @@ from bilevel.ground.settings import (
     out_of_range,
 )
 from bilevel.ground.status import STATIONARITY, Status, status_of
-from bilevel.ground.traced import contains_primitive
+from bilevel.ground.traced import BACKWARD_RULE, contains_primitive
 from bilevel.hypergradient.attach import attach_implicit, attach_response, differentiates_fully
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.best_response import BestResponse
 from bilevel.hypergradient.implicit import Implicit
+from bilevel.hypergradient.rules import Marks
 from bilevel.problem.conditions import Condition
-from bilevel.problem.two_losses import Problem
+from bilevel.problem.knots import knots
+from bilevel.problem.two_losses import Problem, largest_curvature
 from bilevel.problem.validate import (
     check_inexact,
     check_inner,
@@ -43,11 +47,13 @@ class SolveInfo(NamedTuple):
     Attributes:
       result: int32 :class:`~bilevel.Status`: ``not_stationary`` where an implicit response would
         differentiate a point that is no minimum, ``nonfinite_input`` for NaN or infinite
-        parameters or inner gradients, ``invalid_setting`` for a traced setting of the response.
+        parameters or inner gradients, ``invalid_setting`` for a traced setting of the response,
+        ``knot`` where a condition has no derivative.
         :func:`~bilevel.raise_for_status` takes it.
       stats: for an implicit response ``stationarity`` :math:`\|\nabla_w h\|` and
         ``relative_stationarity`` :math:`\|\nabla_w h\| / (c\,\|w\|)`, with c the curvature that
-        three power iterations find. Empty for others, which assume no minimum.
+        three power iterations find; of a condition ``knots``, how many numbers are at a threshold.
+        Empty for others, which assume no minimum.
     """
 
     result: jax.Array
@@ -62,27 +68,33 @@ def with_response(
     has_aux: bool = False,
     has_status: bool = False,
     on_failure: Literal["nan", "keep"] = "nan",
+    residual: float | None = None,
 ) -> Callable[..., Any]:
-    r"""``solve``, made differentiable with respect to the hyperparameters.
+    r"""``solve``, made differentiable with respect to the hyperparameters and the data.
 
     .. math::
         w = \mathrm{solve}(w_0, \lambda, \mathrm{batch}), \qquad
-        \bar\lambda = \Bigl(\frac{\partial w}{\partial\lambda}\Bigr)^\top \bar w,
-        \qquad \bar w_0 = 0
+        \bar\theta = \Bigl(\frac{\partial w}{\partial\theta}\Bigr)^\top \bar w
+        \quad\text{for}\quad \theta = \lambda, \text{batch}, \qquad \bar w_0 = 0
 
     Args:
       solve: ``solve(params, hparams, inner_batch) -> params``, from a start to (near) a
         minimizer of ``inner``. It is only called, never differentiated: outside ``jit`` it may
         be ordinary Python (a loop with an early stop, another library), inside it must trace.
       inner: the loss that ``solve`` minimizes, ``inner(params, hparams, batch) -> scalar``; or
-        the condition that it solves, a :class:`~bilevel.FixedPoint` or :class:`~bilevel.Root`.
+        the condition that it solves, a :class:`~bilevel.Composite`, :class:`~bilevel.FixedPoint` or
+        :class:`~bilevel.Root`.
       response: applied at the point that ``solve`` returns, e.g. ``Implicit(CG())``. It starts
         cold in every call.
       has_aux: ``solve`` returns ``(params, aux)``; ``aux`` is passed on without a derivative.
       has_status: return a :class:`SolveInfo` too: arrays, under every transformation.
       on_failure: what a derivative is where its linear solve fails (status ``singular``,
         ``negative_curvature``, ``diverged`` or ``invalid_setting``): NaN, or what the solver has
-        (``"keep"``).
+        (``"keep"``). At a ``knot`` it is that of one side: a generalized derivative, and no failure
+        of the solve.
+      residual: the largest ``residual_norm / rhs_norm`` of a derivative's linear solve that is no
+        failure; beyond, the derivative is NaN. ``None`` accepts any: solves that spent their
+        budget, short series, and ``Identity()``, which never looks at the matrix.
 
     Returns:
       ``fn(params, hparams, inner_batch, *, key=None) -> params``, with the values of ``solve``;
@@ -90,31 +102,36 @@ def with_response(
       ``key`` goes to a response that draws random numbers. The derivative with respect to the
       starting ``params`` is zero, because a minimizer does not depend on where the search began.
 
-    **Derivatives.** With ``Implicit(...)`` on one fixed batch, of every order and in both modes
-    (``jax.grad``, ``jax.jvp``, ``jax.hessian``, ``jax.grad`` of ``jax.grad``), under ``jit``,
-    ``vmap`` and ``scan`` (of an ``inner`` that contains a function with ``jax.custom_vjp`` the
-    first, in reverse mode). The rule is applied again to its own derivative, so each order costs
-    further solves by the same solver. All of them are exact where the solver and the operator
-    are. A truncated solver (``Neumann(5)``, ``Identity()``) approximates :math:`A^{-1}` in each of
-    these solves: higher derivatives then approximate those of the solution, and are not the
-    derivatives of the approximate first one (a Hessian need not be symmetric). Other responses,
-    and ``fresh_batches=True``, have a first derivative in reverse mode; more raises ``TypeError``.
+    **Derivatives.** With ``Implicit(...)`` on one fixed batch, in ``hparams`` and in the floating
+    leaves of ``inner_batch`` (``jax.grad(..., argnums=...)`` chooses, and what it does not choose
+    costs nothing), of every order and in both modes (``jax.grad``, ``jax.jvp``, ``jax.hessian``,
+    ``jax.grad`` of ``jax.grad``), under ``jit``, ``vmap`` and ``scan`` (of an ``inner`` that
+    contains a function with ``jax.custom_vjp`` the first, in reverse mode). Those in the data
+    give influences of examples, degrees of freedom, and Stein's unbiased risk. The rule is applied
+    again to its own derivative, so each order costs further solves by the same solver. All of them
+    are exact where the solver and the operator are. A truncated solver (``Neumann(5)``,
+    ``Identity()``) approximates :math:`A^{-1}` in each of these solves: higher derivatives then
+    approximate those of the solution, and are not the derivatives of the approximate first one (a
+    Hessian need not be symmetric). Other responses, and ``fresh_batches=True``, have a first
+    derivative in ``hparams``, in reverse mode; more raises ``TypeError``, and one in the data
+    ``ValueError``.
 
     **Trust.** Outside ``jit`` a solution that is not finite warns (``RuntimeWarning``), as does
     an implicit response at a point that is no minimum; inside, ask for ``has_status=True``. The
     linear solve of a derivative happens inside automatic differentiation, where there is no place
     for a status, so a derivative whose solve fails is NaN: at a saddle, at a maximum, or where the
     inner loss is flat in a direction in which the outer one has a gradient. A solve that only
-    spent its budget, or a truncated one, is not marked. :func:`~bilevel.hypergrad_solve` tells
-    more, at ``params=w``.
+    spent its budget, or a truncated one, is marked where ``residual`` is given.
+    :func:`~bilevel.hypergrad_solve` tells more, at ``params=w``.
 
     Raises:
       TypeError, ValueError: for trees, dtypes and shapes that do not fit; when a derivative is
-        asked with respect to ``inner_batch``, ``key``, or a value that ``inner`` or ``response``
-        closes over (the answer would silently be wrong); and for a hyperparameter that the
-        response cannot see, whose derivative would be zero by structure.
+        asked with respect to ``key`` or a value that ``inner`` or ``response`` closes over (the
+        answer would silently be wrong); and for a leaf that the response cannot see, whose
+        derivative would be zero by structure.
 
-    Cost: that of ``solve``, and for each derivative what ``response`` costs. The check of an
+    Cost: that of ``solve``, and for each derivative what ``response`` costs, however many
+    arguments it is asked in. ``residual`` takes one product more. The check of an
     implicit point takes one inner gradient and three products, outside ``jit`` or where its
     status is used.
 
@@ -133,6 +150,9 @@ def with_response(
       True
       >>> bool(jnp.allclose(jax.grad(jax.grad(total))(1.0), 0.75))
       True
+      >>> jacobian = jax.jacfwd(lambda y: solve(jnp.zeros(2), 1.0, (x, y)))(y)  # I / (1 + lam)
+      >>> float(jnp.trace(x @ jacobian))  # the degrees of freedom of the fit
+      1.0
 
     Reference: Blondel et al., "Efficient and modular implicit differentiation", NeurIPS 2022
     (``custom_root``); here for any response, and with the inner loss as the condition.
@@ -146,6 +166,14 @@ def with_response(
     check_flag("has_status", has_status)
     if on_failure not in ("nan", "keep"):
         raise ValueError(f"`on_failure` must be 'nan' or 'keep', got {on_failure!r}.")
+    if residual is not None:
+        check_number("residual", residual)
+        check_real("residual", residual, 0)
+        if on_failure == "keep":
+            raise ValueError(
+                "`residual` marks derivatives as NaN, which `on_failure='keep'` forbids: pass one "
+                "of the two."
+            )
     check_response(response)
     check_settings_used(response, "response")
     _refuse_untrained(response)
@@ -157,9 +185,7 @@ def with_response(
         _check_arguments(params, hparams, inner_batch)
         check_key(key)
         hparams, inner_batch = jax.tree.map(_as_array, (hparams, inner_batch))
-        # A copy, because `vmap` of NumPy arrays leaves them in its tracers, where a custom rule
-        # would find them as they are. The compiler removes it.
-        hparams = jax.tree.map(jnp.copy, hparams)
+        hparams, inner_batch = jax.tree.map(_copy_traced, (hparams, inner_batch))
         if not getattr(response, "fresh_batches", False):
             check_inner(problem, params, hparams, inner_batch)
         # Cut here and not around the call: `solve` then runs on plain values, is never
@@ -172,14 +198,14 @@ def with_response(
             info = jax.lax.stop_gradient(_judge(problem, response, w, fixed, batch))
         elif _known((w, fixed, batch, response)):
             _warn(_judge(problem, response, w, fixed, batch))
-        marked = on_failure == "nan"
+        marks = Marks(on_failure == "nan", residual)
         attach: Callable[..., Params] = attach_response
         # JAX gives no derivative of a derivative through a backward rule of the user's own.
         if differentiates_fully(response) and not contains_primitive(
-            problem.condition, w, fixed, batch, prefix="custom_vjp_call"
+            problem.condition, w, fixed, batch, prefix=BACKWARD_RULE
         ):
             attach = attach_implicit
-        out = (attach(problem, response, w, hparams, inner_batch, key, marked),)
+        out = (attach(problem, response, w, hparams, inner_batch, key, marks),)
         out += (aux,) * has_aux + (info,) * has_status
         return out if len(out) > 1 else out[0]
 
@@ -189,6 +215,13 @@ def with_response(
 def _as_array(x: Any) -> Any:
     """Numbers and NumPy arrays as JAX's own: transformations keep no others as constants."""
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+def _copy_traced(x: Any) -> Any:
+    """A copy that the compiler removes: ``vmap`` of NumPy arrays leaves them in its tracers, where
+    a custom rule would find them as they are."""
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.copy(x) if isinstance(x, Tracer) and not is_key else x
 
 
 def _no_outer(*_: Any) -> Any:
@@ -269,11 +302,14 @@ def _judge(
         stats = {"stationarity": tree.norm(gradient), "relative_stationarity": relative}
         far = ~(relative <= STATIONARITY)
         finite &= jnp.isfinite(stats["stationarity"])
+        if not problem.has_loss and not response.fresh_batches:
+            stats["knots"] = knots(problem, w, hparams, batch)
     result = status_of(
         Status.ok,
         (~finite, Status.nonfinite_input),
         (out_of_range(response), Status.invalid_setting),
         (far, Status.not_stationary),
+        (stats.get("knots", 0) > 0, Status.knot),
     )
     return SolveInfo(result, stats)
 
@@ -283,7 +319,7 @@ def _stationarity(
 ) -> tuple[Vector, Scalar]:
     r"""The inner gradient, and its length over the largest curvature times that of ``w``."""
     fresh = response.fresh_batches
-    gradient, mv = response.bind(problem, w, hparams, batch)
+    gradient, mv = response.bind(problem, w, hparams, batch).bound
     if fresh:  # that of the mean loss, or the noise of one batch would count
         count = response.num_inner_batches() or 1
         each = jax.lax.map(
@@ -291,19 +327,8 @@ def _stationarity(
         )
         gradient = jax.tree.map(lambda x: jnp.mean(x, 0), each)
     gradient, w = tree.accumulate(gradient), tree.accumulate(w)
-    # The start has a share of both: `w` alone may lie in directions of little curvature.
-    v = tree.add(_unit(w), _unit(gradient))
-    curvature = jnp.zeros_like(tree.norm(w))
-    for _ in range(3):
-        v = tree.accumulate(mv(_unit(v)))
-        curvature = jnp.maximum(curvature, tree.norm(v))
-    length, scale = tree.norm(gradient), curvature * tree.norm(w)
+    length, scale = tree.norm(gradient), largest_curvature(mv, w, gradient) * tree.norm(w)
     return gradient, jnp.where(length == 0, 0, length / scale)
-
-
-def _unit(v: Vector) -> Vector:
-    length = tree.norm(v)
-    return tree.scale(1 / jnp.where(length > 0, length, 1), v)
 
 
 def _known(values: Any) -> bool:
@@ -321,6 +346,12 @@ def _warn(info: SolveInfo) -> None:
         what = (
             "The result of `solve`, or the gradient of `inner` there, is NaN or infinite, and so "
             "are the derivatives: look at `solve`, the batch and the hyperparameters."
+        )
+    elif status == Status.knot:
+        what = (
+            f"knots={int(info.stats['knots'])} numbers of the result of `solve` are just at a "
+            "threshold of their condition, where the solution has no derivative: those given are "
+            "of one side. Solve to a tighter tolerance, or move the hyperparameters a little."
         )
     else:
         what = (

@@ -13,10 +13,9 @@ from bilevel.ground.batches import check_batch
 from bilevel.ground.loops import strong_types
 from bilevel.ground.settings import check_count, check_one_real, check_takes, is_function
 from bilevel.ground.status import Status, status_of
+from bilevel.problem.conditions import Composite, Prox
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inner, check_losses, check_point, check_returned
-
-Prox = Callable[[Params, Hparams, Scalar], Params]
+from bilevel.problem.validate import check_inner, check_losses, check_point, check_prox
 
 
 class Minimum(NamedTuple):
@@ -46,7 +45,7 @@ class _Search(NamedTuple):
 
 
 def minimize(
-    inner: Loss,
+    inner: Loss | Composite,
     params: Params,
     hparams: Hparams,
     batch: Batch,
@@ -62,11 +61,14 @@ def minimize(
             \le \text{tol}
 
     Without ``prox`` by L-BFGS with a zoom line search (optax). With it by accelerated proximal
-    gradient steps, whose length s is found by backtracking and whose momentum starts anew where it
-    points uphill.
+    gradient steps, whose momentum starts anew where it points uphill. Their length s begins with
+    the ``step_size`` of a ``Composite``, or else is doubled or halved until it fits; after that it
+    grows by a tenth with every step and is halved where it is too long. Values of the loss decide,
+    which cost no gradient, as far as rounding lets them.
 
     Args:
-      inner: the smooth part h, ``loss(params, hparams, batch) -> scalar``.
+      inner: the smooth part h, ``loss(params, hparams, batch) -> scalar``; or a
+        :class:`~bilevel.Composite`, which has a proximal operator with it.
       params: the start; a warm one saves most of the work in a loop.
       hparams, batch: passed to the loss.
       tol: absolute; may be traced (an outer method that tightens it). ``None``:
@@ -78,7 +80,7 @@ def minimize(
     Returns:
       :class:`Minimum`. It is not differentiated: pass its ``params`` to ``hypergrad``, or call it
       in the ``solve`` of ``with_response``; with ``prox`` the condition is
-      ``FixedPoint(proximal_step(inner, prox, step_size))``.
+      ``Composite(inner, prox)``.
 
     Raises:
       TypeError, ValueError: when traced, for trees, dtypes, functions and settings that do not fit.
@@ -102,6 +104,11 @@ def minimize(
       >>> bool(jnp.allclose(found.params, jnp.array([1.5, 0.0]))), int(found.result)
       (True, 0)
     """
+    first = None
+    if isinstance(inner, Composite):
+        if prox is not None:
+            raise ValueError("`prox` is given twice: leave it out where `inner` is a `Composite`.")
+        inner, prox, first = inner.loss, inner.prox, inner.step_size
     check_losses(inner=inner)
     check_point(params, hparams)
     check_batch(batch, "batch")
@@ -121,9 +128,8 @@ def minimize(
         if not is_function(prox):
             raise TypeError(f"`prox` must be a function prox(params, hparams, step), got {prox!r}.")
         check_takes("prox", prox, "prox(params, hparams, step_size)")
-        one = jnp.ones((), tree.norm(params).dtype)
-        check_returned(jax.eval_shape(prox, params, hparams, one), params, "prox")
-        start, advance = _proximal(loss, params, lambda w, s: prox(w, hparams, s))
+        check_prox(prox, params, hparams)
+        start, advance = _proximal(loss, params, lambda w, s: prox(w, hparams, s), first)
     eps = jnp.finfo(start.size.dtype).eps
     bound = jnp.sqrt(eps) * jnp.maximum(1, start.size) if tol is None else jnp.asarray(tol)
     bound = bound.astype(start.size.dtype)
@@ -156,7 +162,8 @@ def proximal_step(
 
     What a solution of :func:`minimize` with ``prox`` leaves where it is, for any step size
     :math:`s > 0`: the condition ``FixedPoint(proximal_step(...))``. A step of about one over the
-    largest curvature conditions its system best, and makes the map contract.
+    largest curvature conditions its system best, and makes the map contract. For an ordinary
+    proximal operator :class:`~bilevel.Composite` has the symmetric system of the same condition.
     """
 
     def step(params: Params, hparams: Hparams, batch: Batch) -> Params:
@@ -209,28 +216,42 @@ class _Momentum(NamedTuple):
 SHORTEST = 60
 """Halvings of the step size before a proximal search gives up."""
 
+LONGEST = 30
+"""Doublings of the first step size, from one."""
+
+GROWTH = 1.1
+"""Of the step size from step to step: curvature falls along the way, and a start may be short."""
+
 
 def _proximal(
-    loss: Callable[[Params], Scalar], params: Params, prox: Callable[[Params, Scalar], Params]
+    loss: Callable[[Params], Scalar],
+    params: Params,
+    prox: Callable[[Params, Scalar], Params],
+    first: Any = None,
 ) -> tuple[_Search, Step]:
     def moved(y: Params, gradient: Vector, s: Scalar) -> Params:
         return tree.cast_like(prox(tree.cast_like(tree.axpy(-s, gradient, y), y), s), y)
 
+    def judged(y: Params, value: Scalar, gradient: Vector, s: Scalar) -> tuple[Any, Any]:
+        """Whether a step is too long for its model, and whether rounding lets it tell."""
+        w = moved(y, gradient, s)
+        d = tree.sub(w, y)
+        bend = tree.vdot(d, d) / (2 * s)
+        slack = 4 * jnp.finfo(bend.dtype).eps * jnp.abs(value)
+        too_long = ~(loss(w) <= value + tree.vdot(gradient, d) + bend + slack)
+        return too_long, bend > slack
+
     def advance(search: _Search) -> _Search:
         y, s, t = search.memory
         value, gradient = jax.value_and_grad(loss)(y)
-        slack = 4 * jnp.finfo(search.size.dtype).eps * jnp.abs(value)
 
         def too_long(s: Scalar) -> jax.Array:
-            w = moved(y, gradient, s)
-            d = tree.sub(w, y)
-            model = value + tree.vdot(gradient, d) + tree.vdot(d, d) / (2 * s) + slack
-            return ~(loss(w) <= model)
+            return judged(y, value, gradient, s)[0]
 
         s, halvings = jax.lax.while_loop(
             lambda c: (c[1] < SHORTEST) & too_long(c[0]), lambda c: (c[0] / 2, c[1] + 1), (s, ZERO)
         )
-        w = moved(y, gradient, s)
+        w, tells = moved(y, gradient, s), judged(y, value, gradient, s)[1]
         step = tree.sub(w, search.params)
         uphill = tree.vdot(tree.sub(y, w), step) > 0
         following = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
@@ -238,7 +259,11 @@ def _proximal(
         ahead = tree.cast_like(tree.axpy(push, step, w), w)
         return _Search(
             w,
-            _Momentum(ahead, s, jnp.where(uphill, 1, following).astype(t.dtype)),
+            _Momentum(
+                ahead,
+                jnp.where(tells, GROWTH, 1).astype(s.dtype) * s,
+                jnp.where(uphill, 1, following).astype(t.dtype),
+            ),
             value,
             tree.norm(tree.sub(y, w)) / s,
             search.steps + 1,
@@ -249,6 +274,15 @@ def _proximal(
     value, gradient = jax.value_and_grad(loss)(params)
     one = jnp.ones((), tree.norm(params).dtype)
     size = tree.norm(tree.sub(params, moved(params, gradient, one)))
-    memory = _Momentum(params, one, one)
+
+    def may_grow(s: Scalar) -> jax.Array:
+        too_long, tells = judged(params, value, gradient, 2 * s)
+        return tells & ~too_long
+
+    if first is None:  # one in units of the loss says nothing: it may be far too short
+        first = jax.lax.while_loop(
+            lambda c: (c[1] < LONGEST) & may_grow(c[0]), lambda c: (2 * c[0], c[1] + 1), (one, ZERO)
+        )[0]
+    memory = _Momentum(params, jnp.asarray(first, one.dtype), one)
     stuck = jnp.asarray(False)
     return _Search(params, memory, value, size, ZERO, ZERO + 1, stuck), advance

@@ -18,6 +18,7 @@ from jax.extend import core
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, ModelState, Params
+from bilevel.ground.traced import BACKWARD_RULE, contains_primitive, pushes_tangents
 from bilevel.problem.two_losses import Problem
 
 
@@ -95,7 +96,18 @@ def mixed_gradient(
             values = [jax.tree.leaves((args[0], params, *args[2:]))[i] for i in floats]
             return jax.grad(lambda values: evaluate(*rebuilt(values))[0])(values)
 
-        first, found = jax.jvp(all_grads, (args[1],), (tree.cast_like(v, args[1]),))
+        def gradient_in_params(values: list[Any]) -> Params:
+            return jax.grad(lambda *args: evaluate(*args)[0], argnums=1)(*rebuilt(values))
+
+        v = tree.cast_like(v, args[1])
+        has_rule = contains_primitive(evaluate, *args, prefix=BACKWARD_RULE)
+        if has_rule and not pushes_tangents(all_grads, args[1], v):
+            # No tangent can be pushed: reverse-over-reverse, which is the same product.
+            values = [leaves[i] for i in floats]
+            found = jax.vjp(gradient_in_params, values)[1](v)[0]
+            first = all_grads(args[1]) if with_value else None
+        else:
+            first, found = jax.jvp(all_grads, (args[1],), (v,))
         if with_value:
             found = tree.axpy(value_cotangent, first, found)
         if with_state:

@@ -7,7 +7,8 @@ everywhere these are not needed.
 """
 
 import functools
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ class LinearSolution(NamedTuple):
       result: int32 :class:`~bilevel.Status`; with ``certify`` also ``truncated`` for a
         residual above a tenth of the right side, ``worse_than_zero`` for one above it.
       stats: ``rhs_norm`` :math:`\|g\|`; ``residual_norm`` :math:`\|g - A q\|`, recomputed from
-        ``value``, never a recurrence; ``num_matvecs``, products the method used (the one that
+        ``value`` unless rounding cannot have moved a recurrence by more than a hundredth;
+        ``num_matvecs``, products the method used (the one that
         recomputes the residual not counted); ``min_curvature``, ``max_curvature``, extremes
         of :math:`v^\top A v / v^\top v` met on the way. What a method cannot know is absent.
     """
@@ -70,13 +72,83 @@ class LinearSolver(Protocol):
     ) -> LinearSolution: ...
 
 
+@runtime_checkable
+class CarryingSolver(LinearSolver, Protocol):
+    """A solver that carries something from call to call: a curvature, a sketch, a preconditioner.
+
+    ``init_state`` is what stands for "nothing yet", of arrays (zeros) whose shapes follow from
+    ``like`` alone, a vector or its shapes; ``None`` where these settings carry nothing.
+    ``solve_from`` is ``solve`` from a state. It returns the state of the next call in the same
+    structure, shapes and dtypes, also for ``state=None``, a start that is known to be cold when
+    the program is traced. A state that is not finite must count as none.
+    """
+
+    def init_state(self, like: Vector) -> Any: ...
+
+    def solve_from(
+        self,
+        mv: MatVec,
+        rhs: Vector,
+        state: Any = None,
+        x0: Vector | None = None,
+        *,
+        key: Key | None = None,
+        certify: bool = True,
+    ) -> tuple[LinearSolution, Any]: ...
+
+
+def state_of(solver: LinearSolver, like: Vector) -> Any:
+    """What ``solver`` carries before its first call; ``None`` for one that carries nothing."""
+    return solver.init_state(like) if isinstance(solver, CarryingSolver) else None
+
+
+class Refreshed(NamedTuple):
+    """What is built anew every few calls only, and the calls made with it: 0 for none yet."""
+
+    built: Any
+    age: jax.Array
+
+
+def refreshed(
+    build: Callable[[], Any], products: int, every: int, state: Refreshed | None
+) -> tuple[Any, jax.Array, Refreshed]:
+    """What ``build()`` gives, or what it gave at most ``every`` calls ago; its products; the state.
+
+    Built anew also where what is carried is not finite. Under ``vmap`` it is built in every call
+    and then chosen from: members of a population may differ in age.
+    """
+    if state is None:
+        built = build()
+        return built, jnp.asarray(products, jnp.int32), Refreshed(built, jnp.ones((), jnp.int32))
+    due = (state.age <= 0) | (state.age >= every) | ~tree.all_finite(state.built)
+    old = state.built
+    built = jax.lax.cond(due, lambda: tree.cast_like(build(), old), lambda: old)
+    age = jnp.where(due, 1, state.age + 1).astype(jnp.int32)
+    return built, jnp.where(due, products, 0).astype(jnp.int32), Refreshed(built, age)
+
+
+SURE = 0.01
+"""Part of a residual norm that rounding may have moved for it to be told without a product."""
+
+
 def finish(
-    mv: MatVec, rhs: Vector, value: Vector, stats: Stats, result: jax.Array, certify: bool
+    mv: MatVec,
+    rhs: Vector,
+    value: Vector,
+    stats: Stats,
+    result: jax.Array,
+    certify: bool,
+    known: tuple[Scalar, Scalar] | None = None,
 ) -> LinearSolution:
-    """The record of a solve: residual recomputed and judged, non-finite input or output said."""
+    """The record of a solve: residual recomputed and judged, non-finite input or output said.
+
+    ``known`` is a residual norm that a recurrence gives and a bound on what rounding did to it: the
+    product is made only where the bound is not below :data:`SURE` of the norm.
+    """
     stats = {"rhs_norm": tree.norm(rhs), **stats}
     if certify:
-        left, right = tree.norm(tree.sub(rhs, mv(value))), stats["rhs_norm"]
+        right = stats["rhs_norm"]
+        left = _residual_norm(mv, rhs, value, known)
         stats["residual_norm"] = left
         judged = status_of(
             Status.ok,
@@ -91,6 +163,19 @@ def finish(
         (~tree.all_finite(value), Status.nonfinite_output),
     )
     return LinearSolution(value, result, stats)
+
+
+def _residual_norm(
+    mv: MatVec, rhs: Vector, value: Vector, known: tuple[Scalar, Scalar] | None
+) -> Scalar:
+    def recomputed() -> Scalar:
+        return tree.norm(tree.sub(rhs, mv(value)))
+
+    if known is None:
+        return recomputed()
+    norm, moved = known
+    # A NaN on either side is not "sure".
+    return jax.lax.cond(moved <= SURE * norm, lambda: norm, recomputed)
 
 
 def widen(low: Scalar, high: Scalar, v: Vector, av: Vector) -> tuple[Scalar, Scalar]:

@@ -1,7 +1,8 @@
 r"""Preconditioned conjugate gradients, which never evaluates :math:`A\,0`."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings, count, real
 from bilevel.ground.status import Status, status_of
 from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, require_symmetric
-from bilevel.linear.precondition import Diagonal
+from bilevel.linear.precondition import CarryingPreconditioner, Preconditioner, prepared_from
 
 
 class _Carry(NamedTuple):
@@ -43,7 +44,9 @@ class CG:
       rtol, atol: stop at :math:`\|r\| \le \max(rtol\,\|g\|, atol)`. Both ``None``: a fixed
         budget was asked for, and spending it is status ``ok``; with a tolerance, an unmet one
         is ``max_steps``. One unit of rounding, :math:`\epsilon\,\|g\|`, always counts as met.
-      preconditioner: ``None`` or :class:`Diagonal`.
+      preconditioner: ``None``, :class:`Diagonal`, :class:`KFAC`, :class:`EKFAC`,
+        :class:`Nystrom`, or anything with
+        their ``prepare``.
       unroll: write the loop out step by step (then all ``max_steps`` products are
         computed, those after convergence without effect); ``None`` decides by itself
         (convolutions on CPU).
@@ -75,7 +78,7 @@ class CG:
     max_steps: int = count(100)
     rtol: float | jax.Array | None = real(None, low=0, optional=True)
     atol: float | jax.Array | None = real(None, low=0, optional=True)
-    preconditioner: Diagonal | None = None
+    preconditioner: Preconditioner | None = None
     unroll: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     uses_start: ClassVar[bool] = True
@@ -93,6 +96,25 @@ class CG:
         certify: bool = True,
     ) -> LinearSolution:
         """Iterate from ``x0`` (from zero, without a product, for ``None``)."""
+        return self.solve_from(mv, rhs, None, x0, key=key, certify=certify)[0]
+
+    def init_state(self, like: Vector) -> Any:
+        """That of the preconditioner; ``None`` where it is prepared anew in each call."""
+        if not isinstance(self.preconditioner, CarryingPreconditioner):
+            return None
+        return self.preconditioner.init_state(like)
+
+    def solve_from(
+        self,
+        mv: MatVec,
+        rhs: Vector,
+        state: Any = None,
+        x0: Vector | None = None,
+        *,
+        key: Key | None = None,
+        certify: bool = True,
+    ) -> tuple[LinearSolution, Any]:
+        """Iterate from ``x0`` with the preconditioner in ``state``, where that is to be kept."""
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
         require_fixed(amap, "CG")
@@ -101,10 +123,11 @@ class CG:
         eps = _rounding(amap, rhs)
         tolerance, has_tolerance = self._tolerance(rhs, eps)
 
-        inverse, extra = None, 0
+        inverse, extra, told = None, 0, {}
         if self.preconditioner is not None:
-            inverse = self.preconditioner.inverse(amap, rhs, key)
-            extra = self.preconditioner.num_products(amap)
+            (inverse, extra, told), state = prepared_from(
+                self.preconditioner, amap, rhs, key, state
+            )
         x, r, used = _start(amap, rhs, x0)
         z = _apply(inverse, r)
         rr = tree.vdot(r, r)
@@ -138,13 +161,14 @@ class CG:
 
         products = last.step + extra + (0 if x0 is None else 1)
         low, high = last.curvature
-        stats = {"num_matvecs": products, "min_curvature": low, "max_curvature": high}
+        stats = {**told, "num_matvecs": products, "min_curvature": low, "max_curvature": high}
         if x0 is not None:
             stats["warm_start_used"] = used
         gg = tree.vdot(rhs, rhs)
         indefinite = last.stuck & (low < -10 * eps * high) | (high <= 0) & (low < 0)
         flat = last.stuck & ~indefinite
-        value = tree.where((last.rr > gg) | flat, last.smooth, last.x)
+        averaged = (last.rr > gg) | flat
+        value = tree.where(averaged, last.smooth, last.x)
         least = jnp.minimum(last.rr, first.rr / last.weight)
         result = status_of(
             Status.ok,
@@ -156,11 +180,13 @@ class CG:
         # would otherwise meet its infinite tolerance at zero, and look like an answer.
         lost = ~jnp.isfinite(last.rr)
         value = jax.tree.map(lambda v: jnp.where(lost, jnp.nan, v), value)
-        solution = finish(amap, rhs, value, stats, result, certify)
+        known = None if has_tolerance else _recurrence(eps, first, last, averaged)
+        solution = finish(amap, rhs, value, stats, result, certify, known)
         if not (certify and has_tolerance):
-            return solution
+            return solution, state
         stale = (solution.stats["residual_norm"] > 10 * tolerance) & (solution.result == 0)
-        return solution._replace(result=status_of(solution.result, (stale, Status.stagnated)))
+        result = status_of(solution.result, (stale, Status.stagnated))
+        return solution._replace(result=result), state
 
     def _tolerance(self, rhs: Vector, eps: float) -> tuple[Scalar, bool]:
         norm = tree.norm(rhs)
@@ -195,11 +221,30 @@ def _start(
     return tree.where(better, x0, zero), tree.where(better, residual, rhs), better
 
 
-def _apply(inverse: Vector | None, r: Vector) -> Vector:
-    return r if inverse is None else jax.tree.map(jnp.multiply, inverse, r)
+def _recurrence(
+    eps: float, first: _Carry, last: _Carry, averaged: jax.Array
+) -> tuple[Scalar, Scalar]:
+    r"""The residual norm of the value by recurrence, and a bound on its distance from the true one.
+
+    Each step rounds its parts of x and r: Greenbaum, "Estimating the attainable accuracy of
+    recursively computed residual methods", 1997, has :math:`O(k)\,\epsilon\,(\|A\| \max_j \|x_j\| +
+    \|r\|)`. The largest curvature met stands for the norm of A, and a factor of ten for what it
+    misses.
+    """
+    norm = jnp.sqrt(jnp.where(averaged, first.rr / last.weight, last.rr))
+    curvature = jnp.max(jnp.where(jnp.isfinite(last.curvature), jnp.abs(last.curvature), 0))
+    size = tree.norm(last.x) + tree.norm(first.x)
+    return norm, 10 * eps * (last.step + 1) * (curvature * size + norm)
 
 
-def _advance(mv: LinearMap, inverse: Vector | None, first_rr: Scalar, c: _Carry) -> _Carry:
+_Inverse: TypeAlias = Callable[[Vector], Vector] | None
+
+
+def _apply(inverse: _Inverse, r: Vector) -> Vector:
+    return r if inverse is None else inverse(r)
+
+
+def _advance(mv: LinearMap, inverse: _Inverse, first_rr: Scalar, c: _Carry) -> _Carry:
     image = mv(c.p)
     pp, pap = tree.vdot(c.p, c.p), tree.vdot(c.p, image)
     curvature = pap / pp

@@ -60,7 +60,7 @@ def lanczos(mv: MatVec, like: Vector, steps: int, key: Key) -> Tridiagonal:
         alpha = alpha.at[i].set(tree.vdot(v, image).astype(real))
         scale = tree.norm(image)
         for _ in range(2):
-            image = _orthogonal(basis, image)
+            image = orthogonal(basis, image)
         norm = tree.norm(image)
         # Below rounding the Krylov space is exhausted; what is left is noise, not a direction.
         alive = norm > 10 * jnp.finfo(real).eps * scale
@@ -73,7 +73,7 @@ def lanczos(mv: MatVec, like: Vector, steps: int, key: Key) -> Tridiagonal:
     return Tridiagonal(alpha, beta)
 
 
-def _orthogonal(basis: Vector, v: Vector) -> Vector:
+def orthogonal(basis: Vector, v: Vector) -> Vector:
     """``v`` minus its projection on the rows of ``basis`` (rows not yet filled are zero)."""
     parts = jax.tree.map(lambda b, x: jnp.tensordot(b, x, axes=x.ndim), basis, v)
     coefficients = jax.tree.reduce(lambda a, b: a + b.astype(a.dtype), parts)

@@ -1,6 +1,7 @@
 r"""The truncated Neumann series :math:`q = a \sum_{j=0}^{K} (I - aA)^j g`."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +28,26 @@ class Neumann:
     Args:
       num_matvecs: :math:`K \ge 0`.
       step_size: :math:`a > 0`, in units of 1/curvature. ``None`` estimates the largest
-        eigenvalue by power iteration started at :math:`g` (the series never leaves the
-        Krylov space of :math:`g`) and takes its inverse.
-      power_steps: products of that estimate; they come on top of K.
+        eigenvalue by power iteration and takes its inverse. The first call starts it at
+        :math:`g` (the series never leaves the Krylov space of :math:`g`); each later one goes
+        on by one product from the direction carried in ``state``, at its own matrix.
+      power_steps: products of the first estimate; they come on top of K.
       unroll: write the loop out step by step; ``None`` decides by itself (convolutions
         on CPU).
 
     The norm of the terms of a convergent series on one symmetric matrix falls in every step;
     a term longer than the one before it, or a Rayleigh quotient outside
     :math:`(0, 2/a)`, proves divergence and gives status ``diverged``. The sum up to K is
-    returned all the same. With fresh batches each product uses its own (the stochastic
-    series of stocBiO).
+    returned all the same, and the next call of a loop starts its estimate from the direction that
+    grew. With fresh batches each product uses its own (the stochastic series of stocBiO).
 
     For a ``FixedPoint`` of T and a step of one (``None`` means that there), it is the series
     :math:`\sum_j (\partial T^\top)^j g` of the map, convergent where T contracts.
 
-    Cost: K products (+ ``power_steps``) and three vectors. ``x0`` is not used: partial sums
-    cannot be warm-started. Raises ``ValueError``/``TypeError`` for a bad count or step.
+    Cost: K products and three vectors; without a step size ``power_steps`` products more in the
+    first call and one more in each later call of a loop, which carries one vector. ``x0`` is not
+    used: partial sums cannot be warm-started. Raises ``ValueError``/``TypeError`` for a bad count
+    or step.
 
     Reference: Lorraine, Vicol, Duvenaud, "Optimizing millions of hyperparameters by implicit
     differentiation", AISTATS 2020, Algorithm 3; here the leading step size is kept, which
@@ -59,8 +63,12 @@ class Neumann:
         check_settings(self)
 
     def num_products(self) -> int:
-        """Products a solve makes (static)."""
+        """Products a cold solve makes (static), the most of any."""
         return self.num_matvecs + (self.power_steps if self.step_size is None else 0)
+
+    def init_state(self, like: Vector) -> Vector | None:
+        """No direction yet: zeros; ``None`` where the step size is given."""
+        return tree.zeros_accumulated(like) if self.step_size is None else None
 
     def solve(
         self,
@@ -72,37 +80,39 @@ class Neumann:
         certify: bool = True,
     ) -> LinearSolution:
         """Sum the series; ``x0`` and ``key`` are not used."""
+        return self.solve_from(mv, rhs, None, x0, key=key, certify=certify)[0]
+
+    def solve_from(
+        self,
+        mv: MatVec,
+        rhs: Vector,
+        state: Vector | None = None,
+        x0: Vector | None = None,
+        *,
+        key: Key | None = None,
+        certify: bool = True,
+    ) -> tuple[LinearSolution, Vector | None]:
+        """Sum the series with a step from the direction in ``state``, for one more product."""
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
         unroll = amap.unroll if self.unroll is None else self.unroll
         product = amap.fresh or (lambda v, i: amap(v))
-        offset, step, made = 0, self.step_size, self.num_products()
+        offset, step, made, following = 0, self.step_size, self.num_matvecs, None
         if step is None and amap.transpose is not None:
-            step, made = 1.0, self.num_matvecs
+            step = 1.0
+            following = tree.zeros_accumulated(rhs)
         if step is None:
             offset = self.power_steps
-            largest = _largest_eigenvalue(product, rhs, self.power_steps, unroll)
+            unit, spent = self._direction(product, rhs, state, unroll)
+            image = product(unit, offset - 1)
+            # The norm of a unit vector's image: an absolute value, should one be negative.
+            largest = tree.norm(image)
             step = 1 / jnp.where(largest == 0, 1, largest)  # a NaN stays one
+            following, made = _mixed(image, rhs), made + spent
         step = jnp.asarray(step)
-
-        def body(i, carry):
-            term, total, low, high, growth = carry
-            image = product(term, i + offset)
-            low, high = widen(low, high, term, image)
-            following = tree.axpy(-step, image, term)
-            before, after = tree.vdot(term, term), tree.vdot(following, following)
-            return (
-                following,
-                tree.add(total, following),
-                low,
-                high,
-                jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 0),
-            )
-
-        real = tree.vdot(rhs, rhs).dtype
-        start = (rhs, rhs, *(jnp.asarray(x, real) for x in (jnp.inf, -jnp.inf, 0)))
-        last, total, low, high, growth = loop(self.num_matvecs, body, start, unroll)
+        last, total, low, high, growth = self._series(product, rhs, step, offset, unroll)
         value = tree.scale(step, total)
+        real = tree.vdot(rhs, rhs).dtype
         stats = {
             "num_matvecs": jnp.asarray(made, jnp.int32),
             "step_size": step.astype(real),
@@ -122,18 +132,71 @@ class Neumann:
             result = status_of(
                 Status.ok, (grows, Status.diverged), (indefinite, Status.negative_curvature)
             )
-        return finish(amap, rhs, value, stats, result, certify)
+            if offset:
+                # What grew is the direction that was missed: after K steps the last term has it.
+                following = tree.where(grows, _unit(last), following)
+        return finish(amap, rhs, value, stats, result, certify), following
+
+    def _direction(
+        self, product, rhs: Vector, state: Vector | None, unroll: bool
+    ) -> tuple[Vector, Any]:
+        """A unit vector along the largest curvature and its products, the one to come included.
+
+        Without a state (or one of zeros, or spoilt) by power iteration from ``rhs``.
+        """
+
+        def power(i: Any, v: Vector) -> Vector:
+            return _unit(product(v, i))
+
+        start = _unit(rhs)
+        if state is None:
+            return loop(self.power_steps - 1, power, start, unroll), self.power_steps
+        carried = tree.cast_like(state, rhs)
+        length = tree.norm(carried)
+        warm = jnp.isfinite(length) & (length > 0)
+        start = tree.where(warm, _unit(carried), start)
+        # A trip count, not a branch: under `vmap` a branch would compute both sides.
+        trips = jnp.where(warm, 0, self.power_steps - 1)
+        return jax.lax.fori_loop(0, trips, power, start), trips + 1
+
+    def _series(
+        self, product, rhs: Vector, step: Scalar, offset: int, unroll: bool
+    ) -> tuple[Vector, Vector, Scalar, Scalar, Scalar]:
+        """The last term, the sum, the extreme Rayleigh quotients and the last ratio of terms."""
+
+        def body(i, carry):
+            term, total, low, high, growth = carry
+            image = product(term, i + offset)
+            low, high = widen(low, high, term, image)
+            following = tree.axpy(-step, image, term)
+            before, after = tree.vdot(term, term), tree.vdot(following, following)
+            return (
+                following,
+                tree.add(total, following),
+                low,
+                high,
+                jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 0),
+            )
+
+        real = tree.vdot(rhs, rhs).dtype
+        start = (rhs, rhs, *(jnp.asarray(x, real) for x in (jnp.inf, -jnp.inf, 0)))
+        return loop(self.num_matvecs, body, start, unroll)
 
 
-def _largest_eigenvalue(product, rhs: Vector, steps: int, unroll: bool) -> Scalar:
-    """Power iteration from ``rhs``: the norm of a unit vector's image, so the absolute value."""
-    length = tree.norm(rhs)
-    unit = tree.scale(1 / jnp.where(length > 0, length, 1), rhs)
+MIXED = 0.1
+"""Part of the right side in the direction that is carried; it lowers the estimate by 0.5 %.
 
-    def body(i, carry):
-        v, _ = carry
-        image = product(v, i)
-        norm = tree.norm(image)
-        return tree.scale(1 / jnp.where(norm > 0, norm, 1), image), norm
+A direction that was orthogonal to the carried one, and has grown since, would otherwise enter
+through rounding alone.
+"""
 
-    return loop(steps, body, (unit, jnp.zeros_like(length)), unroll)[1]
+
+def _unit(v: Vector) -> Vector:
+    """``v`` over its norm; zero stays zero."""
+    norm = tree.norm(v)
+    return tree.scale(1 / jnp.where(norm > 0, norm, 1), v)
+
+
+def _mixed(image: Vector, rhs: Vector) -> Vector:
+    """The direction for the next call: that of ``image``, with some of ``rhs``."""
+    return tree.axpy(MIXED, _unit(rhs), _unit(image))

@@ -13,6 +13,15 @@ from bilevel.outer.inexact import MaidState as MaidState
 from bilevel.outer.inexact import bo_rep as bo_rep
 from bilevel.outer.inexact import hoag as hoag
 from bilevel.outer.inexact import maid as maid
+from bilevel.outer.optimizers import complex_momentum as complex_momentum
+from bilevel.outer.optimizers import fedhyper_client as fedhyper_client
+from bilevel.outer.optimizers import fedhyper_global as fedhyper_global
+from bilevel.outer.optimizers import fedhyper_server as fedhyper_server
+from bilevel.outer.optimizers import hypergradient_descent as hypergradient_descent
+from bilevel.outer.penalty import PenaltyState as PenaltyState
+from bilevel.outer.penalty import bome as bome
+from bilevel.outer.penalty import f2sa as f2sa
+from bilevel.outer.penalty import pbgd as pbgd
 from bilevel.outer.schedule import HyperSchedule as HyperSchedule
 from bilevel.outer.self_tuning import SelfTuningState as SelfTuningState
 from bilevel.outer.self_tuning import self_tuning as self_tuning

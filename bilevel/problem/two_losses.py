@@ -21,15 +21,18 @@ times as much for convolutions and more memory everywhere.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Loss, ModelState, Params, Scalar, Vector
+from bilevel.ground.traced import BACKWARD_RULE, contains_primitive, pushes_tangents
 from bilevel.ground.tree import cast_like
-from bilevel.problem.conditions import Condition, FixedPoint, Root
+from bilevel.problem.conditions import Composite, Condition, FixedPoint, Root
 
 
 class Point:
@@ -63,8 +66,8 @@ class Problem:
 
     Attributes:
       outer: ``outer(params, hparams, batch) -> scalar``, or ``(scalar, aux)`` with ``has_aux``.
-      inner: ``inner(params, hparams, batch) -> scalar``; or a :class:`~bilevel.FixedPoint` or
-        :class:`~bilevel.Root`, which has no loss.
+      inner: ``inner(params, hparams, batch) -> scalar``; or a :class:`~bilevel.Composite`,
+        :class:`~bilevel.FixedPoint` or :class:`~bilevel.Root`, which have no loss of their own.
       has_aux: whether ``outer`` returns an auxiliary pytree beside its value.
       has_state: whether both losses are ``loss(params, hparams, batch, model_state) ->
         (scalar, model_state)``; with ``has_aux`` too, ``outer`` returns
@@ -94,13 +97,50 @@ class Problem:
         return not isinstance(self.inner, Condition)
 
     def condition(self, params: Params, hparams: Hparams, batch: Batch) -> Vector:
-        r""":math:`R(w, \lambda)`, zero at the solution: :math:`\nabla_w h`, or :math:`w - T(w)`."""
+        r""":math:`R(w, \lambda)`, zero at the solution: :math:`\nabla_w h`, or :math:`w - T(w)`.
+
+        For a composite condition :math:`(w - \operatorname{prox}(w - s\nabla f)) / s`.
+        """
+        if isinstance(self.inner, Composite):
+            composite = self.settled(params, hparams, batch)
+            s, ahead = composite.inner.step_size, composite.ahead(params, hparams, batch)
+            moved = tree.sub(params, composite.proximal(ahead, hparams))
+            return jax.tree.map(lambda d: d / jnp.asarray(s).astype(d.dtype), moved)
         if isinstance(self.inner, FixedPoint):
             step = cast_like(self.inner.step(params, hparams, batch), params)
             return jax.tree.map(jnp.subtract, params, step)
         if isinstance(self.inner, Root):
             return self.inner.equation(params, hparams, batch)
         return self.inner_grad(params, hparams, batch)
+
+    @property
+    def smooth(self) -> "Problem":
+        """The problem with its smooth loss alone: without the part of a proximal operator."""
+        if isinstance(self.inner, Composite):
+            return dataclasses.replace(self, inner=self.inner.loss)
+        return self
+
+    def settled(self, params: Params, hparams: Hparams, batch: Batch) -> "Problem":
+        """The same problem; a composite condition gets its step size, where it has none.
+
+        It counts as a constant: the solution does not depend on it. Cost: three products.
+        """
+        if not isinstance(self.inner, Composite) or self.inner.step_size is not None:
+            return self
+        grad, mv = self.smooth.linearize(*jax.lax.stop_gradient((params, hparams, batch)))
+        curvature = largest_curvature(mv, params, grad)
+        step = jnp.where(curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 1)
+        step = jax.lax.stop_gradient(step)
+        return dataclasses.replace(self, inner=dataclasses.replace(self.inner, step_size=step))
+
+    def ahead(self, params: Params, hparams: Hparams, batch: Batch) -> Params:
+        r""":math:`w - s\nabla f(w)`, where the proximal operator of a settled problem stands."""
+        grad = self.smooth.inner_grad(params, hparams, batch)
+        return cast_like(tree.axpy(-self.inner.step_size, grad, params), params)
+
+    def proximal(self, ahead: Params, hparams: Hparams) -> Params:
+        """The proximal operator of a settled problem, in the dtype of its argument."""
+        return cast_like(self.inner.prox(ahead, hparams, self.inner.step_size), ahead)
 
     @property
     def state_arguments(self) -> tuple[ModelState, ...]:
@@ -144,23 +184,24 @@ class Problem:
         Cost: one gradient now, about 1.2 gradients for each later product, and the memory of
         the linearisation's residuals (about that of one backward pass). For a fixed batch.
         """
-        grad, mv = jax.linearize(lambda w: self.inner_grad(w, hparams, batch), params)
+        gradient = functools.partial(self.inner_grad, hparams=hparams, batch=batch)
+        has_rule = self._has_rule(params, hparams, batch)
+        if has_rule and not pushes_tangents(gradient, params, params):
+            grad, pull = jax.vjp(gradient, params)  # H is symmetric
+            return grad, lambda v: pull(cast_like(v, params))[0]
+        grad, mv = jax.linearize(gradient, params)
         return grad, lambda v: mv(cast_like(v, params))
 
     def hvp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Vector:
         r""":math:`H v`. Cost: about 2.5 gradients, memory of one forward-mode gradient."""
         v = cast_like(v, params)
-        return self._pushed(lambda w: self.inner_grad(w, hparams, batch), params, v)
+        return self._second((0,), (0,), (params, hparams, batch), v)[0]
 
     def cross_jvp(self, params: Params, hparams: Hparams, batch: Batch, mu: Hparams) -> Vector:
         r""":math:`B \mu`, shaped like ``params``. Cost: about 2.5 gradients."""
-
-        def of_hparams(lam: Hparams) -> Vector:
-            return self.condition(params, lam, batch)
-
         if not self.has_loss:
-            return jax.jvp(of_hparams, (hparams,), (mu,))[1]
-        return self._pushed(of_hparams, hparams, mu)
+            return jax.jvp(lambda lam: self.condition(params, lam, batch), (hparams,), (mu,))[1]
+        return self._second((0,), (1,), (params, hparams, batch), mu)[0]
 
     def cross_vjp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Hparams:
         r""":math:`B^\top v`, shaped like ``hparams``, as the JVP of :math:`\nabla_\lambda h`.
@@ -170,11 +211,17 @@ class Problem:
         regularise. Never more than one gradient's memory.
         """
         v = cast_like(v, params)
+        if isinstance(self.inner, Composite):
+            problem = self.settled(params, hparams, batch)
+            ahead = problem.ahead(params, hparams, batch)
+            _, pull = jax.vjp(problem.proximal, ahead, hparams)
+            through, beside = pull(v)
+            smooth = problem.smooth.cross_vjp(params, hparams, batch, through)
+            return tree.axpy(-1 / jnp.asarray(problem.inner.step_size), beside, smooth)
         if not self.has_loss:
             _, pull = jax.vjp(lambda lam: self.condition(params, lam, batch), hparams)
             return pull(v)[0]
-        grad = jax.grad(self.inner_loss, argnums=1)
-        return self._pushed(lambda w: grad(w, hparams, batch), params, v)
+        return self._second((1,), (0,), (params, hparams, batch), v)[0]
 
     def products(
         self, params: Params, hparams: Hparams, batch: Batch, v: Vector
@@ -184,19 +231,42 @@ class Problem:
         Cost: about 2.5 to 3 gradients together.
         """
         v = cast_like(v, params)
-        grads = jax.grad(self.inner_loss, argnums=(0, 1))
-        return self._pushed(lambda w: grads(w, hparams, batch), params, v)
+        return self._second((0, 1), (0,), (params, hparams, batch), v)
 
-    def _pushed(self, gradient: Callable[[Any], Any], point: Any, tangent: Any) -> Any:
-        """The JVP of a gradient of the inner loss at ``point``."""
-        try:
-            return jax.jvp(gradient, (point,), (tangent,))[1]
-        except TypeError as error:
-            if "custom_vjp" not in str(error):
-                raise
-        # A function with a backward rule of its own (fused losses, attention kernels): JAX pushes
-        # no tangent through it, but linearises its gradient.
-        return jax.linearize(gradient, point)[1](tangent)
+    def _has_rule(self, params: Params, hparams: Hparams, batch: Batch) -> bool:
+        """Whether the loss contains a function with a backward rule of its own."""
+        return contains_primitive(self.inner_loss, params, hparams, batch, prefix=BACKWARD_RULE)
+
+    def _second(
+        self, of: tuple[int, ...], along: tuple[int], at: tuple[Params, Hparams, Batch], v: Any
+    ) -> Any:
+        """The gradients in the arguments ``of``, pushed along ``v`` in the argument ``along``.
+
+        Where a function with a backward rule of its own stands inside the model no tangent can be
+        pushed (one at its end, a fused loss, is no obstacle). As second derivatives commute, ``v``
+        is then pulled back through the gradient in ``along``: reverse-over-reverse.
+        """
+        (moved,) = along
+
+        def gradients(argnums: tuple[int, ...], moving: tuple[int, ...]) -> Callable[..., Any]:
+            grad = jax.grad(self.inner_loss, argnums=argnums)
+
+            def call(*values: Any) -> Any:
+                args = list(at)
+                for i, value in zip(moving, values, strict=True):
+                    args[i] = value
+                return grad(*args)
+
+            return call
+
+        pushed = gradients(of, along)
+        if not self._has_rule(*at):
+            return jax.jvp(pushed, (at[moved],), (v,))[1]
+        if pushes_tangents(pushed, at[moved], v):
+            # Outside `jit` a tangent stumbles even where nothing needs it, a linearization not.
+            return jax.linearize(pushed, at[moved])[1](v)
+        _, pull = jax.vjp(gradients(along, of), *(at[i] for i in of))
+        return pull((v,))
 
     def outer_grads(
         self, params: Params, hparams: Hparams, batch: Batch
@@ -207,3 +277,34 @@ class Problem:
         return jax.value_and_grad(self.outer_loss, argnums=(0, 1), has_aux=True)(
             params, hparams, batch
         )
+
+
+def pushed(gradient: Callable[[Any], Any], point: Any, tangent: Any) -> Any:
+    """The JVP of a gradient, or of a condition, at ``point``."""
+    try:
+        return jax.jvp(gradient, (point,), (tangent,))[1]
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+    # A function with a backward rule of its own (fused losses, attention kernels): JAX pushes
+    # no tangent through it, but linearises its gradient.
+    return jax.linearize(gradient, point)[1](tangent)
+
+
+def largest_curvature(mv: Callable[[Vector], Vector], *starts: Vector) -> Scalar:
+    """About the largest absolute eigenvalue, by three power iterations from several vectors.
+
+    The start has a share of each: parameters alone may lie in directions of little curvature.
+    """
+    v = functools.reduce(tree.add, map(_unit, starts))
+    curvature = jnp.zeros_like(tree.norm(v))
+    for _ in range(3):
+        v = tree.accumulate(mv(_unit(v)))
+        curvature = jnp.maximum(curvature, tree.norm(v))
+    return curvature
+
+
+def _unit(v: Vector) -> Vector:
+    v = tree.accumulate(v)
+    length = tree.norm(v)
+    return tree.scale(1 / jnp.where(length > 0, length, 1), v)

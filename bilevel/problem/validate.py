@@ -12,8 +12,8 @@ from bilevel.ground.aliases import Batch, Hparams, Params
 from bilevel.ground.batches import array_dtype, check_batch
 from bilevel.ground.settings import check_takes, is_function
 from bilevel.ground.traced import depends
-from bilevel.ground.tree import paths
-from bilevel.problem.conditions import Condition, FixedPoint
+from bilevel.ground.tree import accumulator_dtype, paths
+from bilevel.problem.conditions import Composite, Condition, FixedPoint
 from bilevel.problem.two_losses import Problem
 
 
@@ -276,6 +276,10 @@ def check_point(params: Params, hparams: Hparams) -> None:
 
 def check_inner(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> None:
     """The inner loss on *one* batch (a response that takes several checks its first)."""
+    if isinstance(problem.inner, Composite):
+        check_scalar(_raw_shape(problem.smooth, "inner", params, hparams, batch), "inner", _INNER)
+        check_prox(problem.inner.prox, params, hparams)
+        return
     if not problem.has_loss:
         name = "step" if isinstance(problem.inner, FixedPoint) else "equation"
         function = getattr(problem.inner, name)
@@ -289,6 +293,20 @@ def check_inner(problem: Problem, params: Params, hparams: Hparams, batch: Batch
         jax.eval_shape(returned, params, hparams, batch)
         return
     check_scalar(_raw_shape(problem, "inner", params, hparams, batch), "inner", _INNER)
+
+
+def check_prox(prox: Any, params: Params, hparams: Hparams) -> None:
+    """Refuse a proximal operator that does not return a tree like ``params``."""
+    one = jnp.ones(
+        (), jnp.result_type(*map(accumulator_dtype, map(jnp.result_type, jax.tree.leaves(params))))
+    )
+
+    def returned(*args: Any) -> Any:
+        out = prox(*args)
+        check_returned(out, params, "prox")
+        return out
+
+    jax.eval_shape(returned, params, hparams, one)
 
 
 def check_is_read(

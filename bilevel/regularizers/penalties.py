@@ -55,8 +55,8 @@ def l1_penalty(
     the solve lets the weights at zero respond, which they do not. Its status is then
     ``not_stationary``. Three ways are right:
 
-    - ``FixedPoint(step)`` in place of the loss, with a step of soft-thresholding (see
-      ``docs/nonsmooth.md``);
+    - ``Composite(loss, prox)`` in place of the loss, with :func:`bilevel.prox.l1` and the loss
+      without the penalty (see ``docs/nonsmooth.md``);
     - restrict ``params`` to the support: fit, keep the weights that are not zero, and pass only
       those to the losses;
     - ``Unroll`` with a step of soft-thresholding, which keeps zeros at zero. The penalty then

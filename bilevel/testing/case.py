@@ -44,7 +44,8 @@ class Exact:
 
     Attributes:
       params: :math:`w^*(\lambda)`, (n,).
-      hessian: :math:`H = \nabla^2_{ww} h`, (n, n).
+      hessian: :math:`H = \nabla^2_{ww} h`, (n, n); of a condition :math:`\partial_w R`, which need
+        not be symmetric.
       cross: :math:`B = \partial_\lambda \nabla_w h`, (n, p).
       outer_grad: :math:`g = \nabla_w f`, (n,).
       direct: :math:`\partial_\lambda f`, (p,).
@@ -57,14 +58,15 @@ class Exact:
     direct: np.ndarray
 
     def adjoint(self, damping: float = 0.0) -> np.ndarray:
-        r""":math:`q = (H + \rho I)^{-1} g`, (n,)."""
-        return np.linalg.solve(self.hessian + damping * np.eye(len(self.hessian)), self.outer_grad)
+        r""":math:`q = (H^\top + \rho I)^{-1} g`, (n,)."""
+        matrix = self.hessian.T + damping * np.eye(len(self.hessian))
+        return np.linalg.solve(matrix, self.outer_grad)
 
     def series(self, num_matvecs: int, step_size: float) -> np.ndarray:
         r""":math:`a \sum_{j=0}^{K} (I - aH)^j g` summed term by term: K products, K + 1 terms."""
         term = total = self.outer_grad
         for _ in range(num_matvecs):
-            term = term - step_size * self.hessian @ term
+            term = term - step_size * self.hessian.T @ term
             total = total + term
         return step_size * total
 
@@ -79,7 +81,7 @@ class Case:
 
     Attributes:
       name: what messages call it.
-      inner, outer: ``loss(params, hparams, batch) -> scalar``.
+      inner, outer: ``loss(params, hparams, batch) -> scalar``; or a condition for ``inner``.
       params: the minimiser of ``inner`` at ``hparams``; two leaves or more, coupled by H.
       hparams: the hyperparameters; ``outer`` depends on them directly.
       inner_batch, outer_batch: what the losses read.
@@ -88,12 +90,13 @@ class Case:
         the operator of that name is given, ``gauss_newton_exact`` that it equals the Hessian,
         ``linear_model`` that its model is a :class:`~bilevel.LinearModel`,
         ``separable_penalty`` that its penalty alone makes it definite (what ``Woodbury``
-        needs without damping), ``swappable`` that both batches have the same shapes.
+        needs without damping), ``swappable`` that both batches have the same shapes;
+        ``condition`` that the inner problem is one, ``symmetric`` that its system is.
       gauss_newton: the operator, where the tag is present.
     """
 
     name: str
-    inner: Loss
+    inner: Any
     outer: Loss
     params: Params
     hparams: Hparams

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from bilevel.testing.case import Case
+from bilevel.testing.conditions import equilibrium_case, kkt_case, lasso_case
 from bilevel.testing.linear_models import (
     logistic_cases,
     multi_output_case,
@@ -28,13 +29,31 @@ def cases() -> tuple[Case, ...]:
     Raises:
       RuntimeError: without ``jax_enable_x64``: the truth is float64.
     """
+    _require_double()
+    return _all_cases()
+
+
+def condition_cases() -> tuple[Case, ...]:
+    """Inner problems that are no smooth loss, each at its solution: :func:`cases` for conditions.
+
+    An equilibrium (:class:`~bilevel.FixedPoint`) and KKT conditions (:class:`~bilevel.Root`),
+    whose systems are not symmetric; a lasso with one strength per weight and an elastic net
+    (:class:`~bilevel.Composite`, with the tag ``symmetric``), with weights at zero.
+
+    Raises:
+      RuntimeError: as :func:`cases`.
+    """
+    _require_double()
+    return _condition_cases()
+
+
+def _require_double() -> None:
     if not jax.config.read("jax_enable_x64"):
         raise RuntimeError(
             "bilevel.testing.cases() needs float64 for its exact values: call "
             "jax.config.update('jax_enable_x64', True) first, and `case.astype(...)` to test a "
             "method in a narrower dtype."
         )
-    return _all_cases()
 
 
 @functools.cache
@@ -49,3 +68,9 @@ def _all_cases() -> tuple[Case, ...]:
         least_squares_case(rng),
         network_case(rng),
     )
+
+
+@functools.cache
+def _condition_cases() -> tuple[Case, ...]:
+    rng = np.random.default_rng(1)
+    return equilibrium_case(rng), kkt_case(rng), lasso_case(rng), lasso_case(rng, ridge=0.5)

@@ -16,7 +16,7 @@ from bilevel.hypergradient import Implicit, hypergrad_solve
 from bilevel.linear import Dense, Identity, LinearSolution, LinearSolver
 from bilevel.linear.base import finish
 from bilevel.problem.operators.hessian import Hessian
-from bilevel.testing.case import Case
+from bilevel.testing.case import Case, unflatten
 from bilevel.testing.methods import Reference
 
 
@@ -184,4 +184,71 @@ def wrong_estimators(num_matvecs: int = 3) -> tuple[WrongEstimator, ...]:
         series("neumann_first_term_missing", first_term=False),
         series("neumann_leading_step_missing", leading_step=False),
         by_solver("stale_cg", lambda case: HandCG(len(case.truth().params) + 3)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class NotTransposed:
+    """A system that is not symmetric, solved with its matrix in place of the transpose."""
+
+    def solve(
+        self, mv: Any, rhs: Any, x0: Any = None, *, key: Any = None, certify: bool = True
+    ) -> LinearSolution:
+        """Solve with the other matrix."""
+        return Dense().solve(mv.transposed(), rhs, certify=certify)
+
+
+def wrong_condition_estimators() -> tuple[WrongEstimator, ...]:
+    r"""Mistakes in inner problems that are no smooth loss, for :func:`condition_cases`.
+
+    Flipped sign, :math:`A := I`, transpose forgotten; for composite conditions, the support ignored
+    (all weights respond) and the step size dropped.
+    """
+
+    def exact(case: Case) -> np.ndarray:
+        return case.truth().hypergrad()
+
+    def by_adjoint(name: str, adjoint: Callable[[Case], np.ndarray], *tags: str) -> WrongEstimator:
+        def estimate(case: Case) -> Hparams:
+            return unflatten(case.truth().hypergrad(adjoint(case)), case.hparams)
+
+        return WrongEstimator(name, estimate, exact, legal=lambda c: set(tags) <= c.tags)
+
+    def smooth(case: Case) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+        """Step size, Hessian of the smooth loss, Jacobian of the operator, outer gradient."""
+        flat, unravel = ravel_pytree(case.params)
+        condition: Any = case.inner
+        args = (case.hparams, case.inner_batch)
+        s, loss = condition.step_size, condition.loss
+
+        def proximal(v: jax.Array) -> jax.Array:
+            return ravel_pytree(condition.prox(unravel(v), case.hparams, s))[0]
+
+        h = jax.hessian(lambda w: loss(unravel(w), *args))(flat)
+        gradient = jax.grad(lambda w: loss(unravel(w), *args))(flat)
+        j = jax.jacobian(proximal)(flat - s * gradient)
+        return s, np.asarray(h), np.asarray(j), case.truth().outer_grad
+
+    def whole(case: Case) -> np.ndarray:
+        _, h, _, g = smooth(case)
+        return np.linalg.solve(h, g)
+
+    def unscaled(case: Case) -> np.ndarray:
+        s, h, j, g = smooth(case)
+        system = (np.eye(len(g)) - (np.eye(len(g)) - s * h) @ j) / s
+        return np.linalg.solve(system, g) / s
+
+    def not_transposed(case: Case) -> Hparams:
+        return case.solve(Implicit(NotTransposed())).grads
+
+    return (
+        WrongEstimator("sign_flipped", lambda case: case.solve(FlippedSign(Dense())).grads, exact),
+        WrongEstimator(
+            "identity_matrix", lambda case: case.solve(Implicit(Identity())).grads, exact
+        ),
+        WrongEstimator(
+            "transpose_forgotten", not_transposed, exact, legal=lambda c: "symmetric" not in c.tags
+        ),
+        by_adjoint("support_ignored", whole, "symmetric"),
+        by_adjoint("step_size_dropped", unscaled, "symmetric"),
     )

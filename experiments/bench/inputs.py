@@ -29,6 +29,14 @@ def images(count: int, pixels: int, seed: int) -> tuple[np.ndarray, np.ndarray, 
     return x.astype(np.float32), labels, "Gaussian numbers"
 
 
+def decaying(count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Gaussian features, the j-th of scale 1 / sqrt(j), and labels by a random linear model."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, size)) / np.sqrt(np.arange(1, size + 1))
+    labels = np.argmax(x @ rng.normal(size=(size, 10)) + rng.gumbel(size=(count, 10)), axis=1)
+    return x.astype(np.float32), labels.astype(np.int32), "Gaussian numbers"
+
+
 def log_decay(key: jax.Array, like: jax.Array, centre: float) -> jax.Array:
     """Logarithms of penalties scattered by a factor of about two around `centre`."""
     return jnp.log(centre) + 0.7 * jax.random.normal(key, like.shape, jnp.float32)

@@ -48,7 +48,7 @@ def cg(mv: Callable, b: Any, steps: int, rtol: float | None = None, inverse: Any
     return jax.lax.while_loop(lambda c: (c[0] < steps) & (c[5] > limit), advance, start)[1]
 
 
-def neumann(mv: Callable, b: Any, steps: int, step_size: float, unroll: bool = False) -> Any:
+def neumann(mv: Callable, b: Any, steps: int, step_size: Any, unroll: bool = False) -> Any:
     """`step_size` times the sum of `(I - step_size A)^j b` for j up to `steps`."""
 
     def body(_: Any, carry: tuple) -> tuple:

@@ -46,10 +46,16 @@ def outer(w: jax.Array, hparams: jax.Array, batch: Any) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=1)
-def arguments(tiny: bool, seed: int) -> tuple[Any, str]:
-    """Weights after 200 steps of gradient descent, and everything else a row needs."""
+def arguments(tiny: bool, seed: int, decaying: bool = False) -> tuple[Any, str]:
+    """Weights after 200 steps of gradient descent, and everything else a row needs.
+
+    Where `decaying`, the features are Gaussian and number j has the scale 1 / sqrt(j).
+    """
     count, valid, pixels = (200, 50, 20) if tiny else (10_000, 2_000, 784)
-    x, y, source = inputs.images(count + valid, pixels, seed)
+    if decaying:
+        x, y, source = inputs.decaying(count + valid, pixels, seed)
+    else:
+        x, y, source = inputs.images(count + valid, pixels, seed)
     train = (jnp.asarray(x[:count]), jnp.asarray(y[:count]))
     held_out = (jnp.asarray(x[count:]), jnp.asarray(y[count:]))
     key = jax.random.key(seed)
@@ -63,8 +69,10 @@ def arguments(tiny: bool, seed: int) -> tuple[Any, str]:
     return (descend(w, lam, train), lam, train, held_out, key), source
 
 
-def _row(name: str, title: str, config: Config, seed: int, **fields: Any) -> Row:
-    args, source = arguments(config.tiny, seed)
+def _row(
+    name: str, title: str, config: Config, seed: int, decaying: bool = False, **fields: Any
+) -> Row:
+    args, source = arguments(config.tiny, seed, decaying)
     return Row(name, "W1 " + title, source, args, inner, **fields)
 
 
@@ -132,33 +140,49 @@ def _preconditioned_columns(by_hand: Any, any_model: Any) -> dict[str, Any]:
     }
 
 
+def _estimated_by_hand(g: Any, w: Any, lam: Any, batch: Any, key: Any) -> Any:
+    """Samples of the diagonal, drawn towards the product of their means over rows and columns."""
+    x, y = batch
+    z, weigh = jax.linearize(jax.grad(lambda z: cross_entropy(z, lam, batch)), x @ w)
+    decay = jnp.exp(lam)
+
+    def mv(v: jax.Array) -> jax.Array:
+        return x.T @ weigh(x @ v) + decay * v
+
+    keys = jax.random.split(key, PROBES)
+
+    def probe(i: Any, sums: tuple) -> tuple:
+        s = jax.random.rademacher(jax.random.split(keys[i], 1)[0], z.shape, z.dtype)
+        sample = (x.T @ s) * (x.T @ weigh(s))
+        return sums[0] + sample, sums[1] + sample**2
+
+    zeros = jnp.zeros_like(g)
+    total, squares = jax.lax.fori_loop(0, PROBES, probe, (zeros, zeros))
+    mean = total / PROBES
+    # Rounding may leave it below zero.
+    variance = jnp.maximum(squares / PROBES - mean**2, 0) / (PROBES - 1)
+    product = mean.mean(1, keepdims=True) * mean.mean(0, keepdims=True) / mean.mean()
+    live = product > 0
+    safe = jnp.where(live, product, 1)
+    noise = jnp.mean(variance / safe**2, where=live)
+    spread = jnp.maximum(jnp.mean((mean / safe - 1) ** 2, where=live) - noise, 0)
+    share = jnp.where(live, spread / (spread + noise), 1)
+    mean = product + share * (mean - product)
+    diagonal = jnp.maximum(mean, 2 * jnp.sqrt(share * variance)) + decay
+    return plain.cg(mv, g, MOST, RTOL, 1 / diagonal)
+
+
 def pcg_estimated(config: Config, seed: int) -> Row:
     """CG to 1e-6 on Gauss–Newton of any model, with its diagonal estimated."""
-
-    def solve(g: Any, w: Any, lam: Any, batch: Any, key: Any) -> Any:
-        x, y = batch
-        z, weigh = jax.linearize(jax.grad(lambda z: cross_entropy(z, lam, batch)), x @ w)
-        decay = jnp.exp(lam)
-
-        def mv(v: jax.Array) -> jax.Array:
-            return x.T @ weigh(x @ v) + decay * v
-
-        keys = jax.random.split(key, PROBES)
-
-        def probe(i: Any, sums: tuple) -> tuple:
-            s = jax.random.rademacher(jax.random.split(keys[i], 1)[0], z.shape, z.dtype)
-            sample = (x.T @ s) * (x.T @ weigh(s))
-            return sums[0] + sample, sums[1] + sample**2
-
-        zeros = jnp.zeros_like(g)
-        total, squares = jax.lax.fori_loop(0, PROBES, probe, (zeros, zeros))
-        mean = total / PROBES
-        variance = jnp.maximum(squares / PROBES - mean**2, 0)  # rounding may leave it below zero
-        error = jnp.sqrt(variance / (PROBES - 1))
-        return plain.cg(mv, g, MOST, RTOL, 1 / (decay + jnp.maximum(mean, 2 * error)))
-
-    columns = _preconditioned_columns(plain.hypergradient(outer, inner, solve), model)
+    columns = _preconditioned_columns(plain.hypergradient(outer, inner, _estimated_by_hand), model)
     return _row("w1_pcg_estimated", "diagonal estimated, to 1e-6", config, seed, columns=columns)
+
+
+def pcg_decaying(config: Config, seed: int) -> Row:
+    """The same where the spectrum of the features decays."""
+    columns = _preconditioned_columns(plain.hypergradient(outer, inner, _estimated_by_hand), model)
+    title = "diagonal estimated, decaying features, to 1e-6"
+    return _row("w1_pcg_decaying", title, config, seed, decaying=True, columns=columns)
 
 
 def pcg_exact(config: Config, seed: int) -> Row:
@@ -168,28 +192,37 @@ def pcg_exact(config: Config, seed: int) -> Row:
         x, y = batch
         p = jax.nn.softmax(x @ w)
         decay = jnp.exp(lam)
-
-        def pull(x: jax.Array, u: jax.Array) -> jax.Array:
-            # Thin X'U reads X across its rows; through the transpose of U it reads along them.
-            return (jax.lax.optimization_barrier(u.T) @ x).T / len(y)
+        # Thin X'U reads X across its rows; the transpose stored once is read along them. The
+        # barrier keeps XLA from folding it back into every product.
+        across = jax.lax.optimization_barrier(x.T)
 
         def mv(v: jax.Array) -> jax.Array:
             z = p * (x @ v)
-            return pull(x, z - p * jnp.sum(z, -1, keepdims=True)) + decay * v
+            return across @ (z - p * jnp.sum(z, -1, keepdims=True)) / len(y) + decay * v
 
-        diagonal = pull(x * x, p * (1 - p)) + decay
+        diagonal = (across * across) @ (p * (1 - p)) / len(y) + decay
         return plain.cg(mv, g, MOST, RTOL, 1 / diagonal)
 
     columns = _preconditioned_columns(
         plain.hypergradient(outer, inner, solve), bilevel.LinearModel(features)
     )
+    solver = bilevel.CG(max_steps=MOST, rtol=RTOL, preconditioner=bilevel.Diagonal())
+    thin = bilevel.LinearModel(features, store_transpose=False)
     title = "diagonal exact, linear model, to 1e-6"
-    return _row("w1_pcg_exact", title, config, seed, columns=columns)
+    return _row(
+        "w1_pcg_exact",
+        title,
+        config,
+        seed,
+        columns=columns,
+        extras={"one_layout": _bilevel(solver, _operator(thin))},
+    )
 
 
 ROWS = {
     "w1_cg_fixed": cg_fixed,
     "w1_cg_tolerance": cg_tolerance,
     "w1_pcg_estimated": pcg_estimated,
+    "w1_pcg_decaying": pcg_decaying,
     "w1_pcg_exact": pcg_exact,
 }

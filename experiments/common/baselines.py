@@ -30,6 +30,7 @@ def search(
     sampler: str,
     seed: int,
     done: Sequence[float] = (),
+    startup: int = 10,
     log: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
     """Minimises `objective(hparams)` with `floor(budget / cost)` trials by ask and tell.
@@ -44,6 +45,7 @@ def search(
         done: values of trials already evaluated in an interrupted search of the same seed; they
             are told again without being evaluated, after which the search goes on as if it had
             never stopped.
+        startup: random trials before TPE begins to model.
         log: called with every newly evaluated trial.
 
     Returns:
@@ -67,7 +69,7 @@ def search(
     study = optuna.create_study(
         sampler=samplers.RandomSampler(seed)
         if sampler == "random"
-        else samplers.TPESampler(seed=seed)
+        else samplers.TPESampler(seed=seed, n_startup_trials=startup)
     )
     trials: list[Trial] = []
     best = math.inf

@@ -269,3 +269,37 @@ def covtype(*, valid: int = 4_000, test: int = 4_000, seed: int = 0) -> Dataset:
     table = np.loadtxt(io.StringIO(text), np.float32, delimiter=",")
     full = Split(table[:, :-1], table[:, -1].astype(np.int32) - 1)
     return _dataset(full, None, valid=valid, held_out=test, seed=seed, what="covtype")
+
+
+HOUSING = (
+    "longitude",
+    "latitude",
+    "age",
+    "rooms",
+    "bedrooms",
+    "population",
+    "households",
+    "income",
+)
+
+
+def california_housing(*, valid: int = 2_000, test: int = 2_000, seed: int = 0) -> Dataset:
+    """California housing (Pace and Barry 1997): float64 (n, 8) in the order of `HOUSING`.
+
+    The columns of the census as they are (sums over a block, not scikit-learn's averages); the
+    target is the median house value in 100 000 dollars.
+    """
+    path = locate("california_housing/cal_housing.data.gz")
+    text = gzip.decompress(path.read_bytes()).decode()
+    table = np.loadtxt(io.StringIO(text), np.float64, delimiter=",", skiprows=1)
+    full = Split(table[:, :-1], table[:, -1] / 1e5)
+    return _dataset(full, None, valid=valid, held_out=test, seed=seed, what="california_housing")
+
+
+def diabetes(*, valid: int = 100, test: int = 100, seed: int = 0) -> Dataset:
+    """scikit-learn's diabetes (Efron et al. 2004): 442 rows, float64 (n, 10). Needs no file."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = load_diabetes(return_X_y=True)
+    full = Split(np.asarray(x, np.float64), np.asarray(y, np.float64))
+    return _dataset(full, None, valid=valid, held_out=test, seed=seed, what="diabetes")

@@ -14,11 +14,11 @@ TITLES = {
     "ijcnn1": "logistic regression, ijcnn1",
     "covtype": "softmax regression, covtype",
 }
-NAMES = {
+NAMES: dict[str, str] = {
     "soba": "SOBA", "saba": "SABA", "fsla": "FSLA", "srba": "SRBA", "spaba": "SPABA",
     "mrbo": "MRBO", "stocbio": "stocBiO", "amigo": "AmIGO",
 }  # fmt: skip
-COLOURS = dict(zip(METHODS, draw.OTHERS, strict=True))
+COLOURS: dict[str, str] = dict(zip(METHODS, draw.OTHERS, strict=True))
 DASHED = ("mrbo", "stocbio", "amigo")  # those that sum a series or train in between
 
 
@@ -31,7 +31,7 @@ def figures(out: Path) -> list[Path]:
 def _curves(records: list[record.Record], path: Path) -> Path:
     known = {r.method for r in records}
     problems = [name for name in TITLES if any(m.startswith(name + "_") for m in known)]
-    size = dict(rows=2, columns=len(problems), width=1.5 + 4.2 * len(problems), height=7.5)
+    size: Any = dict(rows=2, columns=len(problems), width=1.5 + 4.2 * len(problems), height=7.5)
     with draw.figure(path, **size) as (_, axes):
         axes = np.asarray(axes).reshape(2, -1)
         for column, name in zip(axes.T, problems, strict=True):

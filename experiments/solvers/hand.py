@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from experiments.solvers.config import Config
 from experiments.solvers.problem import Loss, Problem
-from experiments.solvers.steps import falling, momentum, period, sizes
+from experiments.solvers.steps import momentum, period, size, sizes
 
 
 def add(a: Any, x: Any, y: Any) -> Any:
@@ -110,7 +110,7 @@ class Hand:
             return jax.grad(self.problem.inner)(w, lam, at(i, 0)), self._series(w, lam, i, j, 1)
 
         d = add(self._keep(t), add(-1, both(past), before), both(point))
-        moves = (falling("mrbo", rate)(t) for rate in self.rates)
+        moves = (size("mrbo", rate, t) for rate in self.rates)
         new = tuple(add(-a, x, y) for a, x, y in zip(moves, d, point, strict=True))
         return new, t + 1, point, d
 
@@ -141,8 +141,7 @@ class Hand:
         return directions(oracles(self.problem.inner, self.problem.outer, point, i, j))
 
     def _moved(self, point: Any, d: Any, t: Any) -> Any:
-        a, b = (falling(self.method, rate) for rate in self.rates)
-        a, b = (rate(t) if callable(rate) else rate for rate in (a, b))
+        a, b = (size(self.method, rate, t) for rate in self.rates)
         w, q, lam = point
         return add(-a, d[0], w), add(-a, d[1], q), add(-b, d[2], lam)
 

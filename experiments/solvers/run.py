@@ -76,7 +76,7 @@ def _run(
     records: record.Records, config: Config, seed: int, name: str, method: str, budget: float
 ) -> None:
     problem, each = cached(name, config.batch), 0.0
-    rates = RATES[name].get(method, START)
+    rates = RATES.get(name, {}).get(method, START)
     each = loops.cost(method, config, problem)
     stops = marks(int(budget / each), config.points)
     first = float(np.sum(problem.gradient(problem.hparams) ** 2))

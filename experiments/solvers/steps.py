@@ -11,10 +11,14 @@ from experiments.solvers.problem import Problem
 ROOT = {"soba": 1 / 2, "fsla": 1 / 2, "mrbo": 1 / 3}  # steps fall as this power of their number
 
 
+def size(method: str, rate: Any, t: Any) -> Any:
+    """The step size of step t."""
+    return rate / (1 + t) ** ROOT[method] if method in ROOT else rate
+
+
 def falling(method: str, rate: Any) -> Any:
-    """A step size, or one that falls with the step."""
-    power = ROOT.get(method)
-    return rate if power is None else lambda t: rate / (1 + t) ** power
+    """A step size, or a schedule where it falls, for optax."""
+    return (lambda t: size(method, rate, t)) if method in ROOT else rate
 
 
 def momentum(method: str) -> Callable[[Any], Any]:

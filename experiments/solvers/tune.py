@@ -13,6 +13,7 @@ from experiments.solvers.config import METHODS, cpu
 from experiments.solvers.problem import cached
 
 SEED, PART = 100, 0.1
+OTHER = 60_000.0  # the budget of a problem that is in no preset
 RATES = (0.03, 0.1, 0.3, 1.0)
 OUTER = (0.001, 0.01, 0.1, 1.0, 10.0)
 
@@ -20,7 +21,8 @@ OUTER = (0.001, 0.01, 0.1, 1.0, 10.0)
 def tune(name: str, method: str) -> tuple[tuple[float, float], float]:
     """The best pair and what it reaches, relative to the start."""
     config, problem = cpu(), cached(name, cpu().batch)
-    budget = dict(zip(config.problems, config.budget, strict=True))[name] * PART
+    budgets = dict(zip(config.problems, config.budget, strict=True))
+    budget = budgets.get(name, OTHER) * PART
     count = int(budget / loops.cost(method, config, problem))
     stops = [max(1, round(count * x)) for x in (0.8, 0.9, 1.0)]
     first = np.sum(problem.gradient(problem.hparams) ** 2)

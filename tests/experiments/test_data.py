@@ -143,6 +143,13 @@ def test_splits_are_disjoint_complete_and_drawn_by_the_seed():
         data.digits(valid=1297)
 
 
+def test_diabetes_is_split_by_the_seed():
+    parts, others = data.diabetes(seed=0), data.diabetes(seed=1)
+    assert [part.x.shape for part in parts] == [(242, 10), (100, 10), (100, 10)]
+    assert not np.array_equal(parts.test.y, others.test.y)
+    assert sum(part.y.sum() for part in parts) == pytest.approx(442 * 152.13348, rel=1e-6)
+
+
 def test_idx_is_read_by_its_header():
     content = b"\0\0\x08\2" + b"\0\0\0\2" + b"\0\0\0\3" + bytes(range(6))
     np.testing.assert_array_equal(data.parse_idx(content), np.arange(6).reshape(2, 3))
@@ -194,6 +201,10 @@ def test_tables_have_their_published_sizes():
     assert [len(part.y) for part in data.libsvm("a1a", valid=5, test=0)] == [1600, 5, 0]
     parts = data.covtype(valid=0, test=0)
     assert np.bincount(parts.train.y).tolist() == [2942, 6022, 2160, 2160, 2396, 2160, 2160]
+    parts = data.california_housing(valid=0, test=0)
+    assert parts.train.x.shape == (20640, len(data.HOUSING))
+    assert parts.train.y.mean() == pytest.approx(2.068558, abs=1e-5)  # Pace and Barry's 206 856
+    assert (parts.train.x[:, 0] < -114).all() and (parts.train.x[:, 7] <= 15.0002).all()
     first, second = (data.uci_regression("yacht", split=split) for split in (0, 1))
     assert [part.x.shape for part in first] == [(222, 6), (55, 6), (31, 6)]
     assert not np.array_equal(first.test.y, second.test.y)

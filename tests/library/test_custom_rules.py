@@ -1,5 +1,7 @@
 """Inner losses that contain functions with a backward rule of their own (`jax.custom_vjp`)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,16 +103,148 @@ def test_a_backward_rule_changes_nothing(name, under_jit):
     )  # fmt: skip
 
 
-def test_solutions_have_their_first_derivative():
-    def value(lam, loss):
-        solve = bilevel.with_response(lambda w, lam, x: W, make(loss), Implicit(Dense()))
-        return outer(solve(jnp.zeros(4), lam, X), lam, X)
+@jax.custom_jvp
+def with_tangent(z):
+    return jnp.mean(jnp.logaddexp(0, z))
 
-    gradient = jax.jit(jax.grad(value), static_argnums=1)
+
+with_tangent.defjvp(
+    lambda primals, tangents: (
+        with_tangent(*primals),
+        jnp.mean(jax.nn.sigmoid(primals[0]) * tangents[0]),
+    )
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mean_of(function, z):
+    return jnp.mean(function(z))
+
+
+mean_of.defvjp(
+    lambda function, z: (mean_of(function, z), z),
+    lambda function, z, g: (g * jax.vmap(jax.grad(function))(z) / z.size,),
+)
+
+
+SIBLINGS = {
+    "custom_jvp": with_tangent,
+    "nondiff_argnums": lambda z: mean_of(functools.partial(jnp.logaddexp, 0.0), z),
+    "in scan": lambda z: jax.lax.scan(
+        lambda total, rows: (total + fused(rows) / 4, None), 0.0, z.reshape(4, -1)
+    )[0],
+    "in remat": jax.checkpoint(fused),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_siblings_change_nothing_either(name):
+    """In a solve, in an unrolled run, and through a solution; or the remedy is named."""
+    sibling = SIBLINGS[name]
+
+    def all_of(loss):
+        def solved(response, count=None):
+            batch = X if count is None else jnp.broadcast_to(X, (count, *X.shape))
+            return bilevel.hypergrad(outer, make(loss), response)(
+                W + 0.3 * (count is not None), LAM, inner_batch=batch, outer_batch=X
+            )
+
+        out = [
+            solved(Implicit(CG(rtol=1e-10))),
+            solved(Unroll(optax.adam(0.1), 2), 2),
+            jax.grad(value)(LAM, loss),
+        ]
+        if name == "custom_jvp":
+            out.append(solved(Unroll(optax.adam(0.1), 2, mode="forward"), 2))
+            out.append(jax.hessian(value)(LAM, loss))
+        return out
+
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9),
-        gradient(LAM, fused), gradient(LAM, plain),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
+        jax.jit(lambda: all_of(sibling))(), jax.jit(lambda: all_of(plain))(),
     )  # fmt: skip
+    if name != "custom_jvp":
+        with pytest.raises(TypeError, match="first derivative only.*without `jax.custom_vjp`"):
+            jax.eval_shape(jax.hessian(lambda lam: value(lam, sibling)), LAM)
+        with pytest.raises(TypeError, match=r"`mode='forward'` pushes .*`mode='mixed'`"):
+            bilevel.hypergrad(outer, make(sibling), Unroll(optax.sgd(0.1), 2, mode="forward"))(
+                W, LAM, inner_batch=jnp.broadcast_to(X, (2, *X.shape)), outer_batch=X
+            )
+
+
+@jax.custom_vjp
+def bounded(z):
+    return jnp.tanh(z)
+
+
+bounded.defvjp(lambda z: (bounded(z), jnp.tanh(z)), lambda t, g: (g * (1 - t**2),))
+
+
+def in_model(activation):
+    """A network whose activation has a backward rule of its own: its value is used, too."""
+    return GaussNewton(
+        lambda w, lam, x: activation(logits(w, lam, x)) * jnp.exp(lam["scale"]),
+        lambda z, lam, x: plain(z),
+        penalty=lambda w, lam: 0.05 * jnp.sum(jnp.exp(lam["decay"]) * w**2),
+    )
+
+
+@pytest.mark.parametrize("name", ["gauss-newton", "hessian", "unrolled", "solution"])
+def test_a_backward_rule_inside_the_model(name):
+    """No tangent passes: products are pulled back twice, and the tangent map is transposed."""
+
+    def all_of(activation):
+        operator = in_model(activation)
+
+        def solved(response, w=W, count=None):
+            batch = X if count is None else jnp.broadcast_to(X, (count, *X.shape))
+            return bilevel.hypergrad(outer, operator.loss, response)(
+                w, LAM, inner_batch=batch, outer_batch=X
+            )
+
+        if name == "gauss-newton":
+            return [solved(Implicit(s, operator)) for s in (CG(8), Dense(), bilevel.Woodbury())]
+        if name == "hessian":
+            return [solved(Implicit(s)) for s in (CG(8), Dense(), Neumann(3))]
+        if name == "unrolled":
+            plateau = optax.chain(optax.polyak_sgd(1e3), optax.scale(0.1))  # reads the loss
+            return [solved(Unroll(tx, 2), W + 0.3, 2) for tx in (optax.adam(0.1), plateau)]
+        solve = bilevel.with_response(lambda w, lam, x: W, operator.loss, Implicit(Dense()))
+        return jax.grad(lambda lam, x: outer(solve(jnp.zeros(4), lam, x), lam, x), (0, 1))(LAM, X)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12),
+        jax.jit(lambda: all_of(bounded))(), jax.jit(lambda: all_of(jnp.tanh))(),
+    )  # fmt: skip
+
+
+def test_a_fused_loss_at_the_end_is_no_obstacle(monkeypatch):
+    """Forward-over-reverse, the cheaper order, wherever it is possible."""
+    pulled = []
+    vjp = jax.vjp
+    monkeypatch.setattr(
+        jax, "vjp", lambda *args, **kwargs: pulled.append(1) or vjp(*args, **kwargs)
+    )
+    problem = bilevel.problem.two_losses.Problem(outer, make(fused))
+    jax.eval_shape(lambda w: problem.products(w, LAM, X, w), W)
+    assert not pulled
+    problem = bilevel.problem.two_losses.Problem(outer, in_model(bounded).loss)
+    jax.eval_shape(lambda w: problem.products(w, LAM, X, w), W)
+    assert pulled
+
+
+def value(lam, loss):
+    solve = bilevel.with_response(lambda w, lam, x: W, make(loss), Implicit(Dense()))
+    return outer(solve(jnp.zeros(4), lam, X), lam, X)
+
+
+def test_solutions_have_their_first_derivative():
+    want = jax.jit(lambda: jax.grad(value)(LAM, plain))()
+    # Not compiled too: there JAX runs what a compiler would leave out.
+    for gradient in (jax.grad(value), jax.jit(jax.grad(value), static_argnums=1)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), gradient(LAM, fused), want
+        )
     with pytest.raises(TypeError, match="gives the first derivative only"):
         jax.hessian(value)(LAM, fused)
 

@@ -118,6 +118,37 @@ def test_a_projection_keeps_the_constraint():
     assert bool(jnp.all(found.params >= 0)) and bool(jnp.any(found.params == 0))
 
 
+def test_the_units_of_the_loss_and_of_the_weights_do_not_matter():
+    # A step of one is right for none of these: it is found, in both directions.
+    def scaled(units):
+        def loss(w, lam, batch):
+            return units * error(w, lam, batch)
+
+        def prox(w, lam, step):
+            return soft(w, lam, units * step)
+
+        start = jnp.zeros(N, jnp.float64)
+        return FIND(loss, start, jnp.log(0.01), BATCH, tol=1e-8 * units, prox=prox)
+
+    plain, *others = (scaled(units) for units in (1.0, 1e-4, 1e4))
+    for found in others:
+        # Strongly convex with the least curvature of the data, a thousandth: |w - w*| <= tol / mu.
+        np.testing.assert_allclose(found.params, plain.params, atol=1e-4)
+        assert int(found.stats["num_gradients"]) <= 1.3 * int(plain.stats["num_gradients"])
+
+
+def test_a_composite_brings_its_first_step_and_a_bad_one_is_found_out():
+    curvature = float(jnp.linalg.eigvalsh(X.T @ X / 60)[-1])
+    gradients = {}
+    for name, step in {"good": 1 / curvature, "long": 1e6, "short": 1e-3 / curvature}.items():
+        inner = bilevel.Composite(error, soft, step)
+        found = minimize(inner, jnp.zeros(N), jnp.log(0.01), BATCH, tol=1e-6)
+        bilevel.raise_for_status(found)
+        gradients[name] = int(found.stats["num_gradients"])
+    assert gradients["good"] <= gradients["short"] <= gradients["good"] + 100
+    assert gradients["long"] <= 1.3 * gradients["good"]
+
+
 def test_solutions_are_differentiated_and_mapped():
     def solve(w, lam, batch):
         return minimize(ridge, w, lam, batch, tol=1e-12).params

@@ -129,7 +129,7 @@ MUTANTS = [
     Mutant(
         "single_loop_scale_of_the_last_step",
         "outer/single_loop/step.py",
-        'scale = jnp.fmax(state.scale, estimate.reading.stats["rhs_norm"])',
+        'scale = jnp.fmax(scale, estimate.reading.stats["rhs_norm"])',
         'scale = estimate.reading.stats["rhs_norm"]',
         "a right side that vanishes is called divergence",
         (HERE + "test_a_right_side_that_vanishes_is_no_divergence",),

@@ -260,6 +260,7 @@ def _conditions() -> Iterator[Case]:
                 kind, condition.__name__, "dense",
                 {"inner": lambda c=condition, v=value: c(v)}, names=(where,),
             )  # fmt: skip
+    yield from _composites()
     for kind, options in (("state", {"has_state": True, "model_state": 0.0}), ("nan", {"w": None})):
         changes = {k: lambda v=v: v for k, v in options.items() if k != "w"}
         if kind == "nan":
@@ -267,6 +268,45 @@ def _conditions() -> Iterator[Case]:
         yield _case(
             kind, "inner=FixedPoint", "dense", {"inner": lambda: b.FixedPoint(step), **changes},
             names=("has_state", "inner", "params"), expect=REFUSE,
+        )  # fmt: skip
+
+
+def _composites() -> Iterator[Case]:
+    """The ridge in the proximal operator: the same minimum; and operators of no such form."""
+
+    def error(w: Any, lam: Any, batch: Any) -> Any:
+        return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+    def shrink(w: Any, lam: Any, s: Any) -> Any:
+        return w / (1 + s * jnp.exp(lam))
+
+    names = ("inner", "Composite", "operator", "solver", "prox", "hparams", "loss", "step_size")
+    for name in p.responses():
+        exact = name in ("dense", "cg")
+        expect = p.truths()["dense"] if exact else ANY if "neumann" in name else REFUSE
+        if name == "stochastic":
+            expect = ANY
+        yield _case(
+            "composite", "inner", name, {"inner": lambda: b.Composite(error, shrink)},
+            expect=expect, names=names,
+        )  # fmt: skip
+    bad: dict[str, Any] = {
+        "none returned": _nothing,
+        "short": lambda w, lam, s: w[:2],
+        "scalar": lambda w, lam, s: jnp.sum(w),
+        "strings": lambda w, lam, s: "w",
+        "two arguments": lambda w, lam: w,
+        "number": 1.0,
+    }
+    for kind, prox in bad.items():
+        yield _case(
+            kind, "prox", "dense", {"inner": lambda f=prox: b.Composite(error, f)}, names=names
+        )
+    for kind, step in (("zero", 0.0), ("negative", -1.0), ("nan", np.nan), ("infinite", np.inf),
+                       ("array", np.ones(2)), ("string", "s")):  # fmt: skip
+        yield _case(
+            kind, "step_size", "dense",
+            {"inner": lambda s=step: b.Composite(error, shrink, s)}, names=names,
         )  # fmt: skip
 
 

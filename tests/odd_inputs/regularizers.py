@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import prox
 from bilevel import regularizers as r
 from odd_inputs.case import ANY, REFUSE, Case, Number
 from odd_inputs.odd import Thing, reals
@@ -62,6 +63,9 @@ def functions() -> dict[str, tuple[Function, dict[str, Any], dict[str, float], s
         "temporal_activation_penalty": (r.temporal_activation_penalty,
                                         {"activations": SEQUENCES, "strength": 0.5},
                                         {"strength": np.inf}, "activations"),
+        "prox_l1": (prox.l1, {"params": ROWS, "strength": 0.5}, {"strength": np.inf}, "params"),
+        "prox_group_lasso": (prox.group_lasso, {"params": ROWS, "strength": 0.5},
+                             {"strength": np.inf}, "params"),
     }  # fmt: skip
 
 

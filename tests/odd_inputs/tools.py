@@ -208,6 +208,34 @@ def _higher() -> Iterator[Case]:
 
             yield Case("tools", f"order: {kind}", f"with_response({kind}, {name})", call,
                        ("with_response", "response", "solver"), truth, rtol=1e-4)  # fmt: skip
+    yield from _in_data(through)
+
+
+def _in_data(through: dict[str, Any]) -> Iterator[Case]:
+    """Derivatives in the batch: right, or refused in words."""
+
+    def value(y: Any, solve: Any) -> Any:
+        return p.outer(solve(p.W, p.LAM, (p.TRAIN[0], y)), p.LAM, p.VALID)
+
+    orders: dict[str, Callable[[Any], Any]] = {
+        "grad": lambda f: jax.grad(f)(p.TRAIN[1]),
+        "jvp of grad": lambda f: jax.jvp(
+            jax.grad(f), (p.TRAIN[1],), (np.ones_like(p.TRAIN[1]),)
+        )[1],
+    }  # fmt: skip
+    for kind, order in orders.items():
+        truth = lambda o=order: o(lambda y: value(y, _exact))  # noqa: E731
+        for name, response in through.items():
+            if name in ("evolution", "best_response", "nystrom"):
+                continue  # other numbers by nature, or draws
+
+            def call(r: Any = response, o: Any = order) -> Number:
+                solve = b.with_response(_exact, p.inner, r)
+                return Number(jax.jit(lambda: o(lambda y: value(y, solve)))())
+
+            yield Case("tools", f"in data: {kind}", f"with_response(data, {kind}, {name})", call,
+                       ("with_response", "inner_batch", "solver", "response"),
+                       truth, rtol=1e-4)  # fmt: skip
 
 
 def _statuses() -> Iterator[Case]:

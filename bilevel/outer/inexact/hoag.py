@@ -92,7 +92,7 @@ def hoag(
     :math:`\|p_k - \nabla F(\lambda_k)\| = O(\epsilon_k)`.
 
     The step follows an estimate L of the Lipschitz constant of the hypergradient. The computed loss
-    is off by about :math:`e_k = |q_k^\top \nabla_w h|`, and with
+    is off by about :math:`e_k = |q_k^\top \nabla_w h|` (and its rounding), and with
     :math:`\Delta = \lambda_k - \lambda_{k-1}` L becomes 0.95 L if
     :math:`f_k \le f_{k-1} - \tfrac12 L \|\Delta\|^2 + e_k + e_{k-1}`, and stays if
     :math:`f_k \le f_{k-1} + e_k + e_{k-1}`. Otherwise :math:`\lambda_k` is turned down: L becomes
@@ -235,7 +235,8 @@ class _Hoag:
         """Judge the hyperparameters that were tried, and leave them or those kept before."""
         first = state.step == 0
         value, dtype = solved.solution.value, state.scale.dtype
-        error = jnp.abs(solved.solution.stats["predicted_change"])
+        rounding = 4 * jnp.finfo(dtype).eps * jnp.abs(value)
+        error = jnp.abs(solved.solution.stats["predicted_change"]) + rounding
         length = tree.norm(tree.sub(state.outer.moving, state.kept.moving))
         slack = state.kept_value + error + state.kept_error
         # A NaN is not turned down: it moves on into the hyperparameters.

@@ -252,5 +252,6 @@ def _anchored(
     directions, reading = jax.lax.cond(restart, all_data, difference)
     inside = 1 + examples(inner.full) / examples(one_batch(inner.batch))
     outside = 1 + examples(outer.full) / examples(outer.batch)
-    times = tuple(jnp.where(restart, ratio, 2.0) for ratio in (inside, inside, outside))
+    inside, outside = (jnp.where(restart, ratio, 2.0) for ratio in (inside, outside))
+    times = (inside, inside, outside)
     return Estimate(directions, reading, Past(point, directions), times)

@@ -144,7 +144,7 @@ class SingleLoop:
     def _check(self, state: SingleLoopState, inner_batches: Batch, outer_batch: Batch) -> Batch:
         """The first inner batch, after all that is wrong with the arguments was raised."""
         wanted = self.estimator.batches
-        inner, extra = unwrap(inner_batches, wanted, "inner_batches")
+        inner, _ = unwrap(inner_batches, wanted, "inner_batches")
         outer, _ = unwrap(outer_batch, wanted, "outer_batch")
         check_stack(inner, self.reader.count, "inner_batches", self.reader.reads)
         check = getattr(self.estimator, "check", None)
@@ -184,7 +184,9 @@ class SingleLoop:
         if self.linear_tx is None:
             return None, None, None
         oracles = estimate.reading.oracles
-        q, right = state.adjoint, oracles.outer
+        q: Any = state.adjoint
+        scale: Any = state.scale
+        right = oracles.outer
         value = 0.5 * tree.vdot(q, oracles.product) - tree.vdot(q, right)
         updates, linear = compute_updates(
             self.linear_tx,
@@ -196,7 +198,7 @@ class SingleLoop:
             name="linear_tx",
         )
         # A NaN is no largest right side.
-        scale = jnp.fmax(state.scale, estimate.reading.stats["rhs_norm"])
+        scale = jnp.fmax(scale, estimate.reading.stats["rhs_norm"])
         return optax.apply_updates(q, updates), linear, scale
 
     def _info(

@@ -12,9 +12,11 @@ import numpy as np
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Scalar, Vector
 from bilevel.ground.batches import select_batch
-from bilevel.ground.linear_map import Factors, LinearMap, SampledDiagonal
+from bilevel.ground.linear_map import Dual, Factors, Kronecker, LinearMap, SampledDiagonal
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
+from bilevel.ground.traced import BACKWARD_RULE, contains_primitive
+from bilevel.problem.layers import block_root, dual_kernel, kronecker, ordered_outputs
 from bilevel.problem.operators.base import BoundOperator
 from bilevel.problem.operators.linear_model import LinearModel
 from bilevel.problem.two_losses import Problem
@@ -40,7 +42,8 @@ class GaussNewton:
         take it to be a sum over the weights.
       independent_examples: every leaf of the batch has the examples as its leading axis, and
         the outputs of an example depend on that example alone (no batch norm). ``Woodbury``
-        then takes each Jacobian row from one example instead of the whole batch.
+        then takes each Jacobian row from one example instead of the whole batch, and none at all
+        for the layers it finds.
 
     Cost: about 0.75 of a Hessian product (a forward tangent and a backward pass).
 
@@ -73,7 +76,8 @@ class GaussNewton:
             bound = self.bind(problem, params, hparams, first, fresh=False)
 
             def product(v: Vector, i: Any) -> Vector:
-                mv, _ = _gauss_newton(self, problem, params, hparams, select_batch(batch, i))
+                one = select_batch(batch, i)
+                mv, _ = _gauss_newton(self, problem, params, hparams, one, repeated=False)
                 return tree.axpy(self.damping, v, tree.cast_like(mv(v), v))
 
             return BoundOperator(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
@@ -94,6 +98,8 @@ class GaussNewton:
                 SampledDiagonal(lambda: _separable_penalty(self, params, hparams), sample),
                 lambda: _factors(self, problem, params, hparams, batch),
                 self.penalty is not None,
+                dual=lambda: _dual(self, problem, params, hparams, batch),
+                kronecker=functools.partial(_kronecker, self, problem, params, hparams, batch),
             ),
         )
 
@@ -103,10 +109,15 @@ def _outputs(op: GaussNewton, problem: Problem, hparams: Hparams, batch: Batch) 
 
 
 def _gauss_newton(
-    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+    op: GaussNewton,
+    problem: Problem,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    repeated: bool = True,
 ) -> tuple[Callable[[Vector], Vector], Callable[[Key], Vector]]:
     """The product, and a sample of the diagonal of its part without the penalty."""
-    z, push, pull = _jacobian(op, problem, params, hparams, batch)
+    z, push, pull = _jacobian(op, problem, params, hparams, batch, repeated)
     weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
     bend, penalty = None, op.penalty
     if penalty is not None:
@@ -130,18 +141,32 @@ def _gauss_newton(
 
 
 def _jacobian(
-    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+    op: GaussNewton,
+    problem: Problem,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    repeated: bool,
 ) -> tuple[Any, Callable[[Vector], Any], Callable[[Any], Vector]]:
     r"""``(z, v -> J v, u -> J^T u)``, the model's outputs and its two linear maps."""
     model = op.model
     if isinstance(model, LinearModel):
         x = model.features(hparams, batch)
+        z = model.apply(params, x)
+        stored = model.stored(x, z) if repeated else None
         return (
-            model.apply(params, x),
+            z,
             lambda v: model.apply(v, x),
-            lambda u: model.transpose(params, x, u),
+            lambda u: model.transpose(params, x, u, stored),
         )
-    z, push = jax.linearize(_outputs(op, problem, hparams, batch), params)
+    outputs = _outputs(op, problem, hparams, batch)
+    if contains_primitive(outputs, params, prefix=BACKWARD_RULE):
+        # JAX pushes no tangent through a backward rule of the user's own, but the rule is linear:
+        # its transpose is the tangent map.
+        z, pull = jax.vjp(outputs, params)
+        transposed = jax.linear_transpose(pull, z)
+        return z, lambda v: transposed((v,))[0], lambda u: pull(u)[0]
+    z, push = jax.linearize(outputs, params)
     transposed = jax.linear_transpose(push, params)
     return z, push, lambda u: transposed(u)[0]
 
@@ -198,6 +223,62 @@ def _squared_transpose(
         return tree.add(total, part), None
 
     return jax.lax.scan(body, tree.zeros_accumulated(params), jnp.arange(-(-n // block)))[0]
+
+
+def _dual(
+    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+) -> Dual | None:
+    """The dual form from the layers of the model, where examples are independent."""
+    if not op.independent_examples:
+        return None
+
+    def model(w: Params, examples: Batch) -> Any:
+        return _outputs(op, problem, hparams, examples)(w)
+
+    found = dual_kernel(model, params, batch, uniform=op.penalty is None)
+    if found is None:
+        return None
+    kernel, covered = found
+    z, push, pull = _jacobian(op, problem, params, hparams, batch, repeated=False)
+    weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
+    flat, back = ordered_outputs(z)
+
+    def weigh_flat(u: jax.Array) -> jax.Array:
+        return flat(weigh(back(u)))
+
+    size, examples = sum(o.size for o in jax.tree.leaves(z)), jax.tree.leaves(z)[0].shape[0]
+    outputs = size // examples
+    root, is_root = block_root(weigh_flat, (examples, outputs), flat(z).dtype)
+    return Dual(
+        kernel,
+        root,
+        is_root,
+        lambda v: flat(push(tree.cast_like(v, params))),
+        lambda u: pull(back(u)),
+        weigh_flat,
+        _separable_penalty(op, params, hparams),
+        size,
+        outputs + 2,
+        covered,
+    )
+
+
+def _kronecker(
+    op: GaussNewton,
+    problem: Problem,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    num_samples: int | None,
+    key: Key | None,
+) -> Kronecker:
+    """Kronecker factors from the layers of the model."""
+    model = _outputs(op, problem, hparams, batch)
+    gradient = jax.grad(lambda z: op.output_loss(z, hparams, batch))
+    weigh = jax.linearize(gradient, model(params))[1]
+    known = _separable_penalty(op, params, hparams)
+    unroll = must_unroll(problem.inner_loss, params, hparams, batch)
+    return kronecker(model, weigh, params, known, unroll, num_samples, key)
 
 
 def _factors(

@@ -18,6 +18,10 @@ class LinearModel:
     Args:
       features: ``features(hparams, batch) -> X``, (N, D).
 
+      store_transpose: keep :math:`X^\top` beside X for the products of a solve, which takes the
+        memory of the features once more. ``None`` decides by itself: on CPU, for several outputs,
+        where a product that reads X against its memory order is slower by half.
+
     ``params`` is W, (D, C) or (D,), or a pair ``(W, b)``, or a mapping with ``kernel`` and,
     optionally, ``bias``, (C,). Knowing this form buys two things: the exact diagonal of the
     Gauss–Newton matrix for less than a gradient (see :class:`~bilevel.Diagonal`), and products
@@ -25,6 +29,7 @@ class LinearModel:
     """
 
     features: Callable[[Hparams, Batch], jax.Array] = dataclasses.field(metadata={"static": True})
+    store_transpose: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -40,10 +45,23 @@ class LinearModel:
         z = x @ kernel
         return z if bias is None else z + jnp.broadcast_to(bias, z.shape)
 
-    def transpose(self, params: Params, x: jax.Array, u: jax.Array) -> Vector:
-        r""":math:`J^\top u`, shaped like ``params``."""
+    def stored(self, x: jax.Array, z: jax.Array) -> jax.Array | None:
+        """The transpose of the features, if it is to be kept for many products with such ``z``."""
+        keep = self.store_transpose
+        if keep is None:
+            # With one output both orders take the time of reading X.
+            keep = jax.default_backend() == "cpu" and z.ndim == 2
+        # Without the barrier XLA folds the transpose back into each product.
+        return jax.lax.optimization_barrier(x.T) if keep else None
+
+    def transpose(
+        self, params: Params, x: jax.Array, u: jax.Array, stored: jax.Array | None = None
+    ) -> Vector:
+        r""":math:`J^\top u`, shaped like ``params``; from :meth:`stored` where that is given."""
         kernel, bias = _kernel_and_bias(params)
-        if u.ndim == 2:
+        if stored is not None:
+            d_kernel = stored @ u
+        elif u.ndim == 2:
             # The barrier keeps XLA from folding the transpose back into `x.T @ u`, which
             # walks X against its memory order and takes twice the time for few columns.
             d_kernel = (jax.lax.optimization_barrier(u.T) @ x).T

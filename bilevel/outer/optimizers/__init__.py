@@ -1,0 +1,7 @@
+"""Optimizers whose rates follow hypergradients of their own, and momentum for games."""
+
+from bilevel.outer.optimizers.complex_momentum import complex_momentum as complex_momentum
+from bilevel.outer.optimizers.descent import hypergradient_descent as hypergradient_descent
+from bilevel.outer.optimizers.fedhyper import fedhyper_client as fedhyper_client
+from bilevel.outer.optimizers.fedhyper import fedhyper_global as fedhyper_global
+from bilevel.outer.optimizers.fedhyper import fedhyper_server as fedhyper_server

@@ -1,0 +1,6 @@
+"""Curvature from the layers of a model: what its inputs and output gradients tell of J."""
+
+from bilevel.problem.layers.dual import block_root as block_root
+from bilevel.problem.layers.dual import dual_kernel as dual_kernel
+from bilevel.problem.layers.dual import ordered_outputs as ordered_outputs
+from bilevel.problem.layers.kronecker import kronecker as kronecker

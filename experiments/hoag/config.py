@@ -1,0 +1,52 @@
+"""Settings of the `hoag` experiment and its presets."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every number of the experiment. Costs are in inner-gradient evaluations (G).
+
+    Attributes:
+      single: sets with two classes, one penalty for all weights: every method.
+      every: sets with ten classes, one penalty for every weight: gradient methods.
+      budget: G that every method may spend on a problem.
+      steps: most outer steps, where they cost next to nothing.
+      start: log penalty at the start.
+      low, high: range of the log penalty for the searches, and of the grid.
+      points: of the grid, coarse to fine: halves, then quarters, and so on.
+      solved: relative tolerance of an inner solve of the searches.
+      cold: relative tolerance of the solves that are to be beaten, and of the exact ones.
+      exact: that of the exact ones.
+      near: a validation loss this part above the best is near it.
+      mnist: examples of MNIST that train, and that validate.
+    """
+
+    single: tuple[str, ...] = ("a9a", "ijcnn1", "newsgroups")
+    every: tuple[str, ...] = ("digits", "mnist")
+    budget: float = 1_000.0
+    steps: int = 60
+    start: float = 0.0
+    low: float = -6.0
+    high: float = 6.0
+    points: int = 31
+    solved: float = 1e-4
+    cold: float = 1e-5
+    exact: float = 1e-12
+    near: float = 1e-3
+    mnist: int = 4_000
+
+
+def smoke() -> Config:
+    """Seconds: does everything run?"""
+    return Config(single=("a1a",), every=("digits",), budget=400.0, steps=6, points=3)
+
+
+def cpu() -> Config:
+    """The experiment, sized for two cores."""
+    return Config()
+
+
+def paper() -> Config:
+    """Five times the budget, and all of MNIST."""
+    return Config(budget=5_000.0, steps=200, points=127, mnist=30_000)

@@ -1,0 +1,109 @@
+"""`hoag` and `maid`: their problems are what they say, and their budgets are kept."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.sparse import random as random_sparse
+
+from experiments.common import data, record
+from experiments.hoag import config as hoag_config
+from experiments.hoag import methods
+from experiments.hoag import problem as hoag_problem
+from experiments.hoag import run as hoag_run
+from experiments.maid import config as maid_config
+from experiments.maid import problem as maid_problem
+from experiments.maid import run as maid_run
+
+
+def test_sparse_rows_have_unit_length_and_give_the_outputs_of_dense_ones():
+    x = random_sparse(12, 30, 0.3, format="csr", random_state=0, dtype=np.float32)
+    labels = np.arange(12, dtype=np.int32)
+    batch = hoag_problem._sparse(data.Split(x, labels))
+    dense = x.toarray() / np.maximum(np.linalg.norm(x.toarray(), axis=1, keepdims=True), 1e-12)
+    w = jax.random.normal(jax.random.key(0), (30,))
+    np.testing.assert_allclose(hoag_problem.outputs(w, None, batch), dense @ w, atol=1e-5)
+    np.testing.assert_array_equal(batch["y"], np.where(labels < 10, 1, -1))
+
+
+def test_any_first_part_of_the_grid_covers_the_range():
+    points = methods.grid(hoag_config.cpu())
+    assert len(points) == len(set(points.tolist())) == 31
+    np.testing.assert_allclose(np.sort(points), np.linspace(-6, 6, 33)[1:-1])
+    np.testing.assert_allclose(np.sort(points[:7]), np.linspace(-6, 6, 9)[1:-1])
+
+
+def test_a_run_of_hoag_keeps_its_budget_and_reads_the_test_part_once(tmp_path):
+    settings = dataclasses.replace(hoag_config.smoke(), single=(), budget=150.0)
+    hoag_run.run(settings, 0, tmp_path, False)
+    found = record.read(tmp_path)
+    for method in methods.ACCURACIES:
+        mine = [r for r in found if r.method == f"digits_{method}"]
+        costs, losses = zip(*((r.cost, r.metrics["validation_loss"]) for r in mine), strict=True)
+        assert costs[0] > 0 and all(b > a for a, b in zip(costs, costs[1:], strict=False))
+        assert all(cost <= settings.budget for cost in costs[1:])
+        assert list(losses) == sorted(losses, reverse=True)
+        assert ["test_loss" in r.metrics for r in mine] == (len(mine) - 1) * [False] + [True]
+    hoag_run.run(settings, 0, tmp_path, True)
+    assert record.read(tmp_path) == found
+    near = hoag_run.summary(found)
+    assert near["near_digits_cold"]["missed"]["mean"] == 0
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return maid_config.smoke()
+
+
+def test_the_quadratic_problem_knows_its_optimum(settings):
+    task = maid_problem.quadratic(settings, 3)
+    a2, a3, b2 = task.train
+    at = task.certificate.at(task.params, task.hparams)
+    hessian = jax.hessian(task.inner)(task.params, task.hparams, task.train)
+    np.testing.assert_allclose(at.convexity, np.linalg.eigvalsh(hessian)[0], rtol=1e-9)
+    np.testing.assert_allclose(at.mixed_norm, np.linalg.norm(a2.T @ a3, 2), rtol=1e-9)
+    a1, b1 = task.valid
+
+    def value(t):
+        return task.outer(jnp.linalg.lstsq(a2, b2 - a3 @ t)[0], t, task.valid)
+
+    d = a1 @ jnp.linalg.lstsq(a2, a3)[0]
+    best = jnp.linalg.lstsq(d, a1 @ jnp.linalg.lstsq(a2, b2)[0] - b1)[0]
+    assert float(task.test(None, best)["above_optimum"]) == pytest.approx(0, abs=1e-9)
+    t = best + 0.1
+    expected = float(value(t) - value(best))
+    assert float(task.test(None, t)["above_optimum"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_denoising_problem_knows_its_mixed_derivative(settings):
+    try:
+        task = maid_problem.denoise(dataclasses.replace(settings, side=6), 0)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    x, theta = task.params, jnp.array([-2.0, -1.5])
+    b = jax.jacobian(jax.grad(task.inner), 1)(x, theta, task.train).reshape(-1, 2)
+    norm = float(task.certificate.at(x, theta).mixed_norm)
+    assert np.linalg.norm(b, 2) <= norm * (1 + 1e-9)
+    assert norm == pytest.approx(float(np.linalg.norm(b)), rel=1e-9)
+    lowest = jnp.linalg.eigvalsh(
+        jax.hessian(lambda v: task.inner(v.reshape(x.shape), theta, task.train))(x.ravel())
+    )[0]
+    assert float(lowest) >= 1 - 1e-9
+
+
+def test_decibels():
+    clean = jnp.zeros((2, 4, 4))
+    assert float(maid_problem.decibels(clean + 0.1, clean)) == pytest.approx(20.0)
+
+
+def test_a_run_of_maid_ends_where_its_budget_does(settings, tmp_path):
+    chosen = dataclasses.replace(settings, tasks=("quadratic",))
+    maid_run.run(chosen, 0, tmp_path, False)
+    found = record.read(tmp_path)
+    assert {r.method for r in found} == {f"quadratic_{m}" for _, m in maid_run.tasks(chosen)}
+    for last in record.final(found).values():
+        assert last.metrics["end"] == 1.0 and last.metrics["above_optimum"] >= -1e-9
+    maid_run.run(chosen, 0, tmp_path, True)
+    assert record.read(tmp_path) == found
