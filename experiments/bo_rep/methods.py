@@ -10,8 +10,8 @@ from experiments.bo_rep.problem import Task
 
 PERIOD, INNER_STEPS, MOMENTUM, WARM_UP = 3, 3, 0.9, 100
 """Of BO-REP: the first three as in the paper's code."""
-PRODUCTS = 5
-"""Steps of the adjoint, or of CG, in loops that solve for it anew."""
+PRODUCTS, END = 5, 0.01
+"""Steps of the adjoint, or of CG, in loops that make several; what step sizes fall to."""
 
 
 class Method(NamedTuple):
@@ -34,7 +34,7 @@ WORDS = {
     "soba": "SOBA",
     "amigo": "AmIGO",
     "alternate_cg": "alternate with CG",
-    "plain": "no outer problem",
+    "plain": "trained as a whole",
 }
 
 
@@ -45,7 +45,7 @@ def build(
     steps = int(config.budget // COSTS[name])
 
     def falling(rate: float) -> Any:
-        return optax.cosine_decay_schedule(rate, steps, config.decay)
+        return optax.cosine_decay_schedule(rate, steps, END)
 
     outer_tx, losses = optax.sgd(falling(outer_rate)), (task.outer, task.inner)
     if name == "bo_rep":

@@ -1,8 +1,7 @@
-"""The bilevel problems of `bo_rep`: a recurrent network above, and a recurrent network below.
+"""The bilevel problem of `bo_rep`: a representation above, a linear readout below.
 
-`representation`: the hyperparameters are the embedding and the recurrent encoder, the parameters a
-linear readout with a ridge (strongly convex). `cleaning`: the hyperparameters are one weight per
-training sentence, the parameters the whole classifier.
+The hyperparameters are the embedding and a recurrent encoder, the parameters a linear readout with
+a ridge, which makes the inner problem strongly convex.
 """
 
 import dataclasses
@@ -37,7 +36,7 @@ def readout(config: Config, classes: int) -> Tree:
 
 def features(encoder: Tree, ids: jax.Array) -> jax.Array:
     """Mean over the words of the states of a tanh recurrence: (N, hidden) from (N, length)."""
-    x = encoder["embedding"][ids] @ encoder["inputs"] + encoder["bias"]
+    x = encoder["embedding"][ids] @ encoder["inputs"] + encoder["bias"][None, None, :]
     there = (ids != PAD).astype(x.dtype)[..., None]
 
     def step(state: tuple[jax.Array, jax.Array], now: tuple[jax.Array, jax.Array]) -> Any:
@@ -55,7 +54,7 @@ def features(encoder: Tree, ids: jax.Array) -> jax.Array:
 
 def logits(encoder: Tree, readout: Tree, ids: jax.Array) -> jax.Array:
     """(N, classes)."""
-    return features(encoder, ids) @ readout["kernel"] + readout["bias"]
+    return features(encoder, ids) @ readout["kernel"] + readout["bias"][None, :]
 
 
 def _losses(outputs: jax.Array, y: jax.Array) -> jax.Array:
@@ -64,42 +63,20 @@ def _losses(outputs: jax.Array, y: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Both losses of one of the two problems. A batch has ``ids``, ``y`` and ``row``."""
+    """Both losses. A batch has ``ids`` and ``y``."""
 
-    name: str
     ridge: float
 
-    def split(self, params: Tree, hparams: Tree) -> tuple[Tree, Tree]:
-        """Encoder and readout."""
-        if self.name == "representation":
-            return hparams, params
-        return params["encoder"], params["readout"]
-
-    def outputs(self, params: Tree, hparams: Tree, ids: jax.Array) -> jax.Array:
-        """(N, classes)."""
-        return logits(*self.split(params, hparams), ids)
-
     def inner(self, params: Tree, hparams: Tree, batch: Tree) -> jax.Array:
-        """Training loss with a ridge; in `cleaning` every sentence has its weight."""
-        losses = _losses(self.outputs(params, hparams, batch["ids"]), batch["y"])
-        if self.name == "cleaning":
-            losses = jax.nn.sigmoid(hparams[batch["row"]]) * losses
+        """Training loss with a ridge."""
         size = sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
-        return jnp.mean(losses) + 0.5 * self.ridge * size
+        return self.outer(params, hparams, batch) + 0.5 * self.ridge * size
 
     def outer(self, params: Tree, hparams: Tree, batch: Tree) -> jax.Array:
-        """Loss on held-out sentences, without ridge and weights."""
-        return jnp.mean(_losses(self.outputs(params, hparams, batch["ids"]), batch["y"]))
-
-    def start(self, config: Config, corpus: Corpus, seed: int) -> tuple[Tree, Tree]:
-        """Parameters and hyperparameters."""
-        body = encoder(config, corpus.words, seed)
-        top = readout(config, corpus.classes)
-        if self.name == "representation":
-            return top, body
-        return {"encoder": body, "readout": top}, jnp.zeros(len(corpus.train.y))
+        """Loss without ridge."""
+        return jnp.mean(_losses(logits(hparams, params, batch["ids"]), batch["y"]))
 
 
-def task(config: Config) -> Task:
-    """The problem that a configuration names."""
-    return Task(config.task, config.ridge)
+def start(config: Config, corpus: Corpus, seed: int) -> tuple[Tree, Tree]:
+    """Parameters and hyperparameters."""
+    return readout(config, corpus.classes), encoder(config, corpus.words, seed)

@@ -1,4 +1,4 @@
-"""Sentences as rows of token ids, and labels that are partly wrong."""
+"""Sentences as rows of token ids."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -12,11 +12,10 @@ PAD, UNKNOWN = 0, 1
 
 
 class Rows(NamedTuple):
-    """``ids`` (n, length) int32, padded in front; ``y`` to train on; ``clean``: true labels."""
+    """``ids`` (n, length) int32, padded in front, and labels ``y``."""
 
     ids: np.ndarray
     y: np.ndarray
-    clean: np.ndarray
 
 
 class Corpus(NamedTuple):
@@ -30,12 +29,12 @@ class Corpus(NamedTuple):
     classes: int
 
 
-def load(name: str, *, length: int, words: int, wrong: float, held: float, seed: int) -> Corpus:
+def load(name: str, *, length: int, words: int, held: float, seed: int) -> Corpus:
     """A sentence set with its ``words - 2`` most frequent training words.
 
     A fraction ``held`` of the training sentences is drawn by ``seed`` and shared out: half of it is
     the validation part that hypergradients see, half the guard part by which points along a run
-    are chosen. Of the rest a fraction ``wrong`` gets another label, drawn uniformly.
+    are chosen.
     """
     full = made_up(seed) if name == "made_up" else text(name, valid=0.0, seed=0)
     draw = np.random.default_rng(seed)
@@ -44,23 +43,17 @@ def load(name: str, *, length: int, words: int, wrong: float, held: float, seed:
     train, validation, guard = order[cut:], order[: cut // 2], order[cut // 2 : cut]
     counts = Counter(word for i in train for word in _words(full.train.text[i]))
     ids = {word: i + 2 for i, (word, _) in enumerate(counts.most_common(words - 2))}
-    classes = len(full.classes)
-    clean = full.train.y
-    moved = draw.random(len(clean)) < wrong
-    labels = np.where(moved, (clean + draw.integers(1, classes, len(clean))) % classes, clean)
 
-    def rows(part: Sentences, chosen: np.ndarray, y: np.ndarray) -> Rows:
+    def rows(part: Sentences, chosen: np.ndarray) -> Rows:
         encoded = np.stack([_encode(part.text[i], ids, length) for i in chosen])
-        return Rows(encoded, y[chosen].astype(np.int32), part.y[chosen])
+        return Rows(encoded, part.y[chosen].astype(np.int32))
 
     everything = np.arange(len(full.test.y))
     return Corpus(
-        rows(full.train, train, labels),
-        rows(full.train, validation, clean),
-        rows(full.train, guard, clean),
-        rows(full.test, everything, full.test.y),
+        *(rows(full.train, part) for part in (train, validation, guard)),
+        rows(full.test, everything),
         len(ids) + 2,
-        classes,
+        len(full.classes),
     )
 
 
