@@ -124,6 +124,7 @@ def test_the_optimum_of_a_grid_at_half_the_work_of_exact_solves(tol):
     assert all(int(info.result) == Status.ok for info in infos)
 
 
+@pytest.mark.slow  # the error falls with the tolerance in a default test
 def test_the_error_is_below_the_bound_of_the_tolerance_in_every_step():
     states, infos = run(hoag(held_out, logistic), -1.0, 25)
     scale = float(jnp.linalg.norm(jax.grad(logistic)(jnp.zeros(N), -1.0, TRAIN)))

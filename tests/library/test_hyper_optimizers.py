@@ -295,6 +295,7 @@ def test_players_that_move_in_turn(beta, angle, alpha, expected):
         assert got == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow  # the same recursion is held in closed form by default tests
 def test_an_adversarial_outer_problem_in_a_loop():
     """w lowers w lam, lam raises it: `alternate` moves them in turn, by two such optimizers."""
 

@@ -68,7 +68,7 @@ def test_a_weight_at_its_threshold_is_told_from_both_sides_and_counted(form, dty
         assert at(lam)[:2] == (0, Status.ok)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
 def test_a_lasso_with_zeros_off_their_threshold_has_no_knots(dtype):
     """Solved by minimize to its default tolerance: what remains decides every weight."""
     rng = np.random.default_rng(5)
