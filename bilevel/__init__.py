@@ -57,9 +57,6 @@ from bilevel.outer import WholeRun as WholeRun
 from bilevel.outer import alternate as alternate
 from bilevel.outer import amigo as amigo
 from bilevel.outer import bo_rep as bo_rep
-from bilevel.outer import fsla as fsla
-from bilevel.outer import global_response as global_response
-from bilevel.outer import hoag as hoag
 from bilevel.outer import bome as bome
 from bilevel.outer import complex_momentum as complex_momentum
 from bilevel.outer import f2sa as f2sa

@@ -122,7 +122,7 @@ def _program(config: Config, method: str, classes: int) -> Any:
         (params, hparams), memory = state
         used = jax.tree.map(lambda *x: jnp.concatenate(x), parts["train"], parts["validation"])
         batch = _drawn(used, key, (config.batch,))
-        grads = jax.grad(lambda both: task.inner(*both, batch))((params, hparams))
+        grads = jax.grad(lambda both: task.inner(both[0], both[1], batch))((params, hparams))
         updates, memory = adam(rates[0]).update(grads, memory)
         return (optax.apply_updates((params, hparams), updates), memory), jnp.float32(1)
 
@@ -160,7 +160,7 @@ def _finish(
         state, cost = several(count, state, jnp.int32(k * count), rates, parts, key)
         spent += float(cost)
         point = state[0] if method == "plain" else (state.params, state.hparams)
-        now = _measured(*point, parts)
+        now = _measured(point[0], point[1], parts)
         if records is not None:
             records.append(label, k + 1, spent, **now)
         if not np.isfinite(now["guard_loss"]):

@@ -50,7 +50,9 @@ def load(name: str, *, length: int, words: int, held: float, seed: int) -> Corpu
 
     everything = np.arange(len(full.test.y))
     return Corpus(
-        *(rows(full.train, part) for part in (train, validation, guard)),
+        rows(full.train, train),
+        rows(full.train, validation),
+        rows(full.train, guard),
         rows(full.test, everything),
         len(ids) + 2,
         len(full.classes),
