@@ -291,7 +291,8 @@ STEPS: dict[str, Any] = {
 
 # The other method of an experiment has the same builders and another count of the same loop.
 TWINS = {
-    "stn_digits, STN", "stn_fashion, STN", "stn_ptb from starts, STN", "hypernet, global",
+    "stn_digits, STN", "stn_digits, Delta-STN", "stn_fashion, STN", "stn_ptb from starts, STN",
+    "stn_cifar", "hypernet, global",
     "digits, Neumann", "lstm, Neumann",
 }  # fmt: skip
 

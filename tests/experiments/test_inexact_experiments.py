@@ -98,6 +98,7 @@ def test_decibels():
     assert float(maid_problem.decibels(clean + 0.1, clean)) == pytest.approx(20.0)
 
 
+@pytest.mark.slow
 def test_a_run_of_maid_ends_where_its_budget_does(settings, tmp_path):
     chosen = dataclasses.replace(settings, tasks=("quadratic",))
     maid_run.run(chosen, 0, tmp_path, False)

@@ -251,6 +251,7 @@ def test_woodbury_keeps_to_rows_where_examples_may_depend_on_each_other():
     assert "covered" not in solution.stats and int(solution.result) == 0
 
 
+@pytest.mark.slow
 def test_woodbury_through_layers_with_several_outputs_and_a_negative_diagonal():
     model, params = mlp()
 
@@ -278,6 +279,7 @@ def wavy(z, hparams, batch):
     return 0.01 * jnp.sum(jnp.sin(z))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [coupled, wavy])
 def test_woodbury_through_layers_for_a_loss_without_a_root_by_examples(loss):
     model, params = mlp()
@@ -347,7 +349,7 @@ def test_factors_of_a_convolution_count_positions_as_examples():
     np.testing.assert_allclose(found.split(kernel)[0], matrix)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_moments_are_the_diagonal_of_gauss_newton_in_any_bases(name):
     model, params = NETWORKS[name]()
     amap = bound(model, params, damping=0.0)
@@ -364,6 +366,7 @@ def test_moments_are_the_diagonal_of_gauss_newton_in_any_bases(name):
         np.testing.assert_allclose(got.reshape(-1), want, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_sampled_factors_tend_to_the_exact_ones():
     model, params = mlp()
     amap = bound(model, params)
@@ -400,6 +403,7 @@ def test_ekfac_is_exact_where_the_block_is_a_kronecker_product(loss, count):
     assert float(got.stats["covered"]) == 1.0
 
 
+@pytest.mark.slow
 def test_ekfac_says_how_far_it_is_off_where_it_is_not_exact():
     model, params = mlp()
     amap, g = bound(model, params, damping=1e-3), like(params)
@@ -446,6 +450,7 @@ def test_preconditioners_are_symmetric_and_positive():
         assert flat[0] @ flat[2] > 0
 
 
+@pytest.mark.slow
 def test_nystrom_at_full_rank_leaves_cg_two_steps():
     model, params = one_layer, ONE_LAYER
     amap, g = bound(model, params, damping=0.1), like(params)

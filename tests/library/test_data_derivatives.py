@@ -282,6 +282,7 @@ def test_whole_numbers_and_keys_stay_as_they_are():
     close(got, want)
 
 
+@pytest.mark.slow
 def test_it_maps_and_scans_over_batches():
     xs, ys = jnp.stack([X, 2 * X]), jnp.stack([Y, Y + 1])
     solve = attached(Implicit(CG(20, rtol=1e-14)))
@@ -306,6 +307,7 @@ def test_it_maps_and_scans_over_batches():
     close(mapped, all_of(xs, ys)[1][0][1])
 
 
+@pytest.mark.slow
 def test_only_what_the_batch_reaches_responds():
     """A parameter whose gradient depends on the batch alone has a row of B and none of A."""
 
@@ -397,6 +399,7 @@ def test_leaves_that_no_derivative_reaches_are_named(mode):
 # --- inexact solves
 
 
+@pytest.mark.slow
 def test_a_residual_marks_what_is_only_approximate():
     def slope(solver, **options):
         solved = bilevel.with_response(exact, ridge, Implicit(solver), **options)

@@ -174,6 +174,7 @@ def test_a_step_that_is_too_long_is_turned_down_and_halved():
     assert all(b <= a + 1e-6 for a, b in zip(kept, kept[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_steps_do_not_depend_on_a_constant_in_the_loss():
     """The published rule multiplies the loss by 1.2, which needs a positive one."""
 
@@ -197,6 +198,7 @@ def test_the_lipschitz_estimate_falls_by_a_twentieth_after_a_good_step():
     np.testing.assert_allclose(L[0], infos[0].hypergrad_norm, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_warm_starts_and_falling_tolerances_save_work():
     states, _ = run(hoag(held_out, logistic), -1.0, 8)
     step = jax.jit(hoag(held_out, logistic).step)

@@ -100,6 +100,7 @@ def test_none_of_the_oracles_is_at_a_knot(name):
     )
 
 
+@pytest.mark.slow
 def test_groups_a_simplex_and_a_bound():
     """Whole groups count; a coordinate that enters a simplex moves all of it."""
     groups = Composite(distance, lambda w, lam, s: prox.group_lasso(w, lam, s))
@@ -156,6 +157,7 @@ def test_roots_with_a_kink_count_and_smooth_conditions_do_not():
         assert int(knots(forgets, prox.l1(y, lam), jnp.float64(lam), y)) == expected
 
 
+@pytest.mark.slow
 def test_with_response_keeps_one_side_and_tells():
     condition, lam = Composite(distance, soft), jnp.float64(0.7)
     y = jnp.asarray(Y)
@@ -189,6 +191,7 @@ def test_the_message_names_the_cause_and_the_number():
         bilevel.raise_for_status(sol)
 
 
+@pytest.mark.slow
 def test_a_point_that_is_no_solution_is_told_as_that():
     sol = bilevel.hypergrad_solve(
         valid, FixedPoint(lambda w, lam, b: prox.l1(w - STEP * jax.grad(error)(w, b), lam, STEP)),

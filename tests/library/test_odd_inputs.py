@@ -15,7 +15,7 @@ from odd_inputs.run import AREAS, Row, all_cases, run, sample, share_of_clear_er
 
 import bilevel
 
-SIZE = 300
+SIZE = 200
 CLEAR = 0.97  # of all errors, those that name the argument and say what to do
 
 
