@@ -32,6 +32,7 @@ def test_a_loop_keeps_its_contract(row: LoopRow):
         outer=row.outer,
         inside=within if row.bounded else None,
         through_fit=row.through_fit,
+        rtol=row.rtol,
         who=row.name,
     )
     inner, products, outer = row.cost
