@@ -89,6 +89,12 @@ def norm(a: Vector) -> Scalar:
     return jnp.sqrt(vdot(a, a))
 
 
+def unit(a: Vector) -> Vector:
+    """``a`` over its norm; zero stays zero."""
+    length = norm(a)
+    return scale(1 / jnp.where(length == 0, 1, length), a)
+
+
 def size(a: Vector) -> int:
     """Number of scalars in the tree (static)."""
     return sum(int(np.prod(jnp.shape(x))) for x in jax.tree.leaves(a))

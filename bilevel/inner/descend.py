@@ -118,7 +118,7 @@ def descend(
       The state after the last step, every leaf in the dtype it came in, and :class:`StepInfo`,
       through which no derivative flows.
 
-    Cost: one inner gradient a step.
+    Cost: one inner gradient per step.
     """
     if unroll is None:
         batch = jax.eval_shape(lambda b: select_batch(b, first), batches)

@@ -52,7 +52,7 @@ def descend(
       TypeError, ValueError: when traced, for a loss, an optimizer, a state or batches that do not
         fit; the message names the argument.
 
-    Cost: one inner gradient a step.
+    Cost: one inner gradient per step.
 
     Example:
       >>> import jax.numpy as jnp, optax, bilevel

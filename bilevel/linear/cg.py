@@ -45,8 +45,7 @@ class CG:
         budget was asked for, and spending it is status ``ok``; with a tolerance, an unmet one
         is ``max_steps``. One unit of rounding, :math:`\epsilon\,\|g\|`, always counts as met.
       preconditioner: ``None``, :class:`Diagonal`, :class:`KFAC`, :class:`EKFAC`,
-        :class:`Nystrom`, or anything with
-        their ``prepare``.
+        :class:`Nystrom`, or anything with their ``prepare``.
       unroll: write the loop out step by step (then all ``max_steps`` products are
         computed, those after convergence without effect); ``None`` decides by itself
         (convolutions on CPU).
@@ -66,7 +65,7 @@ class CG:
     ``stats["warm_start_used"]`` tells. Vectors and inner products are at least float32; rounding
     is that of the products, so half precisions converge to what they can resolve.
 
-    Cost: one product a step, plus one for a warm start, plus those of the preconditioner;
+    Cost: one product per step, plus one for a warm start, plus those of the preconditioner;
     five vectors (six preconditioned). Raises ``ValueError`` for settings out of range and
     for fresh batches, under which the directions lose conjugacy and the iteration diverges.
 

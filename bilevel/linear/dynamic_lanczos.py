@@ -1,4 +1,4 @@
-r"""A Krylov subspace that is carried from solve to solve and grows by one product a call."""
+r"""A Krylov subspace that is carried from solve to solve and grows by one product per call."""
 
 import dataclasses
 from typing import NamedTuple
@@ -46,7 +46,7 @@ class Subspace(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DynamicLanczos:
-    r"""Solves :math:`A q = g` along an outer loop, one Lanczos vector a call.
+    r"""Solves :math:`A q = g` along an outer loop, one Lanczos vector per call.
 
     .. math::
         q_k = \bar q + Q_j T_j^{-1} Q_j^\top (g_k - A\bar q), \qquad
@@ -68,9 +68,9 @@ class DynamicLanczos:
     without a state (outside a loop, or with ``warm_start=False``) is a first one: a single step of
     steepest descent from zero. Batches should not change from call to call more than the matrix.
 
-    Cost: one product a call, and one more every m calls, where the subspace begins anew (the first
-    time too); m + 5 vectors of state, :math:`O(m n)` arithmetic. Mapped with ``jax.vmap`` every
-    call computes both. Raises ``ValueError`` for fresh batches and for matrices that are not
+    Cost: one product per call, and one more every m calls, where the subspace begins anew (the
+    first time too); m + 5 vectors of state, :math:`O(m n)` arithmetic. Mapped with ``jax.vmap``
+    every call computes both. Raises ``ValueError`` for fresh batches and for matrices that are not
     symmetric.
 
     Reference: Gao, Yang et al., "LancBiO: dynamic Lanczos-aided bilevel optimization via Krylov
@@ -149,12 +149,9 @@ class DynamicLanczos:
         """An empty subspace at the value that was reached, with the residual as its direction."""
         image = tree.cast_like(amap(state.value), rhs)
         residual = tree.sub(rhs, image)
-        length = tree.norm(residual)
-        inverse = jnp.where(length == 0, 0, 1 / jnp.where(length == 0, 1, length))
-        direction = tree.scale(inverse, residual)
         return Subspace(
             basis=jax.tree.map(jnp.zeros_like, state.basis),
-            direction=direction,
+            direction=tree.unit(residual),
             matrix=jnp.zeros_like(state.matrix),
             origin=state.value,
             image=image,

@@ -134,7 +134,7 @@ class Neumann:
             )
             if offset:
                 # What grew is the direction that was missed: after K steps the last term has it.
-                following = tree.where(grows, _unit(last), following)
+                following = tree.where(grows, tree.unit(last), following)
         return finish(amap, rhs, value, stats, result, certify), following
 
     def _direction(
@@ -146,15 +146,15 @@ class Neumann:
         """
 
         def power(i: Any, v: Vector) -> Vector:
-            return _unit(product(v, i))
+            return tree.unit(product(v, i))
 
-        start = _unit(rhs)
+        start = tree.unit(rhs)
         if state is None:
             return loop(self.power_steps - 1, power, start, unroll), self.power_steps
         carried = tree.cast_like(state, rhs)
         length = tree.norm(carried)
         warm = jnp.isfinite(length) & (length > 0)
-        start = tree.where(warm, _unit(carried), start)
+        start = tree.where(warm, tree.unit(carried), start)
         # A trip count, not a branch: under `vmap` a branch would compute both sides.
         trips = jnp.where(warm, 0, self.power_steps - 1)
         return jax.lax.fori_loop(0, trips, power, start), trips + 1
@@ -191,12 +191,6 @@ through rounding alone.
 """
 
 
-def _unit(v: Vector) -> Vector:
-    """``v`` over its norm; zero stays zero."""
-    norm = tree.norm(v)
-    return tree.scale(1 / jnp.where(norm > 0, norm, 1), v)
-
-
 def _mixed(image: Vector, rhs: Vector) -> Vector:
     """The direction for the next call: that of ``image``, with some of ``rhs``."""
-    return tree.axpy(MIXED, _unit(rhs), _unit(image))
+    return tree.axpy(MIXED, tree.unit(rhs), tree.unit(image))

@@ -296,15 +296,9 @@ def largest_curvature(mv: Callable[[Vector], Vector], *starts: Vector) -> Scalar
 
     The start has a share of each: parameters alone may lie in directions of little curvature.
     """
-    v = functools.reduce(tree.add, map(_unit, starts))
+    v = functools.reduce(tree.add, (tree.unit(tree.accumulate(v)) for v in starts))
     curvature = jnp.zeros_like(tree.norm(v))
     for _ in range(3):
-        v = tree.accumulate(mv(_unit(v)))
+        v = tree.accumulate(mv(tree.unit(v)))
         curvature = jnp.maximum(curvature, tree.norm(v))
     return curvature
-
-
-def _unit(v: Vector) -> Vector:
-    v = tree.accumulate(v)
-    length = tree.norm(v)
-    return tree.scale(1 / jnp.where(length > 0, length, 1), v)

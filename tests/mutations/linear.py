@@ -34,7 +34,7 @@ MUTANTS = [
     Mutant(
         "neumann_blind_to_growth",
         "linear/neumann.py",
-        "following = tree.where(grows, _unit(last), following)",
+        "following = tree.where(grows, tree.unit(last), following)",
         "pass",
         "a direction that made the series diverge is not the next call's",
         ("test_carried.py::test_a_sudden_growth_is_marked_and_recovered_from_in_the_next_call",),

@@ -132,7 +132,7 @@ def bo_rep(
       TypeError, ValueError: at construction or when traced, for settings, trees and axes that do
         not fit.
 
-    Cost: N / I inner gradients, one product and one outer gradient a step. Memory: the state of
+    Cost: N / I inner gradients, one product and one outer gradient per step. Memory: the state of
     training, one vector, and one of momentum like ``hparams``.
 
     Reference: Hao, Gong, Liu, "Bilevel optimization under unbounded smoothness: a new algorithm

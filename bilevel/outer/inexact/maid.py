@@ -81,7 +81,7 @@ def maid(
       TypeError, ValueError: at construction or when traced, for settings, trees and axes that do
         not fit, and constants that cannot be. A traced :math:`\mu \le 0` is ``invalid_setting``.
 
-    Cost: one or more pairs of solves, and an inner solve a trial; counted in ``info.cost``.
+    Cost: one or more pairs of solves, and an inner solve per trial; counted in ``info.cost``.
     Memory: twenty vectors (those of L-BFGS), two of warm starts.
 
     Reference: Salehi, Mukherjee, Roberts, Ehrhardt, "An adaptively inexact first-order method for

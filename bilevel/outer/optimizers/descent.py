@@ -72,7 +72,7 @@ def hypergradient_descent(
     Raises:
       TypeError, ValueError: for settings out of range; the message names the argument.
 
-    Cost: one inner product a step. Memory: one vector beside the state of the direction.
+    Cost: one inner product per step. Memory: one vector beside the state of the direction.
 
     Reference: Baydin, Cornish, Martínez Rubio, Schmidt, Wood, "Online learning rate adaptation
     with hypergradient descent", ICLR 2018.
