@@ -81,6 +81,7 @@ from bilevel.outer import stocbio as stocbio
 from bilevel.problem.conditions import Composite as Composite
 from bilevel.problem.conditions import FixedPoint as FixedPoint
 from bilevel.problem.conditions import Root as Root
+from bilevel.problem.microbatches import accumulate as accumulate
 from bilevel.problem.operators.gauss_newton import GaussNewton as GaussNewton
 from bilevel.problem.operators.hessian import Hessian as Hessian
 from bilevel.problem.operators.jacobian import Jacobian as Jacobian

@@ -31,6 +31,7 @@ FLOORS = {
         "problem.knots",
         "problem",
         "problem.validate",
+        "problem.microbatches",
         "problem.layers.program",
         "problem.layers.find",
         "problem.layers.dual",
