@@ -110,7 +110,7 @@ class Passes:
             self._told("forward", step - self._first)
         if saved is not None and resumed < self._end:
             losses = self._save(self._end - self._first, state, losses)
-        return state, np.asarray(jax.device_get(losses))
+        return state, np.asarray(jax.device_get(losses), np.float64)
 
     def _save(self, done: int, state: InnerState, losses: list[Any]) -> list[Any]:
         losses = [float(x) for x in jax.device_get(losses)]

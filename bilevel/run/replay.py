@@ -15,16 +15,16 @@ from bilevel.ground.loops import strong_types
 from bilevel.ground.settings import check_flag, check_takes, is_function
 from bilevel.ground.status import Status, status_of
 from bilevel.hypergradient.unroll import Advanced
-from bilevel.inner.descend import InnerState, start
+from bilevel.inner.descend import InnerState
 from bilevel.inner.mixed import is_float
-from bilevel.inner.optimizer import InnerTx, build_tx, check_inner_tx, refresh_injected
+from bilevel.inner.optimizer import InnerTx, check_inner_tx
 from bilevel.problem.two_losses import Point, Problem
 from bilevel.problem.validate import check_inexact, check_inner, check_losses
 from bilevel.run import arguments
 from bilevel.run.interrupt import deferred_interrupts
 from bilevel.run.lock import locked
 from bilevel.run.passes import Passes, Saved
-from bilevel.run.segments import Batches, compiled_steps, floats_of
+from bilevel.run.segments import Batches, Steps, compiled_steps, floats_of
 
 ROOM = 2**30
 """Bytes that kept states may take together where their number is not given."""
@@ -141,7 +141,6 @@ def metagradient(
       True
     """
     problem = _checked(outer, inner, inner_tx, params, hparams, cotangent, has_aux, has_state)
-    problem = problem.at(strong_types(model_state))
     if not is_function(batches):
         raise TypeError(
             f"`batches` must be a function step -> batch, got {type(batches).__name__}: it is "
@@ -158,16 +157,10 @@ def metagradient(
     folder = arguments.check_path("checkpoint_dir", checkpoint_dir, folder=True)
     params, hparams = (strong_types(jax.tree.map(jnp.asarray, x)) for x in (params, hparams))
 
-    def begin(params: Params, hparams: Hparams) -> InnerState:
-        tx = build_tx(inner_tx, hparams)
-        fresh = start(tx, params, problem.model_state)
-        if opt_state is None:
-            return fresh
-        known = refresh_injected(strong_types(opt_state), tx, params)
-        return fresh._replace(opt_state=known)
-
-    begun = jax.jit(begin)(params, hparams)
-    check_inner(problem, params, hparams, jax.eval_shape(lambda: batches(first)))
+    model_state = strong_types(model_state)
+    run = compiled_steps(problem, inner_tx)
+    begun = run.begin(params, hparams, model_state, opt_state)
+    check_inner(problem.at(model_state), params, hparams, batches(first))
     if max_states is None:
         one = sum(x.nbytes for x in jax.tree.leaves(begun))
         max_states = int(max(32, min(steps + 3, ROOM // max(one, 1))))
@@ -179,13 +172,16 @@ def metagradient(
             saved = Saved(folder, checkpoint_every, arguments.as_json(run_id), steps,
                           (begun, hparams))  # fmt: skip
         source = Batches(batches, first, steps)
-        passes = Passes(compiled_steps(problem, inner_tx), source, hparams, first, steps,
+        passes = Passes(run, source, hparams, first, steps,
                         max_states - 3, saved, progress, check_interrupt)  # fmt: skip
         stack.enter_context(contextlib.closing(passes))
         end, losses = passes.forward(begun)
-        value, aux, given, direct = _at_the_end(problem, end, hparams, outer_batch, cotangent)
+        value, aux, given, direct = _at_the_end(run, problem, end, hparams, outer_batch, cotangent)
         given, indirect = passes.backward(given, begun)
-    through, more = _through_start(begin, params, hparams, begun, given, opt_state is None)
+    of_params, more = run.pull_begin(params, hparams, model_state, opt_state, given)
+    through = _derivative_of_start(begun, given, of_params)
+    if opt_state is None:
+        through = through._replace(opt_state=None)
     indirect = tree.add(indirect, more)
     grads = tree.add(direct, indirect)
     finite = jnp.isfinite(losses).all() & tree.all_finite(end.params)
@@ -220,7 +216,7 @@ def _checked(
 
 
 def _at_the_end(
-    problem: Problem, end: InnerState, hparams: Hparams, batch: Batch, cotangent: Any
+    run: Steps, problem: Problem, end: InnerState, hparams: Hparams, batch: Batch, cotangent: Any
 ) -> tuple[Any, Any, list[Any], Hparams]:
     """The outer loss, its ``aux``, the cotangents of the floats of ``end``, the direct term."""
     value = aux = None
@@ -228,8 +224,7 @@ def _at_the_end(
     given = [jnp.zeros_like(x) for x in floats_of(end)]
     if problem.outer is not None:
         w: Any = Advanced(end.params, end.model_state) if problem.has_state else end.params
-        outer_grads = jax.jit(problem.at(end.model_state).outer_grads)
-        (value, aux), (g, direct) = outer_grads(w, hparams, batch)
+        (value, aux), (g, direct) = run.end(w, hparams, batch, end.model_state)
         here = InnerState(g, None, None)
         if isinstance(g, Point):
             here = InnerState(g.params, None, g.model_state)
@@ -271,25 +266,10 @@ def _added(given: list[Any], more: InnerState, end: InnerState) -> list[Any]:
     return out
 
 
-def _through_start(
-    begin: Callable[[Params, Hparams], InnerState],
-    params: Params,
-    hparams: Hparams,
-    begun: InnerState,
-    given: list[Any],
-    fresh: bool,
-) -> tuple[InnerState, Hparams]:
-    """The derivative in what the run began with, and what the hyperparameters did to it."""
-
-    @jax.jit
-    def pull(params: Params, hparams: Hparams, given: list[Any]) -> Any:
-        return jax.vjp(lambda p, lam: floats_of(begin(p, lam)), params, hparams)[1](given)
-
-    of_params, of_hparams = pull(params, hparams, given)
-    empty = jax.tree.map(
-        lambda x: np.zeros(x.shape, jax.dtypes.float0), begun,
-        is_leaf=lambda x: jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key),
-    )  # fmt: skip
+def _derivative_of_start(begun: InnerState, given: list[Any], of_params: Params) -> InnerState:
+    """The derivative in the state that the run began with."""
     rest = iter(given)
-    start = jax.tree.map(lambda x, e: next(rest) if is_float(x) else e, begun, empty)
-    return InnerState(of_params, None if fresh else start.opt_state, start.model_state), of_hparams
+    start = jax.tree.map(
+        lambda x: next(rest) if is_float(x) else np.zeros(x.shape, jax.dtypes.float0), begun
+    )
+    return start._replace(params=of_params)

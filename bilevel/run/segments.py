@@ -1,5 +1,6 @@
 r"""A training run on the host, forwards and backwards: one compiled step, one compiled pullback."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Batch, Hparams, Scalar
-from bilevel.inner.descend import InnerState, descend
+from bilevel.ground.aliases import Batch, Hparams, Params, Scalar
+from bilevel.ground.loops import strong_types
+from bilevel.inner.descend import InnerState, descend, start
 from bilevel.inner.mixed import is_float
-from bilevel.inner.optimizer import InnerTx, build_tx
+from bilevel.inner.optimizer import InnerTx, build_tx, refresh_injected
 from bilevel.inner.reversal import Reversal, plan
 from bilevel.problem.two_losses import Problem
 
@@ -21,24 +23,47 @@ class Steps(NamedTuple):
     """The compiled functions of a run.
 
     Attributes:
+      begin: ``(params, hparams, model_state, opt_state) -> state``; ``opt_state`` may be None.
       advance: ``(state, hparams, batch) -> (state, loss)``.
+      end: ``(point, hparams, batch, model_state)``: the outer loss and its gradients.
       pull: ``(state, hparams, batch, cotangents, found) -> (cotangents, found)``: through the
         step that begins at ``state``; cotangents are those of its floats, in a list, and
         ``found`` accumulates the gradient in the hyperparameters.
+      pull_begin: ``(params, hparams, model_state, opt_state, cotangents)``: the derivatives in
+        parameters and hyperparameters, through ``begin``.
     """
 
+    begin: Callable[..., InnerState]
     advance: Callable[..., tuple[InnerState, Scalar]]
+    end: Callable[..., Any]
     pull: Callable[..., tuple[list[Any], Hparams]]
+    pull_begin: Callable[..., tuple[Params, Hparams]]
 
 
 def compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
-    """The two functions, each compiled at its first call."""
+    """The functions of ``problem``, without a model state; compiled once for equal arguments."""
+    try:
+        return _cached_steps(problem, inner_tx)
+    except TypeError:  # a loss or an optimizer that cannot be hashed
+        return _compiled_steps(problem, inner_tx)
+
+
+def _compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
+    def begin(params: Params, hparams: Hparams, model_state: Any, opt_state: Any) -> InnerState:
+        tx = build_tx(inner_tx, hparams)
+        fresh = start(tx, params, model_state)
+        if opt_state is None:
+            return fresh
+        return fresh._replace(opt_state=refresh_injected(strong_types(opt_state), tx, params))
 
     def step(state: InnerState, hparams: Hparams, batch: Batch, mixed: bool) -> Any:
         stack = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
         tx = build_tx(inner_tx, hparams)
         state, info = descend(problem, tx, state, hparams, stack, steps=1, mixed=mixed, unroll=True)
         return state, info.loss[0]
+
+    def end(point: Any, hparams: Hparams, batch: Batch, model_state: Any) -> Any:
+        return problem.at(model_state).outer_grads(point, hparams, batch)
 
     def pull(state: InnerState, hparams: Hparams, batch: Batch, given: Any, found: Any) -> Any:
         def floats(values: list[Any], hparams: Hparams) -> list[Any]:
@@ -47,10 +72,22 @@ def compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
         given, more = jax.vjp(floats, floats_of(state), hparams)[1](given)
         return given, tree.add(found, more)
 
+    def pull_begin(params: Params, hparams: Hparams, model_state: Any, old: Any, given: Any) -> Any:
+        def floats(params: Params, hparams: Hparams) -> list[Any]:
+            return floats_of(begin(params, hparams, model_state, old))
+
+        return jax.vjp(floats, params, hparams)[1](given)
+
     return Steps(
+        jax.jit(begin),
         jax.jit(lambda state, hparams, batch: step(state, hparams, batch, False)),
+        jax.jit(end),
         jax.jit(pull, donate_argnums=(3, 4)),
+        jax.jit(pull_begin),
     )
+
+
+_cached_steps = functools.lru_cache(maxsize=8)(_compiled_steps)
 
 
 def floats_of(state: Any) -> list[Any]:
