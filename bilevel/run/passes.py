@@ -36,7 +36,12 @@ class Saved:
             "params and hparams": digest_of(begun)[:16],
         }
         self.states = Checkpoints(folder / "forward", ALL, identity, "metagradient")
-        self.progress = Checkpoints(folder / "backward", 2, identity, "metagradient")
+        self._folder, self._identity = folder, identity
+
+    def progress(self, given: list[Any]) -> Checkpoints:
+        """Of the backward pass that begins with these cotangents: another outer loss is refused."""
+        identity = self._identity | {"outer": digest_of(given)[:16]}
+        return Checkpoints(self._folder / "backward", 2, identity, "metagradient")
 
     def state_at(self, step: int, like: InnerState) -> tuple[int, InnerState] | None:
         """The newest whole state at or before ``step``."""
@@ -123,9 +128,10 @@ class Passes:
         """Cotangents of the state before the first step, and the gradient through the run."""
         found = jax.tree.map(jnp.zeros_like, self._hparams)
         carried: Any = given, found
-        pulled, saved = 0, self._saved
-        if saved is not None:
-            restored = saved.progress.restore(carried)
+        pulled, progress = 0, None
+        if self._saved is not None:
+            progress = self._saved.progress(given)
+            restored = progress.restore(carried)
             if restored is not None:
                 carried, pulled = restored.tree, restored.step
 
@@ -147,8 +153,8 @@ class Passes:
                 self._fill(segment, begun, advance)
             segment.reverse(advance, pull)
             segment.kept.clear()
-            if saved is not None:
-                saved.progress.save(pulled, carried, {})
+            if progress is not None:
+                progress.save(pulled, carried, {})
         return carried
 
     def _fill(self, segment: Segment, begun: InnerState, advance: Callable[..., Any]) -> None:

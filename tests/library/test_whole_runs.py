@@ -207,6 +207,8 @@ def test_goes_on_where_it_was(tmp_path):
     with pytest.raises(ValueError, match="of another run: its `params and hparams` is"):
         bilevel.metagradient(outer, inner, adam, W, {**LAM, "rate": 0.2}, batches,
                              checkpoint_dir=tmp_path / "killed", **call)  # fmt: skip
+    with pytest.raises(ValueError, match="of another run: its `outer` is"):
+        run(batches, checkpoint_dir=tmp_path / "killed", outer_batch=batches(3))
     (tmp_path / "killed" / "forward" / "00000004" / "manifest.json").write_text("{}")
     jax.tree.map(
         np.testing.assert_array_equal, run(batches, checkpoint_dir=tmp_path / "killed").grads,
