@@ -103,9 +103,9 @@ def _pull(
     varied = [is_float(x) for x in state]
 
     def floats(values: list[Any], marked: list[Any]) -> list[Any]:
-        values, marked = iter(values), iter(marked)
-        here = [next(values) if v else x for v, x in zip(varied, state, strict=True)]
-        known = [next(marked) if m else c for m, c in zip(marks, consts, strict=True)]
+        moved, known_moved = iter(values), iter(marked)
+        here = [next(moved) if v else x for v, x in zip(varied, state, strict=True)]
+        known = [next(known_moved) if m else c for m, c in zip(marks, consts, strict=True)]
         new, _ = one.run(known, here, index)
         return [x for v, x in zip(varied, new, strict=True) if v]
 
@@ -188,8 +188,8 @@ def _unrolled(
                 state, info = one.run(consts, state, jnp.int32(first + index))
                 told.append(info)
                 index += 1
-            kept[place] = state
-        del kept[None]
+            if place is not None:
+                kept[place] = state
         return state, [jnp.stack(x) for x in zip(*told, strict=True)], kept
 
     def backward(consts: list[Any], marks: _Marks, kept: Any, given: Any) -> tuple[Any, Any]:
@@ -206,7 +206,8 @@ def _unrolled(
                 for _ in range(count):
                     state, _ = one.run(consts, state, jnp.int32(first + index))
                     index += 1
-                kept[place] = state
+                if place is not None:
+                    kept[place] = state
             given, more = _pull(one, consts, marks, state, jnp.int32(first + index), given)
             found = [a + b for a, b in zip(found, more, strict=True)]
         return given, found

@@ -18,7 +18,7 @@ from bilevel.hypergradient.unroll import Advanced
 from bilevel.inner.descend import InnerState
 from bilevel.inner.mixed import is_float
 from bilevel.inner.optimizer import InnerTx, check_inner_tx
-from bilevel.problem.two_losses import Point, Problem
+from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_inexact, check_inner, check_losses
 from bilevel.run import arguments
 from bilevel.run.interrupt import deferred_interrupts
@@ -226,7 +226,7 @@ def _at_the_end(
         w: Any = Advanced(end.params, end.model_state) if problem.has_state else end.params
         (value, aux), (g, direct) = run.end(w, hparams, batch, end.model_state)
         here = InnerState(g, None, None)
-        if isinstance(g, Point):
+        if isinstance(g, Advanced):
             here = InnerState(g.params, None, g.model_state)
         given = _added(given, here, end)
     if cotangent is not None:

@@ -97,8 +97,8 @@ def floats_of(state: Any) -> list[Any]:
 
 def with_floats(state: Any, values: list[Any]) -> Any:
     """``state`` with these floats in place of its own."""
-    values = iter(values)
-    return jax.tree.map(lambda x: next(values) if is_float(x) else x, state)
+    rest = iter(values)
+    return jax.tree.map(lambda x: next(rest) if is_float(x) else x, state)
 
 
 class Batches:

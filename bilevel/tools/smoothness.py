@@ -77,4 +77,6 @@ def metasmoothness(
     agree = jax.tree.map(lambda a, b: jnp.abs(a) * jnp.sign(a) * jnp.sign(b), first, second)
     total = sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(first))
     share = sum(jnp.sum(x) for x in jax.tree.leaves(agree))
-    return Metasmoothness(share / total, tree.norm(first) / step, tree.norm(second) / step)
+    return Metasmoothness(
+        jnp.asarray(share / total), tree.norm(first) / step, tree.norm(second) / step
+    )
