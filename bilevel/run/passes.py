@@ -120,7 +120,7 @@ class Passes:
     def _save(self, done: int, state: InnerState, losses: list[Any]) -> list[Any]:
         losses = [float(x) for x in jax.device_get(losses)]
         if self._saved is not None and done not in self._saved.states.steps():
-            seen = {str(step): digest for step, digest in self._batches.seen.items()}
+            seen = {str(step): found for step, found in self._batches.seen.items()}
             notes = {"losses": losses, "seen": seen}  # as JSON gives them back
             self._saved.states.save(done, state, notes)
         return losses

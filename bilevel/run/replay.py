@@ -96,7 +96,7 @@ def metagradient(
       params: where the run begins.
       hparams: as in ``hypergrad``.
       batches: ``step -> batch`` of the integer step, from ``first``. It is called more than once
-        for a step and must return the same batch each time; some are compared by their digests.
+        for a step and must return the same batch each time; some are compared by check sums.
       steps: the number of training steps.
       outer_batch: what ``outer`` reads.
       first: the index of the first step, where this run continues another.
