@@ -1,4 +1,4 @@
-"""What became of a hypergradient: codes that live in arrays, and the words for them.
+"""Outcome of a hypergradient: codes that live in arrays, and their messages.
 
 A status never changes a number. Solvers and responses return it beside their value as an
 int32 scalar (so it maps, scans and donates), and :func:`raise_for_status` turns it into an

@@ -65,7 +65,7 @@ class Hypergradient(NamedTuple):
       state: hand it to the next call.
       result: int32 :class:`~bilevel.Status`; see :func:`~bilevel.raise_for_status`.
       stats: scalars. Always ``stationarity`` (norm of the inner gradient at the point the
-        response linearises), ``direct_norm``, ``indirect_norm``; with a solve also those of
+        response linearizes), ``direct_norm``, ``indirect_norm``; with a solve also those of
         :class:`~bilevel.linear.LinearSolution`, and ``relative_stationarity`` and
         ``predicted_change`` (see :mod:`bilevel.hypergradient.judge`).
     """

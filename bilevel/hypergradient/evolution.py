@@ -91,7 +91,7 @@ class Evolution:
 
     Args:
       inner_tx: an optax transformation, or ``hparams -> transformation``.
-      steps: steps a call makes, the length of one window.
+      steps: training steps per call, the length of one window.
       particles: N pairs, hence 2 N runs.
       sigma: :math:`\sigma`, in units of the (preferably unconstrained) hyperparameters; the
         estimate is of the objective smoothed on that scale. Traced.
@@ -142,7 +142,7 @@ class Evolution:
                 )
 
     def num_inner_batches(self) -> int:
-        """Length of the leading axis of ``inner_batch``: one batch a step."""
+        """Length of the leading axis of ``inner_batch``: one batch per step."""
         return self.steps
 
     def cost(self, hparams: Hparams, stats: Stats) -> Cost:

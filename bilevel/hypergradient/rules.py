@@ -191,7 +191,7 @@ def filled(tangents: Any, like: Any) -> Any:
 
 
 def refuse_other_derivatives(asked: Rest, batch: Batch, response: Response, data: bool) -> None:
-    """Refuse derivatives in what is no floating leaf of a batch.
+    """Refuse derivatives in what is not a floating leaf of a batch.
 
     ``asked`` holds a list of booleans for each field, whether its leaves move; ``data`` says
     whether ``response`` gives derivatives in the batch.

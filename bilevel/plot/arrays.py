@@ -47,7 +47,8 @@ def pixel_map(
     with canvas("pixel_map", width=4.6, height=3.8) as (figure, grid):
         axes = grid[0, 0]
         drawn = axes.imshow(image - middle, cmap="RdBu_r", vmin=-reach, vmax=reach)
-        axes.set(xticks=[], yticks=[], title=f"{label[:1].upper()}{label[1:]} of each pixel")
+        title = f"{label[:1].upper()}{label[1:]} per pixel (red: above the median)"
+        axes.set(xticks=[], yticks=[], title=title)
         bar = figure.colorbar(drawn, ax=axes, shrink=0.85)
         bar.set_label(f"{label} minus its median ({middle:.3g})")
     return figure
@@ -84,7 +85,7 @@ def layer_map(tree: Any, *, label: str = "log weight decay", columns: int = 64) 
         for row, leaf in enumerate(leaves.values()):
             many = "" if leaf.size == 1 else f" (mean of {leaf.size})"
             axes.text(columns, row, f" {leaf.mean():.3g}{many}", va="center", fontsize=9)
-        figure.colorbar(drawn, ax=axes, label=label, pad=0.22, shrink=0.9)
+        figure.colorbar(drawn, ax=axes, label=label, pad=0.2, shrink=0.9)
         axes.set_title(f"{label[:1].upper()}{label[1:]} in each layer")
     return figure
 

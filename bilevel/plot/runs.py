@@ -71,7 +71,7 @@ def trajectories(
             axes.set_axis_off()
         if len(every) > 1:
             handles, named = grid[0, 0].get_legend_handles_labels()
-            figure.legend(handles, named, loc="outside upper right", ncols=4, fontsize=9)
+            figure.legend(handles, named, loc="outside lower left", ncols=4, fontsize=9)
         figure.suptitle("Hyperparameters over the run (dots: start)", x=0.01, ha="left")
     return figure
 

@@ -17,7 +17,7 @@ from bilevel.problem.conditions import Composite, FixedPoint
 from bilevel.problem.two_losses import Problem, pushed
 
 ROUNDINGS = 32
-"""Units of rounding, of the largest number of a leaf, within which a threshold counts as met."""
+"""Units of rounding, of the largest number of a leaf, within which a threshold is reached."""
 
 JUMP = 0.1
 """Relative change of a derivative, between two points that close, that no smooth map shows."""

@@ -51,8 +51,8 @@ def check_inexact(tree: Any, name: str, remedy: str) -> None:
 
 
 _NO_NUMBER = (
-    "It is no number: keep it out of the tree, in a closure of the losses or in a static part of "
-    "the model."
+    "It is not a number: keep it out of the tree, in a closure of the losses or in a static part "
+    "of the model."
 )
 
 

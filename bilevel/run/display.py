@@ -44,7 +44,7 @@ class TensorBoard:
 
 
 class Bar:
-    """A live line on the terminal: losses, hypergradient norm, residual, steps a second."""
+    """A live line on the terminal: losses, hypergradient norm, residual, steps per second."""
 
     def __init__(self, start: int, steps: int):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -94,7 +94,7 @@ def diagnose(
 ) -> Diagnosis:
     r"""Is w stationary, how is the curvature spread, and which solver and damping suit it?
 
-    Extreme eigenvalues come from Lanczos' method with full reorthogonalisation; damping and
+    Extreme eigenvalues come from Lanczos' method with full reorthogonalization; damping and
     expected steps from
 
     .. math:: \rho = \max\Bigl(0, \frac{\lambda_{max} - \kappa\lambda_{min}}{\kappa - 1}\Bigr),

@@ -37,7 +37,7 @@ LINE_SEARCH = 25
 
 @dataclasses.dataclass(frozen=True)
 class HypergradCheck:
-    r"""What :func:`check_hypergrad` found, one entry a direction; the first is the gradient's own.
+    r"""What :func:`check_hypergrad` found, one entry per direction; the gradient's own is first.
 
     Attributes:
       derivatives: :math:`\langle d, \mathrm{hypergrad}\rangle`.

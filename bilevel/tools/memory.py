@@ -84,7 +84,7 @@ def memory_report(
       outer, inner, params, hparams, inner_batch, outer_batch, state, key, has_aux, has_state,
         model_state: as in ``hypergrad_solve``; every array may be a
         ``jax.ShapeDtypeStruct``, with a sharding where the run will have one.
-      response: an ``Unroll`` is expanded into all its modes and rematerialisations (forward
+      response: an ``Unroll`` is expanded into all its modes and rematerializations (forward
         mode only up to ``max_hparams``); anything else is one row; a mapping gives its own
         names and rows.
       donate: assume that ``params`` and ``state`` are donated.
