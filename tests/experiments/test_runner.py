@@ -371,6 +371,12 @@ def test_a_method_keeps_its_colour_and_figures_are_reproducible(tmp_path):
     assert contents[0] == contents[1]
 
 
+def test_labels_at_the_end_of_lines_do_not_overprint():
+    moved = figures.apart([3.0, 0.0, 0.1, 0.1], 0.5)
+    assert np.all(np.diff(np.sort(moved)) > 0.499) and moved[0] == 3.0
+    assert moved[1] < moved[2] < moved[3] and abs(np.mean(moved[1:]) - 0.2 / 3) < 1e-9
+
+
 def test_every_experiment_of_the_project_is_complete():
     for name in catalog.discover():
         folder = catalog.folder_of("experiments") / name
