@@ -1,4 +1,4 @@
-r"""What a response is: *how do the parameters follow the hyperparameters?*
+r"""The protocol of a response: *how do the parameters follow the hyperparameters?*
 
 A response answers with a point and a pullback,
 

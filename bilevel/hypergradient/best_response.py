@@ -1,4 +1,4 @@
-r"""Best response: a trained network says how the parameters follow the hyperparameters."""
+r"""Best response: a trained network predicts how the parameters follow the hyperparameters."""
 
 import dataclasses
 from collections.abc import Callable

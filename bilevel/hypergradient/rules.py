@@ -1,4 +1,4 @@
-r"""What the rules of a differentiable solution are made of.
+r"""Building blocks of the rules of a differentiable solution.
 
 Programs that close over no array, tangents that may be zero, the batch as one more argument to
 differentiate in, and the derivatives that are refused.

@@ -1,4 +1,4 @@
-r"""Best-response layers for flax.nnx: one displacement an *example*, inside the layer.
+r"""Best-response layers for flax.nnx: one displacement per *example*, inside the layer.
 
 A layer with kernel W, its response R and gains U maps example :math:`i` by
 

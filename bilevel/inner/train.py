@@ -1,4 +1,4 @@
-"""The door to training: ``steps`` optax steps on an inner loss, for callers from outside."""
+"""The public entry to training: ``steps`` optax steps on an inner loss."""
 
 from typing import Any
 

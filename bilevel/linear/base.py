@@ -1,4 +1,4 @@
-r"""What a linear solve is: ``solver.solve(mv, rhs, x0)`` answers :math:`A q = g`.
+r"""The protocol of a linear solve: ``solver.solve(mv, rhs, x0)`` answers :math:`A q = g`.
 
 A solver sees a function :math:`v \mapsto A v` and nothing of the bilevel problem. When the
 function is a :class:`~bilevel.ground.linear_map.LinearMap` it may also carry what some solvers can

@@ -1,4 +1,4 @@
-r"""lineax's Krylov solvers behind our protocol: one thin adapter (extra ``lineax``)."""
+r"""lineax's Krylov solvers as solvers of this library: one thin adapter (extra ``lineax``)."""
 
 import dataclasses
 from typing import Any, ClassVar

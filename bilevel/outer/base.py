@@ -1,4 +1,4 @@
-r"""What an outer loop is: three pure functions, shaped like an optax transformation.
+r"""The protocol of an outer loop: three pure functions, shaped like an optax transformation.
 
 .. code-block:: python
 

@@ -1,4 +1,4 @@
-r"""Knots: where a condition has no derivative, because a number is just at its threshold.
+r"""Knots: where a condition has no derivative, because a number is exactly at its threshold.
 
 A weight of the lasso leaves zero, a bound begins or ceases to hold: on the two sides the condition
 has different Jacobians, and the solution different derivatives.

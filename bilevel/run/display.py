@@ -1,4 +1,4 @@
-"""Where a run is shown: a progress bar, TensorBoard."""
+"""Where a run is displayed: a progress bar, TensorBoard."""
 
 import os
 

@@ -1,4 +1,4 @@
-r"""The Jacobian of a condition that is no gradient: its product and that with the transpose."""
+r"""The Jacobian of a condition that is not a gradient: products with it and its transpose."""
 
 import dataclasses
 from typing import Any
