@@ -45,8 +45,9 @@ def trajectories(
 
     Raises ``ValueError`` for a name that was not logged, ``ImportError`` without matplotlib.
     """
-    every = {name: hyperparameters(history) for name, history in named_runs(runs).items()}
-    steps = {name: [r["step"] for r in h if "hparams" in r] for name, h in named_runs(runs).items()}
+    histories = named_runs(runs)
+    every = {name: hyperparameters(history) for name, history in histories.items()}
+    steps = {name: [r["step"] for r in h if "hparams" in r] for name, h in histories.items()}
     first = next(iter(every.values()))
     names = _panels(first, names)
     columns = min(len(names), 4)
