@@ -154,7 +154,7 @@ class BestResponse:
     exactly zero for an outer gradient that is not, as an untrained network's does.
 
     Raises:
-      ValueError, TypeError: when traced: an untrained network with ``steps=0``, training without
+      ValueError, TypeError: at trace time: an untrained network with ``steps=0``, training without
         ``tx`` or ``key``, an uncentred network to be trained alone, or a hyperparameter that
         neither loss reads.
 
@@ -204,7 +204,7 @@ class BestResponse:
         outer_batch: Batch,
         state: Any,
     ) -> None:
-        """Raise what this response can tell is wrong, when traced."""
+        """Raise what this response can tell is wrong, at trace time."""
         require_loss(problem, "BestResponse")
         check_inner(problem, params, hparams, inner_batch)
         check_responds(problem, params, hparams, inner_batch, outer_batch)

@@ -114,7 +114,7 @@ class Evolution:
     Stats: ``stationarity`` and ``inner_loss`` as :class:`~bilevel.Unroll`;
     ``standard_error``, the norm of the estimate's standard error over the pairs (NaN for one).
 
-    Raises ``ValueError``/``TypeError``, when traced, for a missing key, a batch axis other
+    Raises ``ValueError``/``TypeError``, at trace time, for a missing key, a batch axis other
     than ``steps``, a hyperparameter nothing reads, a horizon that is no multiple of ``steps``.
 
     Reference: Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled
@@ -179,7 +179,7 @@ class Evolution:
         outer_batch: Batch,
         state: Any,
     ) -> None:
-        """Raise what this response can tell is wrong, when traced."""
+        """Raise what this response can tell is wrong, at trace time."""
         require_loss(problem, "Evolution")
         check_stack(inner_batch, self.steps)
         check_inner(problem, params, hparams, one_batch(inner_batch))

@@ -124,7 +124,7 @@ class Implicit:
         outer_batch: Batch,
         state: Any,
     ) -> None:
-        """Raise what this response can tell is wrong, when traced."""
+        """Raise what this response can tell is wrong, at trace time."""
         batch = inner_batch
         if self.fresh_batches:
             self._check_fresh(inner_batch)

@@ -66,7 +66,7 @@ def hypergrad_solve(
       :class:`Hypergradient`. ``result`` and ``stats`` are computed only if read, under ``jit``.
 
     Raises:
-      TypeError, ValueError: when traced, for trees, dtypes, shapes or settings that do not
+      TypeError, ValueError: at trace time, for trees, dtypes, shapes or settings that do not
         fit; the message names the argument.
 
     Cost: one outer gradient and what ``response`` costs.

@@ -49,7 +49,7 @@ def descend(
       ``loss`` and ``grad_norm`` before its update, (steps,), through which no derivative flows.
 
     Raises:
-      TypeError, ValueError: when traced, for a loss, an optimizer, a state or batches that do not
+      TypeError, ValueError: at trace time, for a loss, an optimizer, a state or batches that do not
         fit; the message names the argument.
 
     Cost: one inner gradient per step.

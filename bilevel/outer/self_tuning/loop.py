@@ -122,7 +122,7 @@ def self_tuning(
     weights while a perturbed loss is differentiated.
 
     Raises:
-      TypeError, ValueError: at construction or when traced, for settings, trees and values
+      TypeError, ValueError: at construction or at trace time, for settings, trees and values
         outside bounds; a hyperparameter that neither loss reads (a learning rate) is sent
         to ``Unroll``.
 
