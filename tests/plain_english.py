@@ -29,8 +29,8 @@ PER = (
 )
 SLIPS = {
     rf"\b(?:{COUNTED}) an? (?:{PER})\b": "'per', as in 'one per tensor'",
-    r"\b\w*(?:diagonalis|factoris|generalis|initialis|linearis|materialis|maximis|minimis|normalis"
-    r"|optimis(?!t)|orthogonalis|parametris|penalis|regularis|rematerialis|stabilis|summaris"
+    r"\b\w*(?:diagonalis|discretis|factoris|generalis|initialis|linearis|materialis|maximis|minimis|normalis"
+    r"|optimis(?!t)|orthogonalis|parametris|penalis|randomis|recognis|regularis|rematerialis|specialis|stabilis|standardis|symmetris|summaris"
     r"|unregularis|vectoris)\w*": "the spelling with z: optimizer, regularizer, minimize",
     r"\bhas the face of\b": "'is called like'",
     r"\bcounts? as met\b": "'converged'",

@@ -56,7 +56,7 @@ class LinearSolution(NamedTuple):
 class LinearSolver(Protocol):
     """Anything with this method is a solver.
 
-    ``x0=None`` means a start at zero; ``key`` is for randomised solvers. ``certify=False``
+    ``x0=None`` means a start at zero; ``key`` is for randomized solvers. ``certify=False``
     leaves out ``residual_norm`` and with it the one product beyond the method's own (under
     ``jit`` the compiler removes it anyway where nobody reads the number).
     """

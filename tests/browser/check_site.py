@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 PAGES = {
     "": "jax.grad",
-    "start/": "Start",
+    "start/": "First steps",
     "math/": "mathematics",
     "choose/": "Which method",
     "failures/": "When it goes wrong",
@@ -96,7 +96,7 @@ def check_page(page, address: str, path: str, heading: str, phone: bool) -> list
 def check_search(page, address: str, phone: bool) -> list[str]:
     page.goto(address)
     if phone:
-        page.locator("label[for=__search]").first.click()
+        page.locator(".md-header label[for=__search]").click()
     page.locator("input.md-search__input").click()
     page.locator("input.md-search__input").fill("gauss newton")
     page.wait_for_timeout(1500)
@@ -109,7 +109,7 @@ def check_search(page, address: str, phone: bool) -> list[str]:
 def check_navigation(page, address: str, phone: bool) -> list[str]:
     page.goto(address)
     if phone:
-        page.locator("label[for=__drawer]").first.click()
+        page.locator(".md-header label[for=__drawer]").click()
         page.wait_for_timeout(500)
         links = page.locator(".md-nav--primary").first.inner_text()
     else:

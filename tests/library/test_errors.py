@@ -383,8 +383,8 @@ def with_state(w, lam, batch, seen):
         (TypeError, r"inner_batch\[1\] is a object \(object\)", {"tr": (BATCH, object())}),
         (
             TypeError,
-            r"inner_batch is a list_iterator .*take a batch out",
-            {"tr": iter([1])},
+            r"inner_batch\[1\] is a function .*take a batch out of it first",
+            {"tr": (BATCH, lambda step: BATCH)},
         ),
         # losses that cannot be called, or that give no array
         (

@@ -126,10 +126,9 @@ def test_gauss_newton_with_damping_finds_what_further_training_shows():
 
 
 def test_diagnose_leads_from_the_hessian_of_a_network_to_the_recipe():
-    params, rest, _ = trained()
     found = bilevel.diagnose(
-        train, params, HPARAMS, inner_batch=data()[0], has_state=True, model_state=rest,
-        num_steps=12, print=False,
+        train, PARAMS, HPARAMS, inner_batch=data()[0], has_state=True, model_state=REST,
+        num_steps=20, print=False,
     )  # fmt: skip
     assert found.min_curvature < 0
     assert any("GaussNewton(model, output_loss, damping=0.1)" in line for line in found.advice)
