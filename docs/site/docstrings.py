@@ -13,6 +13,13 @@ BLOCK = re.compile(
     r"(?P<rest>(?:(?P=indent)[ ]+\S[^\n]*\n|[ ]*\n(?=(?:[ ]*\n)*(?P=indent)[ ]+\S))*)",
     re.MULTILINE,
 )
+SECTION = re.compile(
+    r"^(?P<name>Args|Attributes|Examples?|Raises|Returns):[ ]*\n"
+    r"(?P<body>(?:[ ]+\S[^\n]*\n|[ ]*\n)+)",
+    re.MULTILINE,
+)
+ITEM = re.compile(r"([^\s:`][^:`]*): (.*)")
+TITLES = {"Args": "Arguments"}
 
 
 def markdown(text: str, public: frozenset[str]) -> str:
@@ -35,7 +42,34 @@ def markdown(text: str, public: frozenset[str]) -> str:
     text = BLOCK.sub(block, text + "\n")
     text = MATH.sub(lambda m: f"${m[1].strip()}$", text)
     text = ROLE.sub(role, text)
-    return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE).rstrip()
+    return SECTION.sub(_section, text).rstrip()
+
+
+def _section(match: re.Match[str]) -> str:
+    """A section of a docstring as a list, as code, or as paragraphs under its title."""
+    name, body = match["name"], textwrap.dedent(match["body"]).strip("\n")
+    if name.startswith("Example"):
+        body = f"```pycon\n{body}\n```"
+    elif name != "Returns":
+        lines = []
+        for line in body.splitlines():
+            item = ITEM.match(line)
+            lines.append(f"- `{item[1]}`: {item[2]}" if item else f"  {line}".rstrip())
+        body = "\n".join(lines)
+    return f"**{TITLES.get(name, name)}**\n\n{body}\n\n"
+
+
+def default_of(value: Any) -> Any:
+    """What a dataclass field is without an argument: `count(100)` is 100 to a reader."""
+    match = re.match(r"(?:dataclasses\.)?(?:count|real|field|flag|choice)\(", str(value))
+    if value is None or match is None:
+        return value
+    inside = str(value)[match.end() :]
+    named = re.search(r"default=([^,()]+(?:\([^()]*\))?)", inside)
+    if named:
+        return named[1]
+    first = re.match(r"[^,()=]+(?:\([^()]*\))?(?=[,)])", inside)
+    return first[0] if first else None
 
 
 class Docstrings(griffe.Extension):
@@ -52,5 +86,9 @@ class Docstrings(griffe.Extension):
         seen.add(node.path)
         if node.docstring is not None:
             node.docstring.value = markdown(node.docstring.value, public)
+        if node.is_class:
+            for field in node.members.values():
+                if field.is_attribute and field.value is not None:
+                    field.value = default_of(field.value)
         for member in node.members.values():
             self._walk(member, public, seen)

@@ -81,12 +81,17 @@ def test_docstrings_become_markdown():
     docstrings = importlib.import_module("docstrings")
     text = (
         "One of :math:`x^2`; see :func:`~bilevel.hypergrad`, :class:`Other`.\n\n"
-        "    .. math:: a = b,\n        \\quad c\n\n    More.\n\nExample:\n  >>> 1\n"
+        "    .. math:: a = b,\n        \\quad c\n\n    More.\n\n"
+        "Args:\n  w, lam: one,\n    two.\n  *rest: three.\n\nCost: four.\n\nExample:\n  >>> 1\n"
     )
     out = docstrings.markdown(text, frozenset({"hypergrad"}))
     assert "One of $x^2$; see [`hypergrad`][bilevel.hypergrad], `Other`." in out
     assert "    $$\n    a = b,\n    \\quad c\n    $$\n" in out and "\n    More.\n" in out
-    assert "\nExamples:\n" in out
+    assert "**Arguments**\n\n- `w, lam`: one,\n    two.\n- `*rest`: three.\n\nCost: four." in out
+    assert out.endswith("**Example**\n\n```pycon\n>>> 1\n```")
+    fields = ["count(100)", "real(0.0, low=0)", "dataclasses.field(default=None, metadata={})",
+              "field(default_factory=dict)", "CG()", "3"]  # fmt: skip
+    assert [docstrings.default_of(f) for f in fields] == ["100", "0.0", "None", None, "CG()", "3"]
 
 
 def test_slips_are_found_in_prose_and_not_in_code(tmp_path, monkeypatch):
