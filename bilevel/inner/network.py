@@ -72,7 +72,7 @@ def flatten_hparams(hparams: Hparams) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class StructuredResponse:
-    r"""The response of every weight to the hyperparameters, by one gain an output unit:
+    r"""The response of every weight to the hyperparameters, by one gain per output unit:
 
     .. math::
         P(d) = P + R \odot (d\,U) \quad\text{(kernels)}, \qquad

@@ -96,7 +96,7 @@ def check_page(page, address: str, path: str, heading: str, phone: bool) -> list
 def check_search(page, address: str, phone: bool) -> list[str]:
     page.goto(address)
     if phone:
-        page.locator(".md-header label[for=__search]").click()
+        page.locator(".md-header__button[for=__search]").click()
     page.locator("input.md-search__input").click()
     page.locator("input.md-search__input").fill("gauss newton")
     page.wait_for_timeout(1500)
@@ -109,7 +109,7 @@ def check_search(page, address: str, phone: bool) -> list[str]:
 def check_navigation(page, address: str, phone: bool) -> list[str]:
     page.goto(address)
     if phone:
-        page.locator(".md-header label[for=__drawer]").click()
+        page.locator(".md-header__button[for=__drawer]").click()
         page.wait_for_timeout(500)
         links = page.locator(".md-nav--primary").first.inner_text()
     else:
@@ -154,6 +154,7 @@ def main(pictures: Path) -> int:
             for name, (width, height) in WIDTHS.items():
                 phone = name == "phone"
                 page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+                page.set_default_timeout(10_000)
                 outside: set[str] = set()
                 page.on(
                     "request",
