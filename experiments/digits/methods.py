@@ -18,10 +18,8 @@ def response(method: str, config: Config, operator: bilevel.GaussNewton) -> bile
 
 
 def products(method: str, config: Config) -> int:
-    """Curvature products of one hypergradient: CG pays one for its warm start, Neumann ten for
-    its step size."""
-    extra = 1 if method.startswith("cg") else bilevel.Neumann().power_steps
-    return config.products + extra
+    """Curvature products of one hypergradient: CG pays one for its warm start."""
+    return config.products + method.startswith("cg")
 
 
 def step_cost(method: str, config: Config) -> float:

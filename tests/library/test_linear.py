@@ -24,6 +24,7 @@ from bilevel import (
 )
 from bilevel.hypergradient import Implicit, hypergrad
 from bilevel.linear import LinearMap
+from bilevel.linear.neumann import KEPT
 from bilevel.problem.operators.gauss_newton import BLOCK, GaussNewton
 from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.two_losses import Problem
@@ -73,7 +74,7 @@ SOLVERS = [
     ("cg_unrolled", lambda n: CG(max_steps=n, unroll=True), 0.0),
     ("cg_diagonal", lambda n: CG(preconditioner=Diagonal()), 0.0),
     ("neumann", lambda n: Neumann(3, 1.0), 0.0),
-    ("neumann_auto", lambda n: Neumann(3, power_steps=2), 0.0),
+    ("neumann_auto", lambda n: Neumann(3), 0.0),
     ("stochastic", lambda n: Stochastic(optax.sgd(1.0), 3), 0.0),
     ("nystrom", lambda n: Nystrom(n), 0.25),
     ("nystrom_gaussian", lambda n: Nystrom(n, gaussian=True), 0.25),
@@ -447,9 +448,9 @@ def test_neumann_finds_its_step():
         high = np.linalg.eigvalsh(matrix)[-1]
         solution = solve(Neumann(100), matrix, G)
         step = float(solution.stats["step_size"])
-        assert 1 / high <= step * (1 + 1e-12) and step < 2 / high
+        assert 1 / high <= step * (1 + 1e-12) and step < 1.01 / high
         assert int(solution.result) == Status.ok
-        assert int(solution.stats["num_matvecs"]) == 100 + 10
+        assert int(solution.stats["num_matvecs"]) == 100
         assert relative_error(solution.value, np.linalg.solve(matrix, G)) < 1e-3
 
 
@@ -582,11 +583,11 @@ def test_solvers_refuse_what_they_cannot_do():
 def test_neumann_that_finds_its_step_reads_every_fresh_batch_once():
     """The power iteration reads the first batches, the series those after it, in order."""
     rng = np.random.default_rng(5)
-    k, power = 3, 2
+    k, power = 3, KEPT
     matrices = np.stack([spectrum(np.sort(rng.uniform(0.5, 2, 4)), i) for i in range(k + power)])
     stack, g = jnp.asarray(matrices), rng.standard_normal(4)
     amap = LinearMap(lambda v: stack[0] @ v, fresh=lambda v, i: stack[i] @ v)
-    solution = jax.jit(lambda g: Neumann(k, power_steps=power).solve(amap, g))(g)
+    solution = jax.jit(lambda g: Neumann(k).solve(amap, g))(g)
     v = g
     for i in range(power):
         v = v / np.linalg.norm(v)
