@@ -211,7 +211,7 @@ class CG:
 def _start(
     mv: LinearMap, rhs: Vector, x0: Vector | None, unroll: bool
 ) -> tuple[Vector, Vector, jax.Array | bool, jax.Array | int]:
-    """``(x, g - A x, used, products)``, at the better of ``x0`` and zero, which takes no product."""
+    """``(x, g - A x, used, products)`` at the better of ``x0`` and zero, which needs none."""
     zero = jax.tree.map(jnp.zeros_like, rhs)
     if x0 is None:
         return zero, rhs, False, 0
