@@ -191,11 +191,16 @@ def _of_batch(batch: Batch) -> list[str]:
 
 
 def _of_compilation(
-    inner: Loss, has_state: bool, params: Params, hparams: Hparams, batch: Batch, state: ModelState
+    inner: Loss | Composite,
+    has_state: bool,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    state: ModelState,
 ) -> list[str]:
     """Where loops are unrolled, compiling is what a first call costs."""
     problem = Problem(lambda *_: None, inner, has_state=has_state, model_state=state)
-    if not must_unroll(problem.inner_loss, params, hparams, batch):
+    if not must_unroll(problem.smooth.inner_loss, params, hparams, batch):
         return []
     return [
         "The model has convolutions and runs on CPU, so loops are unrolled and compile slowly, "
