@@ -4,6 +4,7 @@ The modules stand in floors, and each imports only from those below it (see ``RE
 this folder): the problem, the linear solve, the hypergradient, the outer update.
 """
 
+from bilevel import objectives as objectives
 from bilevel import outer as outer
 from bilevel import regularizers as regularizers
 from bilevel import testing as testing
