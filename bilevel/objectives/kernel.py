@@ -26,7 +26,7 @@ def psd_root(q: jax.Array) -> jax.Array:
     """
     values, vectors = jnp.linalg.eigh(q)
     values = jnp.where(is_psd(values), jnp.maximum(values, 0), jnp.nan)
-    return (vectors * jnp.sqrt(values)) @ vectors.T
+    return (vectors * jnp.sqrt(values)[None]) @ vectors.T
 
 
 @psd_root.defjvp

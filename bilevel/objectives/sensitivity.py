@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.ground.aliases import Batch, Hparams, Loss, Params
+from bilevel.ground.aliases import Batch, Hparams, Params
 from bilevel.ground.keys import check_key
 from bilevel.ground.settings import check_takes, is_function
 from bilevel.hypergradient.attach import differentiates_fully, tangent_in_data
 from bilevel.hypergradient.rules import data_of
-from bilevel.problem.conditions import Condition
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_inner_problem
 
@@ -39,7 +38,7 @@ def push_function(estimate: Callable[[jax.Array], jax.Array], y: jax.Array) -> t
 
 
 def push_solution(
-    inner: Loss | Condition,
+    inner: Any,  # a loss, or a condition
     predict: Callable[..., jax.Array],
     observed: Callable[[Batch], jax.Array],
     response: Any,

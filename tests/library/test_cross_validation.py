@@ -88,7 +88,12 @@ def test_hypergrad_solve_and_alternate_read_the_same_losses():
     np.testing.assert_allclose(solution.aux.folds, by_hand(-1.0), rtol=1e-12)
 
     alg = bilevel.alternate(
-        CV.outer, CV.inner, Implicit(Dense()), optax.sgd(0.5), optax.adam(0.1, b2=0.9), inner_steps=20
+        CV.outer,
+        CV.inner,
+        Implicit(Dense()),
+        optax.sgd(0.5),
+        optax.adam(0.1, b2=0.9),
+        inner_steps=20,
     )
     stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (20, *x.shape)), INNER)
 

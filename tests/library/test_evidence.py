@@ -213,7 +213,12 @@ def test_an_indefinite_likelihood_is_refused_and_nan_when_traced():
         ({"groups": lambda b: b[1][:2]}, (PHI, Y), ValueError, "`groups` returned shape"),
         ({}, (PHI, Y[:3]), ValueError, "needs examples along the leading axis"),
         ({"likelihood": lambda f, h, b: jnp.sum(f)}, (PHI, Y), ValueError, "must return one neg"),
-        ({"model": lambda w, h, b: b[0] @ w[:, None, None]}, (PHI, Y), ValueError, "`likelihood`"),
+        (
+            {"model": lambda w, h, b: (b[0] @ w)[:, None, None]},
+            (PHI, Y),
+            ValueError,
+            "`model` must",
+        ),
         ({"log_precision": lambda h: {"['b']": 0.0}}, (PHI, Y), ValueError, "names no precision"),
     ],
 )
