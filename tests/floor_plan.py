@@ -115,6 +115,7 @@ FLOORS = {
         "objectives.sensitivity",
         "objectives.sure",
         "objectives.leave_one_out",
+        "objectives.fine_tuned",
         "objectives.kernel",
         "objectives.evidence",
         "objectives.elbo",

@@ -11,6 +11,7 @@ from bilevel.objectives.cross_validation import FoldScores as FoldScores
 from bilevel.objectives.elbo import DataEmphasizedELBO as DataEmphasizedELBO
 from bilevel.objectives.elbo import Variational as Variational
 from bilevel.objectives.evidence import LaplaceEvidence as LaplaceEvidence
+from bilevel.objectives.fine_tuned import FineTuned as FineTuned
 from bilevel.objectives.folds import k_folds as k_folds
 from bilevel.objectives.held_out import HeldOut as HeldOut
 from bilevel.objectives.hyper_prior import Deviations as Deviations

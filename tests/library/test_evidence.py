@@ -350,3 +350,73 @@ def test_elbo_groups_centre_and_samples():
 def test_bad_elbos_are_refused_in_words(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.slow
+def test_stochastic_evidence_finds_the_precision():
+    """S18: 200 Adam steps on batches of 50 of 300 end within a factor 2 of the exact optimum."""
+    n, d, noise = 300, 60, 0.5
+    rng = np.random.default_rng(5)
+    phi = rng.normal(size=(n, d)) / np.sqrt(d)
+    y = phi @ rng.normal(size=d) * 2 + noise * rng.normal(size=n)
+    fixed = jnp.log(noise)
+    evidence = LaplaceEvidence(
+        linear, lambda f, h, b: gaussian(f, {"log_noise": fixed}, b), n,
+        log_precision=lambda lam: lam, frozen_curvature=True,
+    )  # fmt: skip
+    alg = bilevel.alternate(
+        evidence.outer, evidence.inner, Implicit(Dense()), optax.adam(0.05), optax.adam(0.05), 5
+    )
+
+    def step(state, key):
+        chosen = jax.random.permutation(key, n)[:50]
+        stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (5, *x.shape)), (phi, y))
+        batch = (jnp.asarray(phi)[chosen], jnp.asarray(y)[chosen])
+        return alg.step(state, inner_batches=stack, outer_batch=batch)
+
+    keys = jax.random.split(jax.random.key(0), 200)
+    start = alg.init(jnp.zeros(d), jnp.asarray(2.0))
+    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, keys))(start)
+
+    def exact_value(lam):
+        cov = noise**2 * np.eye(n) + phi @ phi.T / np.exp(lam)
+        return np.linalg.slogdet(cov)[1] + y @ np.linalg.solve(cov, y)
+
+    grid = np.linspace(-4, 4, 161)
+    best = grid[np.argmin([exact_value(lam) for lam in grid])]
+    assert abs(float(state.hparams) - best) <= np.log(2)
+
+
+@pytest.mark.slow
+def test_the_plain_bound_underfits_where_there_are_many_parameters():
+    """S19: 2000 random features of 100 points; trained to rest in both weighings."""
+    n, d, noise = 100, 2000, 0.1
+    rng = np.random.default_rng(6)
+    x, x_test = rng.uniform(-2, 2, (2, n))
+    frequency, phase = rng.normal(size=d) * 2, rng.uniform(0, 2 * np.pi, d)
+    features = lambda x: np.sqrt(2 / d) * np.cos(x[:, None] * frequency + phase)  # noqa: E731
+    truth = lambda x: np.sin(3 * x)  # noqa: E731
+    phi, phi_test = features(x), features(x_test)
+    y, y_test = (truth(v) + noise * rng.normal(size=n) for v in (x, x_test))
+
+    def bound(q, kappa):
+        """O20, in which the expectation is closed."""
+        s2 = q.scale**2
+        data = (jnp.sum((y - phi @ q.mean) ** 2) + s2 * np.sum(phi**2)) / (2 * noise**2) / n
+        loss = lambda w, h, b: 0.0 * w[0]  # noqa: E731
+        elbo = DataEmphasizedELBO(loss, n, kappa)
+        return data + elbo.kl(q) / ((kappa or d / n) * n)
+
+    errors, likelihoods = [], []
+    for kappa in (1.0, None):
+        start = DataEmphasizedELBO(nll, n).init(jnp.asarray(rng.normal(size=d)) * 0.1, 0.05)
+        run = jax.jit(lambda q, k=kappa: bilevel.minimize(
+            lambda q, h, b: bound(q, k), q, 0.0, jnp.zeros(1), tol=1e-7, max_steps=4000))  # fmt: skip
+        q = run(start).params
+        errors.append(float(np.sqrt(np.mean((y - phi @ q.mean) ** 2))))
+        variance = noise**2 + float(q.scale) ** 2 * np.sum(phi_test**2, axis=1)
+        likelihoods.append(
+            np.mean(0.5 * (y_test - phi_test @ q.mean) ** 2 / variance + 0.5 * np.log(variance))
+        )
+    assert errors[0] >= 1.5 * errors[1]
+    assert likelihoods[1] <= likelihoods[0]

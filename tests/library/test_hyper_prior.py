@@ -1,5 +1,7 @@
 """A prior on many hyperparameters: what it adds, its limits, its choice of strength."""
 
+import doctest
+import inspect
 import math
 
 import jax
@@ -243,3 +245,14 @@ def test_the_strength_is_chosen_and_falls_back_to_sharing():
 def test_bad_settings_are_refused_in_words(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("name", sorted(n for n in vars(bilevel.objectives) if n[0].isupper()))
+def test_examples_of_objectives_run(name):
+    value = getattr(bilevel.objectives, name)
+    assert len((inspect.getdoc(value) or "").split()) >= 5
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):  # the reader's defaults
+        for test in doctest.DocTestFinder(recurse=False).find(value, name, globs={}):
+            runner.run(test)
+    assert runner.failures == 0
