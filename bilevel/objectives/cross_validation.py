@@ -92,7 +92,7 @@ class CrossValidation:
       >>> def value(lam):
       ...     w = solve(cv.init(jnp.zeros(3)), lam, cv.inner_batch(data))
       ...     return cv.outer(w, lam, cv.outer_batch(data))
-      >>> bool(jax.grad(value)(0.0) > 0)  # no noise: the penalty should fall
+      >>> bool(jax.jit(jax.grad(value))(0.0) > 0)  # no noise: the penalty should fall
       True
 
     Reference: Stone, "Cross-validatory choice and assessment of statistical predictions", JRSS B

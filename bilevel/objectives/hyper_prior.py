@@ -151,9 +151,10 @@ class HyperPrior:
         weight = 1 - self._spread(dtype) ** 2
         squares = [weight * x**2 for x in moved.deviation.values()]
         if self.degrees is None:
-            return 0.5 * sum(jnp.sum(s) for s in squares)
+            return 0.5 * jnp.sum(jnp.stack([jnp.sum(s) for s in squares]))
         nu = jnp.asarray(self.degrees, dtype)
-        return 0.5 * (nu + 1) * sum(jnp.sum(jnp.log1p(s / nu)) for s in squares)
+        logs = jnp.stack([jnp.sum(jnp.log1p(s / nu)) for s in squares])
+        return 0.5 * (nu + 1) * jnp.sum(logs)
 
     def outer(self, loss: Loss) -> Loss:
         """``loss`` of the moved variable, plus the penalty; auxiliary outputs pass through."""

@@ -25,7 +25,9 @@ def psd_root(q: jax.Array) -> jax.Array:
     softmax has both.
     """
     values, vectors = jnp.linalg.eigh(q)
-    values = jnp.where(is_psd(values), jnp.maximum(values, 0), jnp.nan)
+    # Rounding of a zero, 1e-17, would be 3e-9 in the root.
+    zero = jnp.abs(values) <= _rounding(values)
+    values = jnp.where(is_psd(values), jnp.where(zero, 0, values), jnp.nan)
     return (vectors * jnp.sqrt(values)[None]) @ vectors.T
 
 
@@ -44,9 +46,13 @@ def _root_rule(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 def is_psd(eigenvalues: jax.Array) -> jax.Array:
     """Whether eigenvalues are at least zero, rounding aside."""
-    eps = eigenvalues.shape[-1] * jnp.finfo(eigenvalues.dtype).eps
-    least = jnp.min(eigenvalues, axis=-1, keepdims=True)
-    return least >= -100 * eps * jnp.max(jnp.abs(eigenvalues), axis=-1, keepdims=True)
+    return jnp.min(eigenvalues, axis=-1, keepdims=True) >= -_rounding(eigenvalues)
+
+
+def _rounding(eigenvalues: jax.Array) -> jax.Array:
+    """What cannot be told from zero."""
+    eps = 100 * eigenvalues.shape[-1] * jnp.finfo(eigenvalues.dtype).eps
+    return eps * jnp.max(jnp.abs(eigenvalues), axis=-1, keepdims=True)
 
 
 def num_in(batch: Batch) -> int:

@@ -108,7 +108,7 @@ def _total_variation(u: jax.Array, lam: Any) -> jax.Array:
 
 
 def _filtered(u: jax.Array, lam: Any) -> jax.Array:
-    kernels = jnp.asarray(filters())[:, None]
+    kernels = jnp.asarray(filters(), u.dtype)[:, None]
     # Mirrored edges: a zero edge would be one more thing to fit.
     wide = jnp.pad(u, ((0, 0), (2, 2), (2, 2)), mode="reflect")[:, None]
     answers = jax.lax.conv(wide, kernels, (1, 1), "VALID")

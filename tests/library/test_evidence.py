@@ -410,9 +410,11 @@ def test_the_plain_bound_underfits_where_there_are_many_parameters():
     errors, likelihoods = [], []
     for kappa in (1.0, None):
         start = DataEmphasizedELBO(nll, n).init(jnp.asarray(rng.normal(size=d)) * 0.1, 0.05)
-        run = jax.jit(lambda q, k=kappa: bilevel.minimize(
-            lambda q, h, b: bound(q, k), q, 0.0, jnp.zeros(1), tol=1e-7, max_steps=4000))  # fmt: skip
-        q = run(start).params
+        weighed = lambda q, h, b, k=kappa: bound(q, k)  # noqa: E731
+        fit = lambda q, loss=weighed: bilevel.minimize(  # noqa: E731
+            loss, q, 0.0, jnp.zeros(1), tol=1e-7, max_steps=4000
+        )
+        q = jax.jit(fit)(start).params
         errors.append(float(np.sqrt(np.mean((y - phi @ q.mean) ** 2))))
         variance = noise**2 + float(q.scale) ** 2 * np.sum(phi_test**2, axis=1)
         likelihoods.append(
