@@ -4,8 +4,11 @@ The modules stand in floors, and each imports only from those below it (see ``RE
 this folder): the problem, the linear solve, the hypergradient, the outer update.
 """
 
+from types import ModuleType as _Module
+
 from bilevel import objectives as objectives
 from bilevel import outer as outer
+from bilevel import plot as plot
 from bilevel import regularizers as regularizers
 from bilevel import testing as testing
 from bilevel.ground.status import HypergradientError as HypergradientError
@@ -106,3 +109,16 @@ from bilevel.tools.models import Split as Split
 from bilevel.tools.models import split_equinox as split_equinox
 from bilevel.tools.models import split_linen as split_linen
 from bilevel.tools.models import split_nnx as split_nnx
+
+_NAMESPACES = ("objectives", "outer", "plot", "prox", "regularizers", "run", "testing")
+
+# What is imported above is public; the packages that Python adds on the way are not.
+__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
+    name
+    for name, value in globals().items()
+    if not name.startswith("_") and (name in _NAMESPACES or not isinstance(value, _Module))
+)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__"]

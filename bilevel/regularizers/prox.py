@@ -117,7 +117,7 @@ def _by_leaf(
 
 
 def _leaves(name: str, value: Any, treedef: Any) -> list[Any]:
-    """One strength a leaf: the leaves of a tree like ``params``, or one number for all."""
+    """One strength per leaf: the leaves of a tree like ``params``, or one number for all."""
     if jax.tree.structure(value) == treedef:
         return jax.tree.leaves(value)
     if jax.tree.structure(value) == jax.tree.structure(0.0) and jnp.ndim(value) == 0:

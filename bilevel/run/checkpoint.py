@@ -52,7 +52,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _signature(tree: Any) -> list[str]:
-    """One line a leaf: path, dtype, shape."""
+    """One line per leaf: path, dtype, shape."""
     return [
         f"{path}: {jnp.result_type(leaf)}[{','.join(map(str, jnp.shape(leaf)))}]"
         for path, leaf in paths(tree, "")

@@ -42,6 +42,14 @@ def test_public_names_are_these():
     assert sorted(public()) == sorted(NAMES)
 
 
+def test_what_is_shown_is_what_is_public():
+    namespaces = {name for name in bilevel.__all__ if inspect.ismodule(getattr(bilevel, name))}
+    assert set(bilevel.__all__) - namespaces == set(NAMES)
+    assert {"outer", "plot", "prox", "regularizers", "run", "testing"} <= namespaces
+    assert {name for name in dir(bilevel) if not name.startswith("_")} == set(bilevel.__all__)
+    assert not {"ground", "hypergradient", "problem"} & set(dir(bilevel))
+
+
 @pytest.mark.parametrize("name", sorted(public()))
 def test_every_public_name_is_documented(name):
     value = public()[name]
@@ -130,7 +138,7 @@ def test_import_is_light():
 def test_namespaces_are_there_after_the_import():
     code = (
         "import bilevel; print(bilevel.regularizers.dropout, bilevel.testing.check_algorithm, "
-        "bilevel.outer.Info)"
+        "bilevel.outer.Info, bilevel.plot.trajectories)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120

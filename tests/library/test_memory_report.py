@@ -104,6 +104,7 @@ def test_report_of_all_modes():
         assert row.temp >= 0 and row.outputs > 0
         assert row.peak == row.temp + row.arguments + row.outputs
     text = str(report)
+    assert all(row.compile_seconds > 0 for row in report.rows) and "compile s" in text
     assert len(text.splitlines()) == 8 and "mixed, remat=sqrt" in text and "MiB" in text
     with pytest.raises(KeyError, match="no row 'mixd'"):
         report.row("mixd")

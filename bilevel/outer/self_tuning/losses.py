@@ -1,4 +1,4 @@
-r"""What a cycle of self-tuning is made of: its settings, weights and losses."""
+r"""Building blocks of a cycle of self-tuning: its settings, weights and losses."""
 
 import dataclasses
 from collections.abc import Callable
