@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Params
-from bilevel.ground.keys import check_key
 from bilevel.ground.settings import check_takes, is_function
 from bilevel.hypergradient.attach import differentiates_fully, tangent_in_data
 from bilevel.hypergradient.rules import data_of
@@ -115,8 +114,6 @@ def matrix_of(push: Push, y: jax.Array) -> jax.Array:
     return jax.vmap(push)(basis).reshape(y.size, y.size).T
 
 
-def probes_like(y: jax.Array, count: int, seed: Any) -> jax.Array:
+def probes_like(y: jax.Array, count: int, seed: int) -> jax.Array:
     """``count`` random signs for each observation, the same in every call."""
-    key = jax.random.key(seed) if isinstance(seed, int) else seed
-    check_key(key)
-    return jax.random.rademacher(key, (count, *y.shape), y.dtype)
+    return jax.random.rademacher(jax.random.key(seed), (count, *y.shape), y.dtype)

@@ -64,7 +64,7 @@ class SURE:
         :math:`\operatorname{tr} J \approx b^\top J b`; ``None`` computes it exactly, with one
         product per observation.
       seed: of the probes: the same in every call, so that the estimate is a smooth function of the
-        hyperparameters. An integer or a key.
+        hyperparameters.
       observed: ``observed(batch) -> y`` selects the observations; by default the last leaf of the
         batch.
       response: how J is found for ``outer``: an ``Implicit(...)``.
@@ -101,7 +101,7 @@ class SURE:
     inner: Loss | Condition | None = dataclasses.field(default=None, metadata={"static": True})
     forward: Any = None
     probes: int | None = count(None, optional=True)
-    seed: Any = dataclasses.field(default=0)
+    seed: int = count(0, low=0)
     observed: Callable[[Batch], jax.Array] = dataclasses.field(
         default=observations, metadata={"static": True}
     )
