@@ -23,10 +23,10 @@ class Config:
     source: str = "published"
     models: tuple[str, ...] = ("quadratic", "tv", "filters")
     sigma: float = 0.1
-    crop: int = 64
+    crop: int = 48
     train: int = 8
     test: int = 8
-    steps: int = 80
+    steps: int = 60
     rate: float = 0.1
     tolerance: float = 1e-4
     products: int = 60
