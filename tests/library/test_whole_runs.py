@@ -165,6 +165,33 @@ def test_second_derivatives_of_a_loop_that_is_run_again(unroll):
         close(found, want)
 
 
+def test_loops_and_straight_lines_agree():
+    """With a key and a count in the state; what a step closes over is differentiated too."""
+
+    def step(a, state, i):
+        x, count, key = state
+        key, sub = jax.random.split(key)
+        x = jnp.sin(a["rate"] * x) + 0.1 * i * jax.random.normal(sub, x.shape) * a["noise"]
+        return (x, count + 1, key), jax.lax.stop_gradient(x.sum())
+
+    def value(a, x, how):
+        state, told = (x, jnp.int32(0), jax.random.key(1)), []
+        if how == "plain":
+            for i in range(2, 11):
+                state, info = step(a, state, i)
+                told.append(info)
+            told = jnp.stack(told)
+        else:
+            state, told = rerun(functools.partial(step, a), state, first=2, steps=9, places=2,
+                                unroll=how == "straight")  # fmt: skip
+        return jnp.sum(state[0] ** 3), (told, state[1])
+
+    args = {"rate": jnp.float64(0.9), "noise": jnp.float64(0.5)}, jnp.arange(3.0)
+    call = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True), static_argnums=2)
+    for how in ("loop", "straight"):
+        close(call(*args, how), call(*args, "plain"))
+
+
 def run_whole(**kwargs):
     call = dict(steps=STEPS, outer_batch=OUTER_BATCH, progress=False)
     return bilevel.metagradient(outer, inner, adam, W, LAM, batches, **(call | kwargs))
