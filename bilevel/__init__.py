@@ -6,6 +6,7 @@ this folder): the problem, the linear solve, the hypergradient, the outer update
 
 from types import ModuleType as _Module
 
+from bilevel import objectives as objectives
 from bilevel import outer as outer
 from bilevel import plot as plot
 from bilevel import regularizers as regularizers

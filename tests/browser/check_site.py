@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 PAGES = {
-    "": "jax.grad",
+    "": "bilevel",
     "start/": "First steps",
     "math/": "mathematics",
     "choose/": "Which method",

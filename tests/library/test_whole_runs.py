@@ -134,6 +134,37 @@ def test_steps_made_again_change_nothing(mode, remat):
     close(jax.tree.map(lambda x: x[0], found), (sol.grads, sol.params, sol.state.opt_state))
 
 
+@pytest.mark.parametrize("unroll", [False, True])
+def test_second_derivatives_of_a_loop_that_is_run_again(unroll):
+    """Reverse over reverse and forward over reverse, with an integer state and closed-over data."""
+    rates = jnp.linspace(0.05, 0.2, 5)
+
+    def end(lam, w, loop):
+        def step(state, i):
+            w, count = state
+            slope = jnp.cos(w) + lam * w
+            return (w - rates[i] * slope / (1.0 + count), count + 1), jnp.sum(w)
+
+        (w, count), info = loop(step, (w, jnp.int32(0)))
+        return jnp.sum(w**3) + count
+
+    def again(step, state):
+        return rerun(step, state, first=0, steps=5, places=2, unroll=unroll)
+
+    def plain(step, state):
+        return jax.lax.scan(step, state, jnp.arange(5))
+
+    w = jnp.array([0.3, -0.7])
+    for order in (jax.jacrev, jax.jacfwd):
+        found, want = (
+            jax.jit(order(jax.grad(functools.partial(end, loop=loop), argnums=(0, 1)), (0, 1)))(
+                0.4, w
+            )
+            for loop in (again, plain)
+        )
+        close(found, want)
+
+
 def test_loops_and_straight_lines_agree():
     """With a key and a count in the state; what a step closes over is differentiated too."""
 
