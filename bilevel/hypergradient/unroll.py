@@ -78,12 +78,12 @@ class Unroll:
       inner_tx: an optax transformation, or ``hparams -> transformation``. Those that ask for
         the loss receive ``value``, ``grad`` and ``value_fn``, and the derivative runs through
         them; a line search (``optax.lbfgs``) needs ``mode="forward"``.
-      steps: T, the number of training steps a call makes.
+      steps: T, the number of training steps per call makes.
       truncate: K: differentiate the last K steps only; the first T - K run without any record.
         The bias for strong convexity mu and learning rate a falls like :math:`(1 - a\mu)^K`.
       mode: ``"mixed"``: reverse mode with forward-over-reverse products (the default; see
         :mod:`bilevel.inner.mixed`). ``"reverse"``: plain reverse mode. ``"forward"``: one
-        tangent a hyperparameter, memory independent of ``steps``.
+        tangent per hyperparameter, memory independent of ``steps``.
       remat: what the backward pass recomputes: ``"none"``, ``"step"``, ``"sqrt"`` or ``"log"``;
         see :func:`bilevel.inner.descend`. Reverse modes only. A derivative of the hypergradient
         keeps one state per step, whatever is said here.
@@ -91,7 +91,7 @@ class Unroll:
       real_time: forward mode carries the tangent in ``state``, so that calls in sequence give
         the derivative of the whole run so far (stale by the moves of the hyperparameters).
       initial: ``initial(params, hparams) -> params``, a start that depends on hyperparameters
-        (a learned initialisation). Every call is then a new run from there.
+        (a learned initialization). Every call is then a new run from there.
 
       evaluate: ``evaluate(opt_state, params) -> params``, the parameters that the outer loss
         reads at the end, where these are an average kept by the optimizer
@@ -184,7 +184,7 @@ class Unroll:
             )
 
     def num_inner_batches(self) -> int:
-        """Length of the leading axis of ``inner_batch``: one batch a step."""
+        """Length of the leading axis of ``inner_batch``: one batch per step."""
         return self.steps
 
     def cost(self, hparams: Hparams, stats: Stats) -> Cost:
@@ -250,7 +250,7 @@ class Unroll:
             )
         if self.mode == "forward" and tree.size(hparams) > self.max_hparams:
             raise ValueError(
-                f"`mode='forward'` carries one tangent a hyperparameter, and `hparams` has "
+                f"`mode='forward'` carries one tangent per hyperparameter, and `hparams` has "
                 f"{tree.size(hparams)} scalars, more than `max_hparams`={self.max_hparams}. Use "
                 "`mode='mixed'`, whose cost does not depend on their number, share values, or "
                 "raise `max_hparams` if the memory (that many copies of the parameters and the "

@@ -56,7 +56,7 @@ def mixed_gradient(
     r"""``gradient(consts, params, hparams, model_state, batches, index)``.
 
     Returns ``(grads, value, model_state)``. The batches travel whole, with an index, so that
-    what a scan saves for its backward pass is a number a step instead of a copy of the data.
+    what a scan saves for its backward pass is a number per step instead of a copy of the data.
     No derivative flows through ``value``, which is there to be looked at, unless ``with_value``.
 
     Args:

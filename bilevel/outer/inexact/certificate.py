@@ -83,7 +83,7 @@ class Certificate:
     ) -> "Certificate":
         r"""For a convex loss plus :math:`\tfrac12\sum_j e^{\lambda_j} w_j^2`.
 
-        ``hparams`` is one number for all weights, or a tree like ``params`` with one number a leaf
+        ``hparams`` is one number for all weights, or a tree like ``params`` with one number per leaf
         or a weight.
         """
 
