@@ -48,7 +48,8 @@ def algorithm(method: str, config: Config) -> bilevel.Algorithm:
     """The loop of a method."""
     inner, steps, tx = problem.train_loss(config), config.inner_steps, optimizer(config)
     losses = (problem.valid_loss, inner)
-    outer_tx = optax.adam(config.reach / outer_steps(method, config))
+    # By size, not by sign as with Adam: where the signal is weak a weight stays.
+    outer_tx = optax.sgd(config.reach * config.train / outer_steps(method, config))
     if method in ("cg", "lanczos"):
         solver = (
             bilevel.CG(max_steps=config.max_products, rtol=0.1)
