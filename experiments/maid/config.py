@@ -16,7 +16,8 @@ class Config:
       images, side: images that denoising is tuned on, and their side.
       tested, tested_side: those that it is tested on.
       noise: standard deviation of their noise, where white is 1.
-      start: logarithm of all weights and smoothings that denoising starts with.
+      weight, smoothing: their logarithms that denoising starts with.
+      first_move: length of the first trial move of all that is tuned in denoising.
       unit: what a unit of a filter entry's hyperparameter is: they move with logarithms.
       low, high: range of both logarithms of total variation, for grid and searches.
       points: of the grid, along each of the two.
@@ -35,9 +36,11 @@ class Config:
     tested: int = 24
     tested_side: int = 96
     noise: float = 0.1
-    start: float = -5.0
-    unit: float = 0.1
-    low: float = -8.0
+    weight: float = -5.0
+    smoothing: float = -5.0
+    first_move: float = 2.0
+    unit: float = 0.02
+    low: float = -6.0
     high: float = 0.0
     points: int = 15
     trials: int = 200

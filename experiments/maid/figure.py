@@ -16,8 +16,6 @@ NAMES = {
     "maid5": "MAID, 1e-5",
     "accelerated": "MAID, 1e-3, accelerated steps",
     "exponential": "HOAG, exponential",
-    "quadratic": "HOAG, quadratic",
-    "cubic": "HOAG, cubic",
     "exact": "HOAG, exact solves",
     "grid": "grid",
     "random": "random search",

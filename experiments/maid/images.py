@@ -80,7 +80,7 @@ def variation(x: Any, theta: Any) -> Any:
 
 def variation_start(config: Config) -> jax.Array:
     """Logarithms of weight and smoothing: hardly any penalty."""
-    return jnp.array([config.start, config.start])
+    return jnp.array([config.weight, config.smoothing])
 
 
 def variation_smoothness(x: Any, theta: Any) -> Any:
@@ -109,8 +109,12 @@ def experts_start(config: Config) -> dict[str, jax.Array]:
     basis = np.cos(np.pi * np.outer(k, k + 0.5) / SIZE) * np.sqrt(2 / SIZE)
     basis[0] /= np.sqrt(2)
     filters = np.einsum("ai,bj->abij", basis, basis).reshape(-1, SIZE * SIZE)[1:]
-    each = jnp.full(len(filters), config.start)
-    return {"filters": jnp.asarray(filters) / config.unit, "smoothing": each, "weight": each}
+    each = jnp.ones(len(filters))
+    return {
+        "filters": jnp.asarray(filters) / config.unit,
+        "smoothing": config.smoothing * each,
+        "weight": config.weight * each,
+    }
 
 
 def scaled(theta: Any, config: Config) -> tuple[Any, Any, Any]:
@@ -170,7 +174,7 @@ def experts_mixed_of(config: Config) -> Callable[[Any, Any], Any]:
         of_smoothing = norm * length(answers * smoothing**2 / root**3)
         # A filter of length one has no frequency above SIZE.
         near = jnp.sqrt(jnp.sum(seen**2, axis=0))
-        of_filter = config.unit * (SIZE * length(slope) + norm * length(bend * near))
+        of_filter = config.unit * (SIZE * length(slope) + norm * length(bend * near[None]))
         total = of_weight**2 + of_smoothing**2 + of_filter**2
         return jnp.sqrt(jnp.sum(weight**2 * total))
 

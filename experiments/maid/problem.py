@@ -22,8 +22,8 @@ SHOWN = (3, 6, 18, 22)
 class Task(NamedTuple):
     """A bilevel problem and where it starts; `test` measures parameters on the third part.
 
-    `smoothness` is the largest curvature of the inner loss, and `truth` the true value and
-    hypergradient, where they are known.
+    `smoothness` is the largest curvature of the inner loss, `first_step` the size of the first
+    trial move, and `truth` the true value and hypergradient, where they are known.
     """
 
     outer: Callable[..., Any]
@@ -35,6 +35,7 @@ class Task(NamedTuple):
     valid: Any
     test: Callable[[Any, Any], dict[str, Any]]
     smoothness: Any
+    first_step: float
     truth: Callable[[Any], tuple[float, np.ndarray]] | None
 
 
@@ -78,7 +79,7 @@ def quadratic(config: Config, seed: int) -> Task:
     zeros = jnp.zeros(m)
     train, valid = (jax.tree.map(jnp.asarray, part) for part in (lower, upper))
     largest = float(np.linalg.norm(a2, 2) ** 2)
-    return Task(outer, inner, certificate, zeros, zeros, train, valid, test, largest, truth)
+    return Task(outer, inner, certificate, zeros, zeros, train, valid, test, largest, 1.0, truth)
 
 
 def multinomial(config: Config, seed: int) -> Task:
@@ -112,7 +113,7 @@ def multinomial(config: Config, seed: int) -> Task:
     w = jnp.zeros((144, 10))
     return Task(
         outer, inner, certificate, w, jnp.full_like(w, -3.0), train, valid, test,
-        lambda w, lam: steepest + jnp.exp(jnp.max(lam)), None,
+        lambda w, lam: steepest + jnp.exp(jnp.max(lam)), 1.0, None,
     )  # fmt: skip
 
 
@@ -173,6 +174,8 @@ def _denoising(
         }
 
     certificate = images.certificate(mixed)
+    count = sum(leaf.size for leaf in jax.tree.leaves(theta))
     return Task(
-        images.outer, inner, certificate, tuned.noisy, theta, tuned, tuned, test, smoothness, None
-    )
+        images.outer, inner, certificate, tuned.noisy, theta, tuned, tuned, test, smoothness,
+        config.first_move / count**0.5, None,
+    )  # fmt: skip

@@ -14,10 +14,14 @@ from experiments.maid import problem
 from experiments.maid.config import Config
 
 ACCURACIES = {"maid1": 1e-1, "maid3": 1e-3, "maid5": 1e-5, "accelerated": 1e-3}
-SCHEDULES = ("exponential", "quadratic", "cubic", "exact")
+SCHEDULES = ("exponential", "exact")
 SEARCHES = ("grid", "random", "tpe")
-LOOPS = (*ACCURACIES, *SCHEDULES)
-OF_EXPERTS = ("maid3", "accelerated", "exponential", "exact")
+LOOPS = ("maid3", "accelerated", *SCHEDULES)
+METHODS = {
+    "quadratic": (*ACCURACIES, *SCHEDULES),
+    "variation": LOOPS + SEARCHES,
+    "experts": ("maid3", "accelerated", "exponential"),
+}
 TABLE = ("value", "above_optimum", "test_error", "psnr", "test_psnr", "accepted", "seconds")
 DESCENT = 1e-4
 NEAR = 1e-8
@@ -28,8 +32,7 @@ ROUNDING = 1e-13
 
 def tasks(config: Config) -> list[tuple[str, str]]:
     """Every problem with every method that is run on it; searches where there are two numbers."""
-    methods = {"variation": LOOPS + SEARCHES, "experts": OF_EXPERTS}
-    return [(task, method) for task in config.tasks for method in methods.get(task, LOOPS)]
+    return [(task, method) for task in config.tasks for method in METHODS.get(task, LOOPS)]
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
@@ -93,13 +96,14 @@ def algorithm(method: str, task: problem.Task, config: Config) -> Any:
             task.inner,
             task.certificate,
             accuracy=ACCURACIES[method],
+            first_step=task.first_step,
             descent=DESCENT,
             loosen=1.25,
             smoothness=task.smoothness if method == "accelerated" else None,
             max_steps=5_000,
         )
     tol: Any = config.exact if method == "exact" else method
-    return bilevel.hoag(task.outer, task.inner, tol, max_steps=5_000)
+    return bilevel.hoag(task.outer, task.inner, tol, first_step=task.first_step, max_steps=5_000)
 
 
 def _tune(best: _Best, method: str, config: Config) -> None:
