@@ -218,6 +218,13 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
         "accelerated_experts_over_grid": ("experts_accelerated", "variation_grid"),
         "experts_over_variation": ("experts_maid3", "variation_maid3"),
     }
+    for task in ("multinomial", "variation", "experts"):
+        if any(method == f"{task}_maid3" for method, _ in last):
+            told[f"{task}_over_hoag"] = {
+                "value": expected.paired(
+                    records, "value", f"{task}_maid3", f"{task}_exponential", ratio=True
+                )
+            }
     for name, (a, b) in pairs.items():
         seeds = sorted(s for method, s in last if method == a and (b is None or (b, s) in last))
         if seeds:
