@@ -60,13 +60,12 @@ def statistics(values: Iterable[float]) -> dict[str, Any]:
     }
 
 
-def interval(values: Iterable[float]) -> dict[str, Any]:
+def interval(values: list[float]) -> dict[str, Any]:
     """The usual statistics, and the ends of the 95 % interval of the mean (Student's t)."""
     from scipy.stats import t
 
     told = statistics(values)
-    count = told["seeds"]
-    half = t.ppf(0.975, count - 1) * told["std"] / math.sqrt(count) if count > 1 else 0.0
+    half = t.ppf(0.975, len(values) - 1) * told["std"] / math.sqrt(len(values)) if values[1:] else 0
     return {**told, "low": told["mean"] - half, "high": told["mean"] + half}
 
 

@@ -229,7 +229,7 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
         seeds = sorted(s for method, s in last if method == a and (b is None or (b, s) in last))
         if seeds:
             gains = [_decibels(last, a, s) - _decibels(last, b or f"noisy {a}", s) for s in seeds]
-            told[name] = {"decibels": expected.interval(np.mean(gains, axis=0))}
+            told[name] = {"decibels": expected.interval(np.mean(gains, axis=0).tolist())}
     return told
 
 
