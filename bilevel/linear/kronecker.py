@@ -20,7 +20,7 @@ from bilevel.linear.precondition import Prepared
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KFAC:
-    r"""The preconditioner with one Kronecker product a layer, for a Gauss–Newton matrix.
+    r"""The preconditioner with one Kronecker product per layer, for a Gauss–Newton matrix.
 
     .. math:: P = \bigoplus_l \Bigl(A_l + \pi_l\sqrt{\rho_l}\,I\Bigr) \otimes
         \Bigl(G_l + \tfrac{\sqrt{\rho_l}}{\pi_l}\,I\Bigr), \qquad
