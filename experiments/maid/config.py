@@ -13,6 +13,8 @@ class Config:
       steps: most outer steps.
       rows: of the quadratic problem.
       examples: of MNIST that train, and that validate.
+      least, most: bounds of its log penalties.
+      first_decay: root mean square of the first trial move of their unbounded counterparts.
       images, side: images that denoising is tuned on, and their side.
       tested, tested_side: those that it is tested on.
       noise: standard deviation of their noise, where white is 1.
@@ -31,6 +33,9 @@ class Config:
     steps: int = 400
     rows: int = 1_000
     examples: int = 3_000
+    least: float = -4.0
+    most: float = 2.0
+    first_decay: float = 0.1
     images: int = 8
     side: int = 64
     tested: int = 24

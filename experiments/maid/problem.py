@@ -23,7 +23,8 @@ class Task(NamedTuple):
     """A bilevel problem and where it starts; `test` measures parameters on the third part.
 
     `smoothness` is the largest curvature of the inner loss, `first_step` the size of the first
-    trial move, and `truth` the true value and hypergradient, where they are known.
+    trial move, and `truth` the true value and hypergradient, where they are known. Decays are
+    bounded: a weight without one leaves no strong convexity to certify anything with.
     """
 
     outer: Callable[..., Any]
@@ -36,7 +37,8 @@ class Task(NamedTuple):
     test: Callable[[Any, Any], dict[str, Any]]
     smoothness: Any
     first_step: float
-    truth: Callable[[Any], tuple[float, np.ndarray]] | None
+    truth: Callable[[Any], tuple[float, np.ndarray]] | None = None
+    constrain: bilevel.Space | None = None
 
 
 def load(name: str, config: Config, seed: int) -> Task:
@@ -113,7 +115,8 @@ def multinomial(config: Config, seed: int) -> Task:
     w = jnp.zeros((144, 10))
     return Task(
         outer, inner, certificate, w, jnp.full_like(w, -3.0), train, valid, test,
-        lambda w, lam: steepest + jnp.exp(jnp.max(lam)), 1.0, None,
+        lambda w, lam: steepest + jnp.exp(jnp.max(lam)), config.first_decay,
+        constrain=bilevel.Space(bilevel.Interval(config.least, config.most)),
     )  # fmt: skip
 
 
@@ -177,5 +180,5 @@ def _denoising(
     count = sum(leaf.size for leaf in jax.tree.leaves(theta))
     return Task(
         images.outer, inner, certificate, tuned.noisy, theta, tuned, tuned, test, smoothness,
-        config.first_move / count**0.5, None,
+        config.first_move / count**0.5,
     )  # fmt: skip

@@ -97,13 +97,21 @@ def algorithm(method: str, task: problem.Task, config: Config) -> Any:
             task.certificate,
             accuracy=ACCURACIES[method],
             first_step=task.first_step,
+            constrain=task.constrain,
             descent=DESCENT,
             loosen=1.25,
             smoothness=task.smoothness if method == "accelerated" else None,
             max_steps=5_000,
         )
     tol: Any = config.exact if method == "exact" else method
-    return bilevel.hoag(task.outer, task.inner, tol, first_step=task.first_step, max_steps=5_000)
+    return bilevel.hoag(
+        task.outer,
+        task.inner,
+        tol,
+        first_step=task.first_step,
+        constrain=task.constrain,
+        max_steps=5_000,
+    )
 
 
 def _tune(best: _Best, method: str, config: Config) -> None:
