@@ -33,9 +33,9 @@ class Config:
     steps: int = 400
     rows: int = 1_000
     examples: int = 3_000
-    least: float = -4.0
+    least: float = -5.0
     most: float = 2.0
-    first_decay: float = 0.1
+    first_decay: float = 1.0
     images: int = 8
     side: int = 64
     tested: int = 24
