@@ -85,8 +85,8 @@ class Unroll:
         :mod:`bilevel.inner.mixed`). ``"reverse"``: plain reverse mode. ``"forward"``: one
         tangent a hyperparameter, memory independent of ``steps``.
       remat: what the backward pass recomputes: ``"none"``, ``"step"``, ``"sqrt"`` or ``"log"``;
-        see :func:`bilevel.inner.descend`. Reverse modes only; the last two give first
-        derivatives only.
+        see :func:`bilevel.inner.descend`. Reverse modes only. A derivative of the hypergradient
+        keeps one state per step, whatever is said here.
       max_hparams: forward mode refuses more than this many hyperparameters (scalars p).
       real_time: forward mode carries the tangent in ``state``, so that calls in sequence give
         the derivative of the whole run so far (stale by the moves of the hyperparameters).

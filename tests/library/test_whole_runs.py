@@ -15,6 +15,7 @@ import pytest
 
 import bilevel
 from bilevel import InnerState, Unroll
+from bilevel.inner.rerun import rerun
 from bilevel.inner.reversal import longest, places_for, plan, recomputed
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,64 @@ def test_steps_made_again_change_nothing(mode, remat):
     found = jax.jit(jax.vmap(grads))(jnp.array([0.05, 0.01]))
     sol = expected()
     close(jax.tree.map(lambda x: x[0], found), (sol.grads, sol.params, sol.state.opt_state))
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_second_derivatives_of_a_loop_that_is_run_again(unroll):
+    """Reverse over reverse and forward over reverse, with an integer state and closed-over data."""
+    rates = jnp.linspace(0.05, 0.2, 5)
+
+    def end(lam, w, loop):
+        def step(state, i):
+            w, count = state
+            slope = jnp.cos(w) + lam * w
+            return (w - rates[i] * slope / (1.0 + count), count + 1), jnp.sum(w)
+
+        (w, count), info = loop(step, (w, jnp.int32(0)))
+        return jnp.sum(w**3) + count
+
+    def again(step, state):
+        return rerun(step, state, first=0, steps=5, places=2, unroll=unroll)
+
+    def plain(step, state):
+        return jax.lax.scan(step, state, jnp.arange(5))
+
+    w = jnp.array([0.3, -0.7])
+    for order in (jax.jacrev, jax.jacfwd):
+        found, want = (
+            jax.jit(order(jax.grad(functools.partial(end, loop=loop), argnums=(0, 1)), (0, 1)))(
+                0.4, w
+            )
+            for loop in (again, plain)
+        )
+        close(found, want)
+
+
+def test_loops_and_straight_lines_agree():
+    """With a key and a count in the state; what a step closes over is differentiated too."""
+
+    def step(a, state, i):
+        x, count, key = state
+        key, sub = jax.random.split(key)
+        x = jnp.sin(a["rate"] * x) + 0.1 * i * jax.random.normal(sub, x.shape) * a["noise"]
+        return (x, count + 1, key), jax.lax.stop_gradient(x.sum())
+
+    def value(a, x, how):
+        state, told = (x, jnp.int32(0), jax.random.key(1)), []
+        if how == "plain":
+            for i in range(2, 11):
+                state, info = step(a, state, i)
+                told.append(info)
+            told = jnp.stack(told)
+        else:
+            state, told = rerun(functools.partial(step, a), state, first=2, steps=9, places=2,
+                                unroll=how == "straight")  # fmt: skip
+        return jnp.sum(state[0] ** 3), (told, state[1])
+
+    args = {"rate": jnp.float64(0.9), "noise": jnp.float64(0.5)}, jnp.arange(3.0)
+    call = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True), static_argnums=2)
+    for how in ("loop", "straight"):
+        close(call(*args, how), call(*args, "plain"))
 
 
 def run_whole(**kwargs):
