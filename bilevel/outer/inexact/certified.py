@@ -234,7 +234,8 @@ class CertifiedDescent:
 
     def _minimum(self, params: Params, hparams: Hparams, batch: Batch, accuracy: Scalar) -> Minimum:
         """The inner minimum up to a distance, by the solver that the known constants allow."""
-        convexity, given = self.certificate.at(params, hparams).convexity, self.smoothness
+        convexity = self.certificate.at(params, hparams).convexity
+        given: Any = self.smoothness
         if given is None:
             curvatures = None
         else:
