@@ -47,11 +47,11 @@ def figures(out: Path) -> list[Path]:
 def _values(records: list[record.Record], tasks: list[str], path: Path) -> Path:
     """The best outer loss against cost, a panel for each problem, a line for each seed."""
     methods = {r.method for r in records}
-    size = {"width": 4.6 * len(tasks), "height": 4.4}
-    with draw.figure(path, columns=len(tasks), **size) as (_, axes):
+    size = {"width": 4.6 * len(tasks), "height": 5.0}
+    with draw.figure(path, columns=len(tasks), **size) as (drawn, axes):
         panels = [axes] if len(tasks) == 1 else list(axes)
         seeds = sorted({r.seed for r in records})
-        named = "variation" if "variation" in tasks else tasks[-1]  # which has all methods
+        lines: dict[Any, Any] = {}
         for panel, task in zip(panels, tasks, strict=True):
             for shade, method in zip(SHADES, METHODS, strict=False):
                 if f"{task}_{method}" not in methods:
@@ -70,8 +70,9 @@ def _values(records: list[record.Record], tasks: list[str], path: Path) -> Path:
             draw.cost_axes(panel, "outer loss")
             panel.set(xscale="log", yscale="log" if task == "quadratic" else "linear")
             panel.set_title(TITLES.get(task, task))
-            if task != named:
-                panel.get_legend().remove()
+            panel.get_legend().remove()
+            lines |= {line.get_label(): line for line in panel.get_legend_handles_labels()[0]}
+        drawn.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=5)
     return path
 
 
