@@ -1,4 +1,4 @@
-r"""The inner problem solved to a tolerance: L-BFGS, or accelerated proximal gradient steps."""
+r"""The inner problem solved to a tolerance: L-BFGS, or accelerated (proximal) gradient steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,13 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Loss, Params, Scalar, Stats, Vector
 from bilevel.ground.batches import check_batch
 from bilevel.ground.loops import strong_types
-from bilevel.ground.settings import check_count, check_one_real, check_takes, is_function
+from bilevel.ground.settings import (
+    check_count,
+    check_one_real,
+    check_takes,
+    concrete,
+    is_function,
+)
 from bilevel.ground.status import Status, status_of
 from bilevel.problem.conditions import Composite, Prox
 from bilevel.problem.two_losses import Problem
@@ -53,6 +59,7 @@ def minimize(
     tol: float | jax.Array | None = None,
     max_steps: int = 1000,
     prox: Prox | None = None,
+    curvatures: tuple[Any, Any] | None = None,
 ) -> Minimum:
     r"""A minimum of a deterministic, smooth inner loss, for the user without a training loop.
 
@@ -66,6 +73,11 @@ def minimize(
     grows by a tenth with every step and is halved where it is too long. Values of the loss decide,
     which cost no gradient, as far as rounding lets them.
 
+    With ``curvatures`` :math:`(\mu, L)` by Nesterov's accelerated gradient steps of length
+    :math:`1/L`, whose momentum is that of a loss whose Hessian has all eigenvalues between the two:
+    a gradient a step and no search, and from :math:`\|\nabla h\| = \delta` to tol in about
+    :math:`\sqrt{L/\mu}\,\log(\delta L/(\mu\,\text{tol}))` steps.
+
     Args:
       inner: the smooth part h, ``loss(params, hparams, batch) -> scalar``; or a
         :class:`~bilevel.Composite`, which has a proximal operator with it.
@@ -76,6 +88,8 @@ def minimize(
       max_steps: most steps.
       prox: ``prox(params, hparams, step_size) -> params``, of the part r that is not smooth:
         soft-thresholding for L1, a projection for a constraint.
+      curvatures: :math:`(\mu, L)`, numbers that may be traced, :math:`0 \le \mu \le L`. An L that
+        is too small makes the steps diverge; a :math:`\mu` that is too large makes them slow.
 
     Returns:
       :class:`Minimum`. It is not differentiated: pass its ``params`` to ``hypergrad``, or call it
@@ -86,11 +100,12 @@ def minimize(
       TypeError, ValueError: at trace time, for trees, dtypes, functions and settings that do not
         fit.
 
-    Cost: ``num_gradients`` inner gradients; L-BFGS keeps twenty vectors, the other four.
+    Cost: ``num_gradients`` inner gradients; L-BFGS keeps twenty vectors, the others four.
 
     Reference: Nocedal and Wright, "Numerical Optimization", 2006, Algorithm 7.5; Beck and Teboulle,
     "A fast iterative shrinkage-thresholding algorithm", SIAM J. Imaging Sciences 2009; O'Donoghue
-    and Candes, "Adaptive restart for accelerated gradient schemes", 2015.
+    and Candes, "Adaptive restart for accelerated gradient schemes", 2015; Chambolle and Pock, "An
+    introduction to continuous optimization for imaging", Acta Numerica 2016, Algorithm 5.
 
     Example:
       >>> import jax.numpy as jnp, bilevel
@@ -123,7 +138,10 @@ def minimize(
     def loss(w: Params) -> Scalar:
         return problem.inner_loss(w, hparams, batch)
 
-    if prox is None:
+    if curvatures is not None:
+        _check_curvatures(curvatures, prox)
+        start, advance = _accelerated(loss, params, *curvatures)
+    elif prox is None:
         start, advance = _lbfgs(loss, params)
     else:
         if not is_function(prox):
@@ -176,6 +194,28 @@ def proximal_step(
     return step
 
 
+def _check_curvatures(curvatures: Any, prox: Any) -> None:
+    """Refuse what are no bounds of curvature, as far as it is known when traced."""
+    if prox is not None:
+        raise ValueError(
+            "`curvatures` is given together with a proximal operator, whose steps find their "
+            "length themselves: leave `curvatures` out."
+        )
+    if not (isinstance(curvatures, tuple) and len(curvatures) == 2):
+        raise TypeError(
+            "`curvatures` must be a pair (mu, L), the least and the largest curvature of the "
+            f"inner loss, got {curvatures!r}."
+        )
+    least, largest = curvatures
+    check_one_real("curvatures[0]", least, 0)
+    check_one_real("curvatures[1]", largest, 0, strict=True)
+    if concrete(least) and concrete(largest) and float(least) > float(largest):
+        raise ValueError(
+            "`curvatures` must be (mu, L) with mu at most L, the least and the largest curvature "
+            f"of the inner loss, got ({float(least):g}, {float(largest):g})."
+        )
+
+
 Step = Callable[[_Search], _Search]
 ZERO = jnp.int32(0)
 
@@ -204,6 +244,45 @@ def _lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[_Search, S
 
     value, gradient = jax.value_and_grad(loss)(params)
     memory = strong_types(optax.tree.set(tx.init(params), grad=gradient, value=value))
+    stuck = jnp.asarray(False)
+    return _Search(params, memory, value, tree.norm(gradient), ZERO, ZERO + 1, stuck), advance
+
+
+class _Coasting(NamedTuple):
+    gradient: Vector
+    behind: Params
+    weight: Scalar
+
+
+def _accelerated(
+    loss: Callable[[Params], Scalar], params: Params, least: Any, largest: Any
+) -> tuple[_Search, Step]:
+    dtype = tree.norm(params).dtype
+    eps = jnp.finfo(dtype).eps
+    longest = (1 / jnp.asarray(largest)).astype(dtype)
+    q = jnp.clip(jnp.asarray(least).astype(dtype) * longest, 0, 1)
+
+    def advance(search: _Search) -> _Search:
+        gradient, behind, t = search.memory
+        w = tree.cast_like(tree.axpy(-longest, gradient, search.params), search.params)
+        flat = 1 - q * t**2
+        following = (flat + jnp.sqrt(flat**2 + 4 * t**2)) / 2
+        # Where all curvatures are one, a step ends at the minimum, and 1 - q is zero.
+        push = (t - 1) * (1 - q * following) / (following * jnp.where(q < 1, 1 - q, 1))
+        ahead = tree.cast_like(tree.axpy(push, tree.sub(w, behind), w), w)
+        value, slope = jax.value_and_grad(loss)(ahead)
+        return _Search(
+            ahead,
+            _Coasting(slope, w, following),
+            value,
+            tree.norm(slope),
+            search.steps + 1,
+            search.gradients + 1,
+            longest * search.size <= eps * tree.norm(search.params),
+        )
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    memory = _Coasting(gradient, params, jnp.ones((), dtype))
     stuck = jnp.asarray(False)
     return _Search(params, memory, value, tree.norm(gradient), ZERO, ZERO + 1, stuck), advance
 

@@ -11,7 +11,7 @@ import optax
 
 from experiments.bo_rep import methods, problem, texts
 from experiments.bo_rep.config import Config
-from experiments.common import record
+from experiments.common import expected, record
 
 TABLE = ("guard_loss", "test_loss", "test_error", "inner_rate", "outer_rate", "diverged")
 Parts = dict[str, dict[str, jax.Array]]
@@ -168,3 +168,29 @@ def _finish(
         if now["guard_loss"] < best["guard_loss"]:
             best = now
     return {**best, "diverged": 0.0, "spent": spent}
+
+
+def summary(records: list[record.Record]) -> dict[str, Any]:
+    """BO-REP over the best of the other loops and over plain training, paired, with intervals.
+
+    The best of the other loops is that with the lowest mean test loss.
+    """
+    means = expected.summarise(records)
+    told = {}
+    for data in sorted(
+        {r.method.removesuffix("_bo_rep") for r in records if "_bo_rep" in r.method}
+    ):
+        others = [f"{data}_{name}" for name in methods.NAMES if name != "bo_rep"]
+        known = [name for name in others if name in means]
+        if data.endswith("_path") or not known:
+            continue
+        rivals = {
+            "best": min(known, key=lambda name: means[name]["test_loss"]["mean"]),
+            "plain": f"{data}_plain",
+        }
+        for name, rival in rivals.items():
+            told[f"{data}_over_{name}"] = {
+                metric: expected.paired(records, metric, f"{data}_bo_rep", rival, ratio=True)
+                for metric in ("test_loss", "test_error")
+            }
+    return told

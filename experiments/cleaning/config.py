@@ -12,13 +12,14 @@ class Config:
       train, valid: images of the two parts; the test part is the publisher's.
       flipped: fraction of training labels replaced by a wrong one, drawn at random, where there
         are no human mistakes.
-      pooled: whether images are averaged over squares of 2 x 2 pixels.
+      pooled: whether images are averaged over squares of 2 x 2 pixels, in colour of 4 x 4.
       decay: of the weights of the linear model, a part of the inner loss.
       lr: step size of the SGD with momentum 0.9 that trains it, of every method alike.
       inner_steps: training steps between two outer steps.
       budget: G of every method that tunes, and of plain training.
-      reach: how far Adam may move the logit of a weight in the whole run: its step size is this
-        over the number of outer steps that a method can afford.
+      reach: how far SGD moves the logit of a weight whose hypergradient stays at one over the
+        number of images, in the whole run: its step size is this times that number, over the outer
+        steps that a method can afford.
       max_products: curvature products of one CG solve.
       penalty: first penalty of F2SA; that of PBGD.
       subspace: vectors of the carried Krylov subspace.
@@ -27,7 +28,7 @@ class Config:
         a run is chosen.
     """
 
-    sets: tuple[str, ...] = ("mnist", "fashion_mnist")
+    sets: tuple[str, ...] = ("mnist", "fashion_mnist", "cifar10")
     train: int = 5_000
     valid: int = 2_000
     flipped: float = 0.5
@@ -36,7 +37,7 @@ class Config:
     lr: float = 0.1
     inner_steps: int = 10
     budget: int = 6_000
-    reach: float = 8.0
+    reach: float = 800.0
     max_products: int = 5
     penalty: float = 10.0
     subspace: int = 10

@@ -61,8 +61,9 @@ def _features(images: Any, config: Config) -> np.ndarray:
     x = np.asarray(images, np.float32)
     x = x if x.ndim == 4 else x[..., None]
     if config.pooled:
-        count, side = x.shape[:2]
-        x = x.reshape(count, side // 2, 2, side // 2, 2, -1).mean((2, 4))
+        count, side, _, colours = x.shape
+        square = 2 if colours == 1 else 4
+        x = x.reshape(count, side // square, square, side // square, square, -1).mean((2, 4))
     return x.reshape(len(x), -1)
 
 

@@ -11,7 +11,7 @@ import optax
 import bilevel
 from experiments.cleaning import problem
 from experiments.cleaning.config import Config
-from experiments.common import budget, record
+from experiments.common import budget, expected, record
 
 TABLE = ("test_error", "auroc", "validation_loss", "weight_right", "weight_wrong")
 TUNED = ("cg", "lanczos", "f2sa", "f2sa_2", "pbgd", "bome")
@@ -48,7 +48,8 @@ def algorithm(method: str, config: Config) -> bilevel.Algorithm:
     """The loop of a method."""
     inner, steps, tx = problem.train_loss(config), config.inner_steps, optimizer(config)
     losses = (problem.valid_loss, inner)
-    outer_tx = optax.adam(config.reach / outer_steps(method, config))
+    # By size, not by sign as with Adam: where the signal is weak a weight stays.
+    outer_tx = optax.sgd(config.reach * config.train / outer_steps(method, config))
     if method in ("cg", "lanczos"):
         solver = (
             bilevel.CG(max_steps=config.max_products, rtol=0.1)
@@ -175,3 +176,22 @@ def _curve(full: str, values: np.ndarray, cost: float, records: record.Records) 
     """The validation loss along the run, at about forty points."""
     for k in np.unique(np.linspace(1, len(values), 40).astype(int)):
         records.append(full, int(k), cost * int(k), loss_now=float(values[k - 1]))
+
+
+def summary(records: list[record.Record]) -> dict[str, Any]:
+    """What methods differ by, seed by seed, and what finds the wrong labels, with intervals."""
+    last = record.final(records)
+    told: dict[str, Any] = {}
+    for name in sorted({m.removesuffix("_all") for m, _ in last if m.endswith("_all")}):
+        for method in TUNED:
+            full = f"{name}_{method}"
+            found = [r.metrics["auroc"] for (m, _), r in last.items() if m == full]
+            against = {
+                f"error_over_{other}": expected.paired(
+                    records, "test_error", full, f"{name}_{other}"
+                )
+                for other in (*PLAIN, "cg")
+                if other != method
+            }
+            told[f"{full}_intervals"] = {"auroc": expected.interval(found), **against}
+    return told

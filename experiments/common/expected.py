@@ -60,6 +60,25 @@ def statistics(values: Iterable[float]) -> dict[str, Any]:
     }
 
 
+def interval(values: list[float]) -> dict[str, Any]:
+    """The usual statistics, and the ends of the 95 % interval of the mean (Student's t)."""
+    from scipy.stats import t
+
+    told = statistics(values)
+    half = t.ppf(0.975, len(values) - 1) * told["std"] / math.sqrt(len(values)) if values[1:] else 0
+    return {**told, "low": told["mean"] - half, "high": told["mean"] + half}
+
+
+def paired(
+    records: Iterable[record.Record], metric: str, a: str, b: str, *, ratio: bool = False
+) -> dict[str, Any]:
+    """a less b, or a over b, in the last records of every seed that has both; with its interval."""
+    last = record.final(records)
+    seeds = sorted(seed for method, seed in last if method == a and (b, seed) in last)
+    pairs = [(last[a, s].metrics[metric], last[b, s].metrics[metric]) for s in seeds]
+    return interval([x / y if ratio else x - y for x, y in pairs])
+
+
 def summarise(records: Iterable[record.Record]) -> dict[str, Any]:
     """`{method: {metric: statistics}}` of the last record of each method and seed."""
     columns: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -20,6 +20,7 @@ class Config:
       poor, best: the two first rates of the clients: too low, and the best of a grid for FedAvg.
       server_rates: bounds of the rate that the server-side local scheduler sends.
       global_hyper, server_hyper, client_hyper: rates of the three schedulers.
+      normalized: whether the global scheduler takes cosines; plain inner products are the paper's.
       target: validation accuracy that rounds are counted to.
     """
 
@@ -39,6 +40,7 @@ class Config:
     global_hyper: float = 1.0
     server_hyper: float = 1.0
     client_hyper: float = 0.1
+    normalized: bool = False
     target: float = 0.80
 
 

@@ -89,9 +89,11 @@ def accuracy(params: Any, part: tuple[jax.Array, jax.Array]) -> jax.Array:
 def optimizers(method: str, config: Config, rate: Any) -> tuple[Any, Any]:
     """The optimizer of the server, and a function of the rate sent that makes the clients'."""
     server = {
-        "global": lambda: bilevel.fedhyper_global(config.global_hyper),
+        "global": lambda: bilevel.fedhyper_global(
+            config.global_hyper, normalized=config.normalized
+        ),
         "momentum": lambda: bilevel.fedhyper_global(
-            config.global_hyper, momentum=0.9, min_rate=0.8
+            config.global_hyper, momentum=0.9, min_rate=0.8, normalized=config.normalized
         ),
         "server": lambda: bilevel.fedhyper_server(
             rate, config.server_hyper, min_rate=config.server_rates[0],

@@ -10,11 +10,22 @@ import optax
 
 import bilevel
 from experiments.common import data
+from experiments.maid import images
 from experiments.maid.config import Config
+
+TESTED = 1e-3
+"""Tolerance of the solves on held-out images: far less than a grey level, summed over pixels."""
+SHOWN = (3, 6, 18, 22)
+"""Which Kodak images are drawn."""
 
 
 class Task(NamedTuple):
-    """A bilevel problem and where it starts; `test` measures parameters on the third part."""
+    """A bilevel problem and where it starts; `test` measures parameters on the third part.
+
+    `smoothness` is the largest curvature of the inner loss, `first_step` the size of the first
+    trial move, and `truth` the true value and hypergradient, where they are known. Decays are
+    bounded: a weight without one leaves no strong convexity to certify anything with.
+    """
 
     outer: Callable[..., Any]
     inner: Callable[..., Any]
@@ -24,13 +35,16 @@ class Task(NamedTuple):
     train: Any
     valid: Any
     test: Callable[[Any, Any], dict[str, Any]]
+    smoothness: Any
+    first_step: float
+    truth: Callable[[Any], tuple[float, np.ndarray]] | None = None
+    constrain: bilevel.Space | None = None
 
 
 def load(name: str, config: Config, seed: int) -> Task:
     """One problem, in float64: certificates of a thousandth leave float32 no digits."""
-    return {"quadratic": quadratic, "multinomial": multinomial, "denoise": denoise}[name](
-        config, seed
-    )
+    makers = (quadratic, multinomial, variation, experts)
+    return next(make for make in makers if make.__name__ == name)(config, seed)
 
 
 def quadratic(config: Config, seed: int) -> Task:
@@ -52,9 +66,12 @@ def quadratic(config: Config, seed: int) -> Task:
     least = np.linalg.lstsq(jacobian, b1 - a1 @ pseudo @ b2, rcond=None)[1]
     optimum = 0.5 * float(least[0])
 
+    def truth(t: Any) -> tuple[float, np.ndarray]:
+        residual = a1 @ pseudo @ (b2 - lower[1] @ np.asarray(t)) - b1
+        return 0.5 * float(residual @ residual), jacobian.T @ residual
+
     def test(x: Any, t: Any) -> dict[str, Any]:
-        value = 0.5 * np.sum((a1 @ pseudo @ (b2 - lower[1] @ np.asarray(t)) - b1) ** 2)
-        return {"above_optimum": value - optimum}
+        return {"above_optimum": truth(t)[0] - optimum, "optimum": optimum}
 
     certificate = bilevel.Certificate(
         float(np.linalg.eigvalsh(a2.T @ a2)[0]),
@@ -63,7 +80,8 @@ def quadratic(config: Config, seed: int) -> Task:
     )
     zeros = jnp.zeros(m)
     train, valid = (jax.tree.map(jnp.asarray, part) for part in (lower, upper))
-    return Task(outer, inner, certificate, zeros, zeros, train, valid, test)
+    largest = float(np.linalg.norm(a2, 2) ** 2)
+    return Task(outer, inner, certificate, zeros, zeros, train, valid, test, largest, 1.0, truth)
 
 
 def multinomial(config: Config, seed: int) -> Task:
@@ -93,8 +111,13 @@ def multinomial(config: Config, seed: int) -> Task:
     smooth = float(jnp.linalg.norm(valid[0], 2)) ** 2 / len(valid[1]) / 2
     third = float(jnp.mean(jnp.linalg.norm(train[0], axis=1) ** 3)) / 2**0.5
     certificate = bilevel.Certificate.of_log_decays(smooth, third)
+    steepest = float(jnp.linalg.norm(train[0], 2)) ** 2 / len(train[1]) / 2
     w = jnp.zeros((144, 10))
-    return Task(outer, inner, certificate, w, jnp.full_like(w, -3.0), train, valid, test)
+    return Task(
+        outer, inner, certificate, w, jnp.full_like(w, -3.0), train, valid, test,
+        lambda w, lam: steepest + jnp.exp(jnp.max(lam)), config.first_decay,
+        constrain=bilevel.Space(bilevel.Interval(config.least, config.most)),
+    )  # fmt: skip
 
 
 def _twelve(images: np.ndarray) -> jax.Array:
@@ -103,62 +126,59 @@ def _twelve(images: np.ndarray) -> jax.Array:
     return jnp.asarray(inner.reshape(-1, 12, 2, 12, 2).mean((2, 4)).reshape(-1, 144))
 
 
-def variation(x: Any, theta: Any) -> Any:
-    r""":math:`e^{\theta_0} \sum \sqrt{|\nabla x|^2 + e^{2\theta_1}}`: smoothed total variation."""
-    down = jnp.diff(x, axis=1, append=x[:, -1:])
-    right = jnp.diff(x, axis=2, append=x[:, :, -1:])
-    return jnp.exp(theta[0]) * jnp.sum(jnp.sqrt(down**2 + right**2 + jnp.exp(2 * theta[1])))
+def variation(config: Config, seed: int) -> Task:
+    """Images with noise, by total variation; its weight and its smoothing are tuned."""
+    return _denoising(
+        images.variation,
+        images.variation_mixed,
+        images.variation_smoothness,
+        images.variation_start(config),
+        config,
+        seed,
+    )
 
 
-def denoise(config: Config, seed: int) -> Task:
-    """Kodak images with noise, by total variation; its weight and its smoothing are tuned.
+def experts(config: Config, seed: int) -> Task:
+    """The same images, by filters whose entries, weights and smoothings are tuned."""
+    return _denoising(
+        images.experts_of(config),
+        images.experts_mixed_of(config),
+        images.experts_smoothness_of(config),
+        images.experts_start(config),
+        config,
+        seed,
+    )
 
-    The Lipschitz constants of the penalty's derivatives are of the order of one over the smoothing
-    squared, useless: those terms, of second order, are left out of the bound of the hypergradient.
-    The certificate of a decrease does not need them.
+
+def _denoising(
+    penalty: images.Penalty, mixed: Any, smoothness: Any, theta: Any, config: Config, seed: int
+) -> Task:
+    """The Lipschitz constants of a penalty's derivatives are of one over the smoothing squared.
+
+    Nothing can be certified with them: these terms, of second order, are left out of the bound of
+    the hypergradient. The certificate of a decrease does not need them.
     """
-    clean, noisy = images(config, seed)
-    n = config.images
-
-    def inner(x: Any, theta: Any, batch: Any) -> Any:
-        return 0.5 * jnp.sum((x - batch["noisy"]) ** 2) + variation(x, theta)
-
-    def outer(x: Any, theta: Any, batch: Any) -> Any:
-        return 0.5 * jnp.sum((x - batch["clean"]) ** 2)
-
-    def mixed_norm(x: Any, theta: Any) -> Any:
-        def image(direction: Any) -> Any:
-            gradient = lambda t: jax.grad(variation)(x, t)  # noqa: E731
-            return jnp.sum(jax.jvp(gradient, (theta,), (direction,))[1] ** 2)
-
-        return jnp.sqrt(image(jnp.array([1.0, 0.0])) + image(jnp.array([0.0, 1.0])))
-
-    solve = jax.jit(lambda x, theta, batch: bilevel.minimize(inner, x, theta, batch, tol=1e-3))
+    tuned, tested = images.load(config, seed)
+    inner = images.inner_of(penalty)
+    shown = [i for i in SHOWN if i < config.tested] or [0]
+    solve = jax.jit(lambda theta: bilevel.minimize(inner, tested.noisy, theta, tested, tol=TESTED))
 
     def test(x: Any, theta: Any) -> dict[str, Any]:
-        batch = {"noisy": noisy[n:], "clean": clean[n:]}
-        found = solve(batch["noisy"], theta, batch).params
+        found = solve(theta).params
+        after, before = (images.decibels(y, tested.clean) for y in (found, tested.noisy))
         return {
-            "psnr": decibels(x, clean[:n]),
-            "noisy_psnr": decibels(noisy[n:], clean[n:]),
-            "test_psnr": decibels(found, clean[n:]),
+            "psnr": jnp.mean(images.decibels(x, tuned.clean)),
+            "test_psnr": jnp.mean(after),
+            "noisy_psnr": jnp.mean(before),
+            "test_psnrs": after,
+            "noisy_psnrs": before,
+            # Of a few images: clean, noisy, denoised.
+            "pictures": jnp.stack([tested.clean, tested.noisy, found])[:, np.array(shown)],
         }
 
-    batch = {"noisy": noisy[:n], "clean": clean[:n]}
-    start, theta = noisy[:n], jnp.array([-5.0, -5.0])
-    certificate = bilevel.Certificate(1.0, 1.0, mixed_norm)
-    return Task(outer, inner, certificate, start, theta, batch, batch, test)
-
-
-def images(config: Config, seed: int) -> tuple[jax.Array, jax.Array]:
-    """As many clean images to tune on as to test on, and what noise makes of them."""
-    stored = data.load_npz("images/kodak24_gray_center256.npz")["image"]
-    chosen = np.random.default_rng(seed).permutation(len(stored))[: 2 * config.images]
-    clean = stored[chosen, : config.side, : config.side].astype(np.float64) / 255
-    noise = np.random.default_rng(seed + 1).standard_normal(clean.shape)
-    return jnp.asarray(clean), jnp.asarray(clean + config.noise * noise)
-
-
-def decibels(x: jax.Array, clean: jax.Array) -> jax.Array:
-    """Peak signal to noise ratio, the mean over images."""
-    return jnp.mean(-10 * jnp.log10(jnp.mean((x - clean) ** 2, axis=(1, 2))))
+    certificate = images.certificate(mixed)
+    count = sum(leaf.size for leaf in jax.tree.leaves(theta))
+    return Task(
+        images.outer, inner, certificate, tuned.noisy, theta, tuned, tuned, test, smoothness,
+        config.first_move / count**0.5,
+    )  # fmt: skip

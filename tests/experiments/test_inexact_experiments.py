@@ -1,8 +1,10 @@
 """`hoag` and `maid`: their problems are what they say, and their budgets are kept."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from experiments.hoag import methods
 from experiments.hoag import problem as hoag_problem
 from experiments.hoag import run as hoag_run
 from experiments.maid import config as maid_config
+from experiments.maid import images
 from experiments.maid import problem as maid_problem
 from experiments.maid import run as maid_run
 
@@ -77,25 +80,58 @@ def test_the_quadratic_problem_knows_its_optimum(settings):
     assert float(task.test(None, t)["above_optimum"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_denoising_problem_knows_its_mixed_derivative(settings):
+@pytest.mark.parametrize("name", ["variation", "experts"])
+def test_a_denoising_problem_knows_its_constants(settings, name):
+    small = dataclasses.replace(
+        settings, side=2, tested=1, tested_side=2, weight=-1.5, smoothing=-1.5
+    )
     try:
-        task = maid_problem.denoise(dataclasses.replace(settings, side=6), 0)
+        task = maid_problem.load(name, small, 0)
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    x, theta = task.params, jnp.array([-2.0, -1.5])
-    b = jax.jacobian(jax.grad(task.inner), 1)(x, theta, task.train).reshape(-1, 2)
+    x, theta = task.params, task.hparams
+    flat, back = jax.flatten_util.ravel_pytree(theta)
+
+    def slope(v, t):
+        return jax.grad(task.inner)(v.reshape(x.shape), back(t), task.train).ravel()
+
+    b = jax.jacobian(slope, 1)(x.ravel(), flat)
     norm = float(task.certificate.at(x, theta).mixed_norm)
     assert np.linalg.norm(b, 2) <= norm * (1 + 1e-9)
-    assert norm == pytest.approx(float(np.linalg.norm(b)), rel=1e-9)
-    lowest = jnp.linalg.eigvalsh(
-        jax.hessian(lambda v: task.inner(v.reshape(x.shape), theta, task.train))(x.ravel())
-    )[0]
-    assert float(lowest) >= 1 - 1e-9
+    if name == "variation":
+        assert norm == pytest.approx(float(np.linalg.norm(b)), rel=1e-9)
+    for at in (x.ravel(), jnp.zeros(x.size)):  # a flat image bends the penalty most
+        bends = jnp.linalg.eigvalsh(jax.jacobian(slope)(at, flat))
+        assert float(bends[0]) >= 1 - 1e-9
+        largest = float(task.smoothness(x, theta))
+        assert float(bends[-1]) <= largest * (1 + 1e-9)
+    assert float(bends[-1]) >= 0.4 * largest  # and the bound is of its order
 
 
 def test_decibels():
-    clean = jnp.zeros((2, 4, 4))
-    assert float(maid_problem.decibels(clean + 0.1, clean)) == pytest.approx(20.0)
+    clean = jnp.zeros((2, 12, 12))
+    np.testing.assert_allclose(images.decibels(clean + 0.1, clean), [20.0, 20.0])
+    edge = clean.at[:, :4].set(1.0)
+    np.testing.assert_allclose(images.decibels(clean + 0.1 + edge, clean), [20.0, 20.0])
+
+
+def test_a_promise_that_is_broken_is_counted(settings):
+    task = maid_problem.quadratic(settings, 0)
+    old, (_, slope) = jnp.ones(10), task.truth(np.ones(10))
+    norm = np.linalg.norm(slope)
+
+    def told(length, bound, error):
+        found = slope + error
+        known = maid_run.Guarantees(task)
+        stats = {"accepted": True, "step_size": length, "error_bound": bound * norm}
+        info = SimpleNamespace(stats=stats, hypergrad_norm=np.linalg.norm(found))
+        known.check(old, old - length * found, info)
+        return known.told["broken_decreases"], known.told["broken_bounds"]
+
+    assert told(1e-6, 1e-3, 0.0) == (0, 0)
+    assert told(1.0, 1e-3, 0.0) == (1, 0)  # far beyond the minimum
+    assert told(1e-6, 1e-3, 1e-2 * slope) == (0, 1)
+    assert told(1e-6, 1.1, 0.0) == (0, 1)  # a bound that certifies nothing
 
 
 @pytest.mark.slow

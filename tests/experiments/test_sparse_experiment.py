@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.sparse import BCOO
 
 import bilevel
-from experiments.common import record
+from experiments.common import expected, record
 from experiments.sparse import config, figure, problem, run, tasks, tune
 
 pytest.importorskip("sklearn", reason="needs bilevel[experiments]")
@@ -139,7 +139,7 @@ def test_it_runs_resumes_and_is_drawn(tmp_path):
 
 
 def test_an_interval_is_that_of_student():
-    told = run._interval([1.0, 2.0, 3.0])
+    told = expected.interval([1.0, 2.0, 3.0])
     assert told["high"] == pytest.approx(2 + 4.302653 / math.sqrt(3), rel=1e-6)
     assert told["low"] == pytest.approx(4 - told["high"])
 

@@ -99,8 +99,10 @@ def tune(accuracy, steps=150, **rest):
 
 
 @functools.cache
-def tuned(accuracy):
-    return tune(accuracy)
+def tuned(accuracy, accelerated=False):
+    """A run with L-BFGS inside, or with accelerated steps that know the largest curvature."""
+    largest = float(jnp.linalg.norm(quadratic().a2, 2)) ** 2
+    return tune(accuracy, smoothness=largest if accelerated else None)
 
 
 @jax.jit
@@ -113,10 +115,10 @@ def known(x, state):
     return q.outer(x, state.hparams, None), slack
 
 
-@pytest.mark.parametrize("accuracy", [1e-1, 1e-3, 1e-5])
-def test_every_accepted_step_decreases_the_true_value_and_the_error_is_below_its_bound(accuracy):
+@pytest.mark.parametrize("run", [(1e-1,), (1e-3,), (1e-5,), (1e-3, True)])
+def test_every_accepted_step_decreases_the_true_value_and_the_error_is_below_its_bound(run):
     q = quadratic()
-    states, infos = tuned(accuracy)
+    states, infos = tuned(*run)
     accepted = 0
     for old, new, info in zip(states, states[1:], infos, strict=False):
         before, true = float(q.value(old.hparams)), q.gradient(old.hparams)
@@ -148,8 +150,8 @@ def test_three_starting_accuracies_reach_the_same_value_at_the_same_work():
     q = quadratic()
     least = float(q.value(q.optimum()))
     spent = []
-    for accuracy in (1e-1, 1e-3, 1e-5):
-        states, infos = tuned(accuracy)
+    for run in ((1e-1,), (1e-3,), (1e-5,), (1e-3, True)):
+        states, infos = tuned(*run)
         assert float(q.value(states[-1].hparams)) - least <= 1e-8 * (1 + least)
         costs = np.cumsum([float(info.cost.total) for info in infos])
         values = np.array([float(q.value(s.hparams)) for s in states[1:]])
@@ -349,6 +351,8 @@ def test_constants_that_cannot_be(settings, error, message):
         (dict(tighten=1.5), ValueError, "`tighten` must be less than 1"),
         (dict(loosen=0.9), ValueError, "`loosen` must be at least 1"),
         (dict(trials=0), ValueError, "`trials` must be at least 1"),
+        (dict(smoothness=0.0), ValueError, "`smoothness` must be greater than 0"),
+        (dict(smoothness=lambda w: 1.0), TypeError, "`smoothness` cannot be called as"),
     ],
 )
 def test_settings_that_cannot_be(settings, error, message):

@@ -149,6 +149,33 @@ def test_a_composite_brings_its_first_step_and_a_bad_one_is_found_out():
     assert gradients["long"] <= 1.3 * gradients["good"]
 
 
+def test_known_curvatures_make_the_steps_of_the_theory():
+    """The momentum of mu and L: |h'| falls by (1 - sqrt(mu/L)) a step, up to L/mu before it."""
+    bend = jnp.linalg.eigvalsh(X.T @ X / 60)
+    mu, largest = (float(b + jnp.exp(-7.0)) for b in (bend[0], bend[-1]))
+    start = jnp.zeros(N)
+    first = float(jnp.linalg.norm(jax.grad(ridge)(start, -7.0, BATCH)))
+    for tol in (1e-4, 1e-9):
+        found = FIND(ridge, start, -7.0, BATCH, tol=tol, curvatures=(mu, largest))
+        bilevel.raise_for_status(found)
+        length = float(jnp.linalg.norm(jax.grad(ridge)(found.params, -7.0, BATCH)))
+        np.testing.assert_allclose(found.stats["stationarity"], length, rtol=1e-4)
+        assert length <= tol
+        steps = int(found.stats["num_steps"])
+        assert int(found.stats["num_gradients"]) == steps + 1
+        rate = -np.log1p(-np.sqrt(mu / largest))
+        assert steps <= np.log(first * largest / mu / tol) / rate < 800
+    # Plain steps of 1/L fall by 1 - mu/L, at a condition of 600: a thousand do not suffice.
+    no_momentum = FIND(ridge, start, -7.0, BATCH, tol=1e-9, curvatures=(largest, largest))
+    assert int(no_momentum.result) == Status.max_steps
+    one = FIND(one_curvature, start, 0.0, BATCH, tol=1e-12, curvatures=(2.0, 2.0))
+    assert int(one.result) == Status.ok and int(one.stats["num_steps"]) == 1
+
+
+def one_curvature(w, lam, batch):
+    return jnp.sum((w - 1) ** 2)
+
+
 def test_solutions_are_differentiated_and_mapped():
     def solve(w, lam, batch):
         return minimize(ridge, w, lam, batch, tol=1e-12).params
@@ -187,6 +214,10 @@ def test_bad_calls():
         ("`prox` must be a function prox", dict(prox=1)),
         (r"`prox` cannot be called as prox\(params", dict(prox=lambda w: w)),
         ("result of `prox` has shape", dict(prox=lambda w, lam, s: w[:2])),
+        ("`curvatures` is given together", dict(prox=soft, curvatures=(0.1, 1.0))),
+        (r"`curvatures` must be a pair \(mu, L\)", dict(curvatures=1.0)),
+        (r"`curvatures` must be \(mu, L\) with mu", dict(curvatures=(2.0, 1.0))),
+        (r"`curvatures\[1\]` must be greater than 0", dict(curvatures=(0.0, 0.0))),
         ("`inner` must be a function loss", dict(loss=3)),
         ("`inner` must return a scalar", dict(loss=lambda w, lam, b: w)),
     ):

@@ -10,11 +10,12 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scalar
 from bilevel.ground.cost import Cost
 from bilevel.ground.loops import keep_types, strong_types
+from bilevel.ground.settings import check_one_real, is_function
 from bilevel.ground.status import Status, status_of, worst
 from bilevel.hypergradient.base import Hypergradient
 from bilevel.inner.minimize import Minimum
 from bilevel.outer.base import KEEP, Info, own
-from bilevel.outer.inexact.certificate import Certificate, Constants, error_bound
+from bilevel.outer.inexact.certificate import Certificate, Constant, Constants, error_bound
 from bilevel.outer.inexact.solves import Solves
 from bilevel.outer.variable import Mover, Variable
 from bilevel.problem.validate import check_point
@@ -108,6 +109,7 @@ class CertifiedDescent:
     loosen: float
     trials: int
     mover: Mover
+    smoothness: Constant | None = None
 
     def init(self, params: Params, hparams: Hparams) -> MaidState:
         """The first state; see :func:`~bilevel.maid`."""
@@ -201,7 +203,7 @@ class CertifiedDescent:
 
         def attempt(params: Params, start: Any, accuracy: Scalar) -> tuple[_Certified, Any, Any]:
             at = self.certificate.at(params, lam)
-            minimum = self.solves.minimum(params, lam, batch, at.convexity * accuracy)
+            minimum = self._minimum(params, lam, batch, accuracy)
             residual = at.outer_smoothness * accuracy
             solved = self.solves.hypergradient(
                 minimum, lam, batch, outer_batch, start, key, atol=jnp.maximum(residual, 0)
@@ -229,6 +231,18 @@ class CertifiedDescent:
         found, gradients, products = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         begin = _Refining(ZERO, accuracy, gradients, products, found)
         return jax.lax.while_loop(goes_on, advance, begin)
+
+    def _minimum(self, params: Params, hparams: Hparams, batch: Batch, accuracy: Scalar) -> Minimum:
+        """The inner minimum up to a distance, by the solver that the known constants allow."""
+        convexity = self.certificate.at(params, hparams).convexity
+        given: Any = self.smoothness
+        if given is None:
+            curvatures = None
+        else:
+            largest = given(params, hparams) if is_function(given) else given
+            check_one_real("smoothness", largest, 0, strict=True)
+            curvatures = (jnp.maximum(convexity, 0), jnp.asarray(largest).astype(convexity.dtype))
+        return self.solves.minimum(params, hparams, batch, convexity * accuracy, curvatures)
 
     def _certify(self, state: MaidState, minimum: Minimum, solution: Hypergradient) -> _Certified:
         """What the certificate says of a hypergradient, in what moves."""
@@ -271,9 +285,8 @@ class CertifiedDescent:
             outer, _ = self.mover.move(
                 state.outer, tree.scale(tried, found.grads), value=found.solution.value
             )
-            start, lam = found.minimum.params, outer.hparams
-            tol = self.certificate.at(start, lam).convexity * refined.accuracy
-            minimum = self.solves.minimum(start, lam, batch, tol)
+            lam = outer.hparams
+            minimum = self._minimum(found.minimum.params, lam, batch, refined.accuracy)
             at = self.certificate.at(minimum.params, lam)
             (value, _), (g, _) = problem.outer_grads(minimum.params, lam, outer_batch)
             distance = minimum.stats["stationarity"] / at.convexity

@@ -3,10 +3,10 @@ r"""MAID: adaptive accuracy with a certified error, and steps that decrease the 
 import optax
 
 from bilevel.ground.aliases import Loss
-from bilevel.ground.settings import check_count, check_one_real
+from bilevel.ground.settings import check_count, check_one_real, check_takes, is_function
 from bilevel.linear.cg import CG
 from bilevel.outer.base import Algorithm, own_params
-from bilevel.outer.inexact.certificate import Certificate
+from bilevel.outer.inexact.certificate import Certificate, Constant
 from bilevel.outer.inexact.certified import CertifiedDescent
 from bilevel.outer.inexact.solves import HESSIAN, SOLVER, check_solves
 from bilevel.outer.variable import Mover
@@ -25,6 +25,7 @@ def maid(
     tighten: float = 0.5,
     loosen: float = 1.05,
     trials: int = 10,
+    smoothness: Constant | None = None,
     solver: CG = SOLVER,
     constrain: Space | None = None,
     has_aux: bool = False,
@@ -63,6 +64,10 @@ def maid(
       tighten: :math:`\tau`, in (0, 1).
       loosen: :math:`\nu`, at least 1.
       trials: most step sizes that the first search tries.
+      smoothness: L, no eigenvalue of the inner Hessian is larger; a number or a function
+        ``(params, hparams) -> number``. With it the inner problem is solved by accelerated
+        gradient steps, as in the paper; None: by L-BFGS. Either stops at the gradient that the
+        accuracy asks for, so that the guarantees are the same.
       solver: conjugate gradients: its ``max_steps`` and preconditioner.
       constrain: bounds; None leaves the hyperparameters free.
       has_aux: ``outer`` returns ``(scalar, aux)``.
@@ -82,7 +87,7 @@ def maid(
         not fit, and constants that cannot be. A traced :math:`\mu \le 0` is ``invalid_setting``.
 
     Cost: one or more pairs of solves, and an inner solve per trial; counted in ``info.cost``.
-    Memory: twenty vectors (those of L-BFGS), two of warm starts.
+    Memory: twenty vectors (those of L-BFGS; four with ``smoothness``), two of warm starts.
 
     Reference: Salehi, Mukherjee, Roberts, Ehrhardt, "An adaptively inexact first-order method for
     bilevel optimization with application to hyperparameter learning", 2025.
@@ -113,9 +118,13 @@ def maid(
         check_one_real(name, value, 0, strict=True)
         if not value < 1:
             raise ValueError(f"`{name}` must be less than 1, got {value}.")
+    if is_function(smoothness):
+        check_takes("smoothness", smoothness, "smoothness(params, hparams)")
+    elif smoothness is not None:
+        check_one_real("smoothness", smoothness, 0, strict=True)
     mover = Mover(optax.scale(-1.0), constrain)
     run = CertifiedDescent(
         solves, certificate, accuracy, first_step, descent, backtrack, tighten, loosen, trials,
-        mover,
+        mover, smoothness,
     )  # fmt: skip
     return Algorithm(run.init, run.step, own_params)

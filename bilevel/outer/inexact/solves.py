@@ -69,11 +69,19 @@ class Solves:
         check_inner(self.problem, state.params, state.hparams, batch)
         return batch
 
-    def minimum(self, params: Params, hparams: Hparams, batch: Batch, tol: Scalar) -> Minimum:
+    def minimum(
+        self,
+        params: Params,
+        hparams: Hparams,
+        batch: Batch,
+        tol: Scalar,
+        curvatures: tuple[Scalar, Scalar] | None = None,
+    ) -> Minimum:
         """The inner minimum, up to a gradient of length ``tol``, from ``params`` on."""
         return minimize(
-            self.problem.inner, params, hparams, batch, tol=tol, max_steps=self.max_steps
-        )
+            self.problem.inner, params, hparams, batch,
+            tol=tol, max_steps=self.max_steps, curvatures=curvatures,
+        )  # fmt: skip
 
     def hypergradient(
         self,
