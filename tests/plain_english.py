@@ -17,14 +17,14 @@ SOURCES = ("bilevel/**/*.py",)
 KEEP = "plain: ok"
 
 COUNTED = (
-    "batch|batches|call|cell|column|decay|decays|derivative|entries|entry|file|image|"
+    "batch|batches|call|cell|column|decay|decays|derivative|displacement|entries|entry|file|gain|gains|image|"
     "images|key|line|lines|loss|matrix|number|numbers|one|penalty|product|products|"
     "random|rate|row|rows|seconds|step|steps|strength|tangent|value|values|vector|"
     "vectors|weight"
 )
 PER = (
-    "batch|call|cycle|direction|example|file|hyperparameter|image|iteration|layer|"
-    "leaf|method|parameter|product|row|run|sample|second|seed|solve|step|tensor|unit|"
+    "batch|call|cycle|direction|example|file|group|hyperparameter|image|iteration|layer|"
+    "leaf|method|output|parameter|product|row|run|sample|second|seed|solve|step|tensor|unit|"
     "weight"
 )
 SLIPS = {

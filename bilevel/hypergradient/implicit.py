@@ -68,8 +68,8 @@ class Implicit:
         ``Dense``, ``Stochastic``, ``Identity``, or anything with their ``solve``.
       operator: what :math:`A` is: ``Hessian(damping)`` or ``GaussNewton(...)``.
       warm_start: start each solve from what the call before it left in ``state``: the previous
-        :math:`q`, for one more product; what ``Neumann()`` found about its step size. Direct
-        solvers carry nothing.
+        :math:`q`, for one more product; a preconditioner that is to serve several calls. Series
+        and direct solvers carry nothing.
       fresh_batches: ``inner_batch`` has a leading axis; product i uses slice i and the mixed
         product :math:`B^\top q` the last, independent one. For stochastic solvers only. The
         axis must be one longer than the solver's number of products.

@@ -323,7 +323,7 @@ class LayerResponse:
         return jax.tree.unflatten(jax.tree.structure(self.template), leaves)
 
     def apply(self, network_params: Any, params: Params, displacement: Hparams) -> Perturbed:
-        """Parameters at one displacement an example (leaves with a leading axis B)."""
+        """Parameters at one displacement per example (leaves with a leading axis B)."""
         return Perturbed(params, network_params, jax.vmap(flatten_hparams)(displacement))
 
     def everywhere(self, network_params: Any, params: Params, displacement: Hparams) -> Perturbed:

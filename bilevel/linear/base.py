@@ -178,6 +178,12 @@ def _residual_norm(
     return jax.lax.cond(moved <= SURE * norm, lambda: norm, recomputed)
 
 
+def rounding(mv: LinearMap, rhs: Vector) -> float:
+    """One unit of rounding of the products, which may be in a narrower dtype than vectors."""
+    made = jax.tree.leaves(jax.eval_shape(mv.undamped, rhs))
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in [*made, *jax.tree.leaves(rhs)])
+
+
 def widen(low: Scalar, high: Scalar, v: Vector, av: Vector) -> tuple[Scalar, Scalar]:
     r"""The interval widened to :math:`v^\top A v / v^\top v`; :math:`v = 0` says nothing."""
     vv = tree.vdot(v, v)

@@ -37,7 +37,8 @@ def response_surface(
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if callable(values):
-        values = [[float(values(a, b)) for a in x] for b in y]
+        function: Any = values
+        values = [[float(function(a, b)) for a in x] for b in y]
     grid_values = np.asarray(values, float)
     if grid_values.shape != (len(y), len(x)):
         raise ValueError(

@@ -42,10 +42,11 @@ def named_runs(runs: Any) -> dict[str, list[Record]]:
     """Runs by name; a single run, and runs without names, are counted from 0."""
     if isinstance(runs, Mapping):
         return {str(name): history_of(run) for name, run in runs.items()}
-    single = isinstance(runs, (FitResult, str, os.PathLike)) or (
-        isinstance(runs, Sequence) and runs and isinstance(runs[0], Mapping)
-    )
-    every = [runs] if single else list(runs)
+    if isinstance(runs, (FitResult, str, os.PathLike)):
+        runs = [runs]
+    elif isinstance(runs, Sequence) and runs and isinstance(runs[0], Mapping):
+        runs = [runs]  # a history
+    every = list(runs)
     return {f"run {i}": history_of(run) for i, run in enumerate(every)}
 
 

@@ -281,7 +281,7 @@ class _Losses(NamedTuple):
 
 class _Analytic(NamedTuple):
     grads: Hparams
-    stationarity: jax.Array
+    stationarity: Any
     result: jax.Array
     residual: jax.Array | None
 

@@ -168,7 +168,7 @@ def _rows(
         return {"forward, real time": response}, ()
     rows: dict[str, Response] = {}
     for mode in ("mixed", "reverse"):
-        for remat in ("none", "step", "sqrt"):
+        for remat in ("none", "step", "sqrt", "log"):
             name = mode if remat == "none" else f"{mode}, remat={remat}"
             rows[name] = _replaced(response, mode, remat)
     p = tree.size(hparams[0]) if hparams else 0

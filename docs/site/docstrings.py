@@ -72,6 +72,21 @@ def default_of(value: Any) -> Any:
     return first[0] if first else None
 
 
+def signature_of(node: Any) -> str:
+    """How a dataclass is called, as a block of code; nothing for other classes."""
+    if not any("dataclass" in str(decorator.value) for decorator in node.decorators):
+        return ""
+    lines = []
+    for name, field in node.members.items():
+        fixed = "instance-attribute" not in field.labels  # a ClassVar
+        if field.is_attribute and field.annotation is not None and not fixed and name[0] != "_":
+            default = default_of(field.value)
+            given = "" if default is None else f" = {default}"
+            lines.append(f"    {name}: {field.annotation}{given},")
+    body = "\n".join(["", *lines, ""]) if lines else ""
+    return f"```python\n{node.name}({body})\n```\n\n"
+
+
 class Docstrings(griffe.Extension):
     """Rewrites every docstring once the package is read."""
 
@@ -86,9 +101,7 @@ class Docstrings(griffe.Extension):
         seen.add(node.path)
         if node.docstring is not None:
             node.docstring.value = markdown(node.docstring.value, public)
-        if node.is_class:
-            for field in node.members.values():
-                if field.is_attribute and field.value is not None:
-                    field.value = default_of(field.value)
+        if node.is_class and node.docstring is not None:
+            node.docstring.value = signature_of(node) + node.docstring.value
         for member in node.members.values():
             self._walk(member, public, seen)

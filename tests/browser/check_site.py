@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 PAGES = {
-    "": "jax.grad",
+    "": "bilevel",
     "start/": "First steps",
     "math/": "mathematics",
     "choose/": "Which method",
@@ -30,6 +30,8 @@ PAGES = {
     "networks/": "Neural networks",
     "plots/": "Pictures",
     "gallery/": "Gallery",
+    "objectives/": "outer problem",
+    "whole_runs/": "training runs",
     "papers/digits/": "digits",
     "api/solvers/": "Linear solvers",
     "glossary/": "Glossary",
@@ -96,7 +98,7 @@ def check_page(page, address: str, path: str, heading: str, phone: bool) -> list
 def check_search(page, address: str, phone: bool) -> list[str]:
     page.goto(address)
     if phone:
-        page.locator(".md-header label[for=__search]").click()
+        page.locator(".md-header__button[for=__search]").click()
     page.locator("input.md-search__input").click()
     page.locator("input.md-search__input").fill("gauss newton")
     page.wait_for_timeout(1500)
@@ -109,7 +111,7 @@ def check_search(page, address: str, phone: bool) -> list[str]:
 def check_navigation(page, address: str, phone: bool) -> list[str]:
     page.goto(address)
     if phone:
-        page.locator(".md-header label[for=__drawer]").click()
+        page.locator(".md-header__button[for=__drawer]").click()
         page.wait_for_timeout(500)
         links = page.locator(".md-nav--primary").first.inner_text()
     else:
@@ -154,6 +156,7 @@ def main(pictures: Path) -> int:
             for name, (width, height) in WIDTHS.items():
                 phone = name == "phone"
                 page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+                page.set_default_timeout(10_000)
                 outside: set[str] = set()
                 page.on(
                     "request",

@@ -289,3 +289,24 @@ def test_inputs_in_raw_units_and_slow_compilations_are_noticed():
     assert any("inner_batch['x']` holds numbers as large as 255" in line for line in raw.advice)
     deep = diagnose(inner, np.ones((1, 1, 3)), inner_batch={"x": small}, **call)
     assert any("compile slowly" in line for line in deep.advice)
+
+
+def test_a_composite_problem_is_diagnosed_on_its_support():
+    """Eigenvalues of the Hessian's block there, whatever the rest of the matrix holds."""
+    kept, lam = np.array([2, 3, 7, 11, 20, 28]), 0.3
+    w = np.zeros(30)
+    w[kept] = np.linspace(1, 2, 6) * [1, -1, 1, 1, -1, 1]
+    target = MATRIX @ w + lam * np.sign(w) + 0.05 * (w == 0)
+
+    def error(w, lam, target):
+        return 0.5 * w @ MATRIX @ w - target @ w
+
+    lasso = bilevel.Composite(error, bilevel.prox.l1)
+    found = bilevel.diagnose(lasso, jnp.asarray(w), lam, inner_batch=target, print=False)
+    block = np.linalg.eigvalsh(MATRIX[np.ix_(kept, kept)])
+    assert (found.num_params, found.support) == (30, 6) and found.stationary
+    assert found.min_curvature == pytest.approx(block[0], rel=1e-9)
+    assert found.max_curvature == pytest.approx(block[-1], rel=1e-9)
+    assert found.cg_steps <= 6 and found.damping == 0
+    none = bilevel.diagnose(lasso, jnp.zeros(30), 1e3, inner_batch=target, print=False)
+    assert none.support == 0 and "No parameter is on the support" in none.advice[0]

@@ -184,7 +184,6 @@ def test_missing_key():
         (lambda: CG(atol=float("nan")), ValueError, "`atol` must be at least 0, got nan"),
         (lambda: Neumann(-1), ValueError, "`num_matvecs` must be at least 0"),
         (lambda: Neumann(5, step_size=0.0), ValueError, "`step_size` must be greater than 0"),
-        (lambda: Neumann(5, power_steps=0), ValueError, "`power_steps` must be at least 1"),
         (lambda: Stochastic(optax.sgd(0.1), 0), ValueError, "`steps` must be at least 1"),
         (lambda: Stochastic("sgd", 3), TypeError, "`tx` must be an optax gradient"),
         (lambda: Nystrom(0), ValueError, "`rank` must be at least 1"),

@@ -126,4 +126,28 @@ MUTANTS = [
         "a step that is not finite enters the state",
         ("test_faults.py",),
     ),
+    Mutant(
+        "scores_of_the_wrong_rows",
+        "tools/attribution.py",
+        "here, batch = weights[index], ",
+        "here, batch = weights[: len(index)], ",
+        "a score belongs to another example",
+        ("test_attribution.py::test_batches_of_a_run_are_indices",),
+    ),
+    Mutant(
+        "batches_never_compared",
+        "run/segments.py",
+        "if self.seen.setdefault(step, found) != found:",
+        "if self.seen.setdefault(step, found) is None:",
+        "the gradient of a run that reads an iterator is silently wrong",
+        ("test_whole_runs.py::test_what_is_refused",),
+    ),
+    Mutant(
+        "backward_pass_from_the_start",
+        "run/passes.py",
+        "carried, pulled = restored.tree, restored.step",
+        "carried, pulled = restored.tree, 0",
+        "a resumed backward pass counts steps twice",
+        ("test_whole_runs.py::test_goes_on_where_it_was",),
+    ),
 ]

@@ -36,7 +36,7 @@ class Hessian:
     def bind(
         self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
     ) -> BoundOperator:
-        """linearize the inner gradient at ``params``."""
+        """Linearize the inner gradient at ``params``."""
         if fresh:
             first = select_batch(batch, 0)
             bound = self.bind(problem, params, hparams, first, fresh=False)

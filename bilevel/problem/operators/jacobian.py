@@ -38,7 +38,7 @@ class Jacobian:
     def bind(
         self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
     ) -> BoundOperator:
-        """linearize the condition at ``params``."""
+        """Linearize the condition at ``params``."""
         if fresh:
             first = select_batch(batch, 0)
             bound = self.bind(problem, params, hparams, first, fresh=False)
