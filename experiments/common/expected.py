@@ -60,6 +60,15 @@ def statistics(values: Iterable[float]) -> dict[str, Any]:
     }
 
 
+def interval(values: list[float]) -> dict[str, Any]:
+    """The usual statistics, and the ends of the 95 % interval of the mean (Student's t)."""
+    from scipy.stats import t
+
+    told = statistics(values)
+    half = t.ppf(0.975, len(values) - 1) * told["std"] / math.sqrt(len(values)) if values[1:] else 0
+    return {**told, "low": told["mean"] - half, "high": told["mean"] + half}
+
+
 def summarise(records: Iterable[record.Record]) -> dict[str, Any]:
     """`{method: {metric: statistics}}` of the last record of each method and seed."""
     columns: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -18,13 +18,17 @@ class Config:
       solved: relative tolerance of an inner solve of the searches.
       cold: relative tolerance of the solves that are to be beaten, and of the exact ones.
       exact: that of the exact ones.
+      first_tol: first tolerance of the schedules, with one penalty.
+      rough: the same, with a penalty for every weight.
+      linear_factor: how much looser their linear systems are solved.
+      shrink: of the Lipschitz estimate after a good step, in all gradient methods.
       near: a validation loss this part above the best is near it.
       mnist: examples of MNIST that train, and that validate.
     """
 
     single: tuple[str, ...] = ("a9a", "ijcnn1", "newsgroups")
     every: tuple[str, ...] = ("digits", "mnist")
-    budget: float = 3_000.0
+    budget: float = 2_000.0
     steps: int = 60
     start: float = 0.0
     low: float = -6.0
@@ -33,6 +37,10 @@ class Config:
     solved: float = 1e-4
     cold: float = 1e-5
     exact: float = 1e-12
+    first_tol: float = 3e-4
+    rough: float = 3e-3
+    linear_factor: float = 30.0
+    shrink: float = 0.5
     near: float = 1e-3
     mnist: int = 4_000
 
@@ -49,4 +57,4 @@ def cpu() -> Config:
 
 def paper() -> Config:
     """Five times the budget, and all of MNIST."""
-    return Config(budget=15_000.0, steps=200, points=127, mnist=30_000)
+    return Config(budget=10_000.0, steps=200, points=127, mnist=30_000)

@@ -25,7 +25,41 @@ def figures(out: Path) -> list[Path]:
         tasks = sorted({task for task, method in found if method in wanted})
         if tasks:
             paths.append(_losses(records, tasks, wanted, out / "figures" / f"{file}.png"))
+    tasks = sorted({r.method.split("_")[0] for r in records if "bound" in r.metrics})
+    if tasks:
+        paths.append(_errors(records, tasks, out / "figures" / "errors.png"))
     return paths
+
+
+def _errors(records: list[record.Record], tasks: list[str], path: Path) -> Path:
+    """The error of each hypergradient over its size, and its bound, a line for each seed."""
+    with draw.figure(path, columns=len(tasks), width=4.6 * len(tasks), height=4.0) as (_, axes):
+        panels = [axes] if len(tasks) == 1 else list(axes)
+        for panel, task in zip(panels, tasks, strict=True):
+            seeds = sorted({r.seed for r in records if "bound" in r.metrics})
+            for seed in seeds:
+                way = [
+                    r
+                    for r in records
+                    if (r.method, r.seed) == (f"{task}_exponential", seed) and "bound" in r.metrics
+                ]
+                steps = [r.step + 1 for r in way]
+                lines = (
+                    ("bound", "bound of the theory", draw.GREY, "--"),
+                    ("error", "measured error", draw.BLUE, "-"),
+                )
+                for metric, name, shade, style in lines:
+                    panel.plot(
+                        steps,
+                        [r.metrics[metric] / r.metrics["derivative"] for r in way],
+                        color=shade,
+                        linestyle=style,
+                        label=name if seed == seeds[0] else None,
+                    )
+            panel.set(yscale="log", xlabel="outer step", title=task)
+        panels[0].set_ylabel("error over hypergradient")
+        panels[0].legend()
+    return path
 
 
 def _losses(

@@ -1,6 +1,5 @@
 """Runs `sparse`: L1 penalties by hypergradients, by a grid, by search, and by scikit-learn."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,15 +128,6 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
                 },
             }
             told[f"{task}_{method}_over_grid"] = {
-                metric: _interval(values) for metric, values in ratios.items()
+                metric: expected.interval(values) for metric, values in ratios.items()
             }
     return told
-
-
-def _interval(values: list[float]) -> dict[str, Any]:
-    """The usual statistics, and the ends of the 95 % interval of the mean (Student's t)."""
-    from scipy.stats import t
-
-    told = expected.statistics(values)
-    half = t.ppf(0.975, len(values) - 1) * told["std"] / math.sqrt(len(values)) if values[1:] else 0
-    return {**told, "low": told["mean"] - half, "high": told["mean"] + half}
