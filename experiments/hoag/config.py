@@ -29,7 +29,7 @@ class Config:
     single: tuple[str, ...] = ("a9a", "ijcnn1", "newsgroups")
     every: tuple[str, ...] = ("digits", "mnist")
     budget: float = 2_000.0
-    steps: int = 60
+    steps: int = 25
     start: float = 0.0
     low: float = -6.0
     high: float = 6.0
@@ -42,7 +42,7 @@ class Config:
     linear_factor: float = 30.0
     shrink: float = 0.5
     near: float = 1e-3
-    mnist: int = 4_000
+    mnist: int = 2_000
 
 
 def smoke() -> Config:
