@@ -10,7 +10,9 @@ class Config:
     Attributes:
       single: sets with two classes, one penalty for all weights: every method.
       every: sets with ten classes, one penalty for every weight: gradient methods.
-      budget: G that every method may spend on a problem.
+      budget: G that every method may spend on a problem with one penalty.
+      cold_steps: outer steps of the cold solves, whose loss and cost are the goal and the budget of
+        the others, where there is a penalty for every weight.
       steps: most outer steps, where they cost next to nothing.
       start: log penalty at the start.
       low, high: range of the log penalty for the searches, and of the grid.
@@ -29,6 +31,7 @@ class Config:
     single: tuple[str, ...] = ("a9a", "ijcnn1", "newsgroups")
     every: tuple[str, ...] = ("digits", "mnist")
     budget: float = 2_000.0
+    cold_steps: int = 3
     steps: int = 25
     start: float = 0.0
     low: float = -6.0
@@ -47,7 +50,7 @@ class Config:
 
 def smoke() -> Config:
     """Seconds: does everything run?"""
-    return Config(single=("a1a",), every=("digits",), budget=400.0, steps=6, points=3)
+    return Config(single=("a1a",), every=("digits",), budget=400.0, cold_steps=1, steps=6, points=3)
 
 
 def cpu() -> Config:

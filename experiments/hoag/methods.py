@@ -12,7 +12,7 @@ from experiments.hoag.config import Config
 
 SCHEDULES = ("exponential", "quadratic", "cubic", "exact")
 SEARCHES = ("grid", "random", "tpe")
-FOLLOWED = ("exponential",)
+FOLLOWED = SCHEDULES[:3]
 ACCURACIES = ("cold", "warm", "adaptive", "preconditioned", "single")
 
 

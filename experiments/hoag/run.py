@@ -31,7 +31,13 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
         if method in methods.SEARCHES:
             _search(best, method, config, seed)
         else:
-            _tune(best, method, config, followed=method in methods.FOLLOWED)
+            limit, goal = config.budget, -np.inf
+            if method in methods.ACCURACIES and method != "cold":
+                (cold,) = record.read(out, seed=seed, method=f"{name}_cold")[-1:]
+                limit, goal = cold.cost, cold.metrics["validation_loss"]
+            elif method == "cold":
+                limit = np.inf
+            _tune(best, method, config, limit, goal)
 
 
 class _Best:
@@ -85,17 +91,18 @@ class _Best:
         self.records.append(self.label, step, cost, **metrics, **ends)
 
 
-def _tune(best: _Best, method: str, config: Config, followed: bool) -> None:
-    """One gradient method, until the budget is spent.
+def _tune(best: _Best, method: str, config: Config, limit: float, goal: float) -> None:
+    """One gradient method, until ``limit`` is spent or the validation loss is ``goal``.
 
-    ``followed``: every hypergradient is compared with the exact one, at no cost to the method.
+    The hypergradients of schedules are compared with exact ones, at no cost to the method.
     """
     task, cost = best.task, 0.0
     loop, step = methods.algorithm(method, config)
     shape = () if task.weights == task.weights[:1] or method == "single" else task.weights
     state = loop.init(jnp.zeros(task.weights), jnp.full(shape, config.start))
     inner = jax.tree.map(lambda x: x[None], task.train)
-    for k in range(config.steps):
+    followed = best.exact if method in methods.FOLLOWED else None
+    for k in range(config.cold_steps if method == "cold" else config.steps):
         unused = 0.0
         if method == "cold":
             # A warm start of zero is a cold one, but for the product that it is tried with.
@@ -105,17 +112,19 @@ def _tune(best: _Best, method: str, config: Config, followed: bool) -> None:
         paid = jax.tree.map(float, info.cost)
         paid = paid._replace(products=paid.products - unused)
         cost += paid.total
-        if cost > config.budget and k:
+        if cost > limit and k:
             break
         best.spent += (paid.inner_gradients, paid.products)
         more: dict[str, float] = {}
-        if followed and best.exact is not None:
-            exact = truth.at(best.exact, state.params, state.response, info.hparams)
+        if followed is not None:
+            exact = truth.at(followed, state.params, state.response, info.hparams)
             length, value = float(info.hypergrad_norm), exact["derivative"]
             error = min(abs(length - value), abs(length + value))
             more = {"true": exact["value"], "error": error, "bound": exact["bound"]}
             more |= {"derivative": abs(value), "tol": float(info.stats["tol"])}
         best.see(k, cost, float(info.value), loop.deploy(state, info.hparams), info.hparams, **more)
+        if best.value <= goal * len(task.valid["y"]):
+            break
     best.end()
 
 

@@ -73,14 +73,17 @@ def test_costs_until_near_are_compared_seed_by_seed():
 
 
 def test_a_run_of_hoag_keeps_its_budget_and_reads_the_test_part_once(tmp_path):
-    settings = dataclasses.replace(hoag_config.smoke(), single=(), budget=150.0)
+    settings = dataclasses.replace(hoag_config.smoke(), single=())
     hoag_run.run(settings, 0, tmp_path, False)
     found = record.read(tmp_path)
+    (cold,) = (r for r in found if r.method == "digits_cold")
     for method in methods.ACCURACIES:
         mine = [r for r in found if r.method == f"digits_{method}"]
         costs, losses = zip(*((r.cost, r.metrics["validation_loss"]) for r in mine), strict=True)
         assert costs[0] > 0 and all(b > a for a, b in zip(costs, costs[1:], strict=False))
-        assert all(cost <= settings.budget for cost in costs[1:])
+        assert all(cost <= cold.cost for cost in costs[1:])
+        goal = cold.metrics["validation_loss"]
+        assert all(loss > goal for loss in losses[:-1])  # the run ends where it is reached
         assert list(losses) == sorted(losses, reverse=True)
         assert ["test_loss" in r.metrics for r in mine] == (len(mine) - 1) * [False] + [True]
     hoag_run.run(settings, 0, tmp_path, True)
