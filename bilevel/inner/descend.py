@@ -199,6 +199,15 @@ def _loop(
     indices = first + jnp.arange(steps)
     if remat == "step":
         step = jax.checkpoint(step, prevent_cse=unroll)
+    if remat == "none" and not unroll:
+        # Counted in the carry: indices that are scanned over would be read from an array each time.
+        def counted(carry: Any, _: None) -> tuple[Any, StepInfo]:
+            at, index = carry
+            at, info = step(at, index)
+            return (at, index + 1), info
+
+        (state, _), info = jax.lax.scan(counted, (state, jnp.array(first, int)), length=steps)
+        return state, info
     if remat != "sqrt":
         return run(step, state, indices)
 
