@@ -32,7 +32,7 @@ class Config:
     every: tuple[str, ...] = ("digits", "mnist")
     budget: float = 2_000.0
     cold_steps: int = 3
-    steps: int = 25
+    steps: int = 12
     start: float = 0.0
     low: float = -6.0
     high: float = 6.0
@@ -60,4 +60,4 @@ def cpu() -> Config:
 
 def paper() -> Config:
     """Five times the budget, and all of MNIST."""
-    return Config(budget=10_000.0, steps=200, points=127, mnist=30_000)
+    return Config(budget=10_000.0, steps=100, points=127, mnist=30_000)
