@@ -8,12 +8,16 @@ METHODS = ("soba", "saba", "fsla", "srba", "spaba", "mrbo", "stocbio", "amigo")
 # 100. Where a method's steps decrease, the first one.
 RATES: dict[str, dict[str, tuple[float, float]]] = {
     "quadratic": {
-        "soba": (0.3, 0.1), "saba": (0.1, 0.1), "fsla": (0.3, 0.1), "srba": (0.3, 0.1),
-        "spaba": (0.3, 0.1), "mrbo": (1.0, 0.1), "stocbio": (1.0, 0.01), "amigo": (0.03, 0.01),
+        "soba": (0.1, 0.1), "saba": (0.1, 0.01), "fsla": (0.1, 0.1), "srba": (0.3, 0.1),
+        "spaba": (0.1, 1.0), "mrbo": (1.0, 0.1), "stocbio": (1.0, 0.01), "amigo": (0.3, 0.01),
     },
     "ijcnn1": {
-        "soba": (0.1, 10.0), "saba": (0.3, 10.0), "fsla": (0.1, 10.0), "srba": (0.3, 10.0),
-        "spaba": (0.1, 10.0), "mrbo": (1.0, 10.0), "stocbio": (1.0, 1.0), "amigo": (0.3, 10.0),
+        "soba": (0.3, 100.0), "saba": (0.3, 10.0), "fsla": (30.0, 10.0), "srba": (3.0, 10.0),
+        "spaba": (3.0, 10.0), "mrbo": (0.3, 1e4), "stocbio": (0.01, 1e5), "amigo": (0.3, 100.0),
+    },
+    "covtype": {
+        "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.3, 100.0), "srba": (0.01, 1e3),
+        "spaba": (0.01, 1e3), "mrbo": (0.3, 100.0), "stocbio": (0.03, 100.0), "amigo": (0.1, 100.0),
     },
 }  # fmt: skip
 
@@ -40,7 +44,7 @@ class Config:
     methods: tuple[str, ...] = METHODS
     batch: int = 64
     budget: tuple[float, ...] = (200_000.0, 300_000.0, 60_000.0)
-    points: int = 20
+    points: int = 14
     products: int = 10
     inner_steps: int = 10
     passes: float = 0.5
