@@ -11,8 +11,8 @@ class Config:
       single: sets with two classes, one penalty for all weights: every method.
       every: sets with ten classes, one penalty for every weight: gradient methods.
       budget: G that every method may spend on a problem with one penalty.
-      cold_steps: outer steps of the cold solves, whose loss and cost are the goal and the budget of
-        the others, where there is a penalty for every weight.
+      cold_steps: for each set of `every`, outer steps of the cold solves, whose loss and cost are the
+        goal and the budget of the others.
       steps: most outer steps, where they cost next to nothing.
       start: log penalty at the start.
       low, high: range of the log penalty for the searches, and of the grid.
@@ -31,7 +31,7 @@ class Config:
     single: tuple[str, ...] = ("a9a", "ijcnn1", "newsgroups")
     every: tuple[str, ...] = ("digits", "mnist")
     budget: float = 2_000.0
-    cold_steps: int = 3
+    cold_steps: tuple[int, ...] = (3, 2)
     steps: int = 12
     start: float = 0.0
     low: float = -6.0
@@ -50,7 +50,9 @@ class Config:
 
 def smoke() -> Config:
     """Seconds: does everything run?"""
-    return Config(single=("a1a",), every=("digits",), budget=400.0, cold_steps=1, steps=6, points=3)
+    return Config(
+        single=("a1a",), every=("digits",), budget=400.0, cold_steps=(1,), steps=6, points=3
+    )
 
 
 def cpu() -> Config:

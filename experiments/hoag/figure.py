@@ -11,7 +11,6 @@ from experiments.hoag.methods import ACCURACIES, SCHEDULES, SEARCHES
 
 NAMES = {
     "cold": "cold starts, fixed tolerance",
-    "warm": "warm starts, fixed tolerance",
     "adaptive": "warm starts, falling tolerance",
     "preconditioned": "... preconditioned",
     "single": "one penalty for all weights",

@@ -13,7 +13,7 @@ from experiments.hoag.config import Config
 SCHEDULES = ("exponential", "quadratic", "cubic", "exact")
 SEARCHES = ("grid", "random", "tpe")
 FOLLOWED = SCHEDULES[:3]
-ACCURACIES = ("cold", "warm", "adaptive", "preconditioned", "single")
+ACCURACIES = ("cold", "adaptive", "preconditioned", "single")
 
 
 def tasks(config: Config) -> list[tuple[str, str]]:
@@ -31,9 +31,7 @@ def tasks(config: Config) -> list[tuple[str, str]]:
 def algorithm(method: str, config: Config) -> Any:
     """The loop of a method and its jitted step."""
     settings: dict[str, Any] = {"shrink": config.shrink}
-    tol: Any = {"exact": config.exact, "cold": config.cold, "warm": config.cold}.get(
-        method, "exponential"
-    )
+    tol: Any = {"exact": config.exact, "cold": config.cold}.get(method, "exponential")
     if isinstance(tol, str):
         first = config.rough if method in ACCURACIES else config.first_tol
         settings |= {"first_tol": first, "linear_factor": config.linear_factor}

@@ -31,13 +31,13 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
         if method in methods.SEARCHES:
             _search(best, method, config, seed)
         else:
-            limit, goal = config.budget, -np.inf
-            if method in methods.ACCURACIES and method != "cold":
+            limit, goal, steps = config.budget, -np.inf, config.steps
+            if method == "cold":
+                limit, steps = np.inf, config.cold_steps[config.every.index(name)]
+            elif method in methods.ACCURACIES:
                 (cold,) = record.read(out, seed=seed, method=f"{name}_cold")[-1:]
                 limit, goal = cold.cost, cold.metrics["validation_loss"]
-            elif method == "cold":
-                limit = np.inf
-            _tune(best, method, config, limit, goal)
+            _tune(best, method, config, steps, limit, goal)
 
 
 class _Best:
@@ -91,7 +91,7 @@ class _Best:
         self.records.append(self.label, step, cost, **metrics, **ends)
 
 
-def _tune(best: _Best, method: str, config: Config, limit: float, goal: float) -> None:
+def _tune(best: _Best, method: str, config: Config, steps: int, limit: float, goal: float) -> None:
     """One gradient method, until ``limit`` is spent or the validation loss is ``goal``.
 
     The hypergradients of schedules are compared with exact ones, at no cost to the method.
@@ -102,7 +102,7 @@ def _tune(best: _Best, method: str, config: Config, limit: float, goal: float) -
     state = loop.init(jnp.zeros(task.weights), jnp.full(shape, config.start))
     inner = jax.tree.map(lambda x: x[None], task.train)
     followed = best.exact if method in methods.FOLLOWED else None
-    for k in range(config.cold_steps if method == "cold" else config.steps):
+    for k in range(steps):
         unused = 0.0
         if method == "cold":
             # A warm start of zero is a cold one, but for the product that it is tried with.

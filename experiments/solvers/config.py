@@ -17,7 +17,7 @@ RATES: dict[str, dict[str, tuple[float, float]]] = {
     },
     "covtype": {
         "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.3, 100.0), "srba": (0.01, 1e3),
-        "spaba": (0.01, 1e3), "mrbo": (0.3, 100.0), "stocbio": (0.03, 100.0), "amigo": (0.1, 100.0),
+        "spaba": (0.03, 1e3), "mrbo": (0.03, 1e4), "stocbio": (0.03, 100.0), "amigo": (0.03, 1e3),
     },
 }  # fmt: skip
 
