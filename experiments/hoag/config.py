@@ -11,8 +11,8 @@ class Config:
       single: sets with two classes, one penalty for all weights: every method.
       every: sets with ten classes, one penalty for every weight: gradient methods.
       budget: G that every method may spend on a problem with one penalty.
-      cold_steps: for each set of `every`, outer steps of the cold solves, whose loss and cost are the
-        goal and the budget of the others.
+      cold_steps: for each set of `every`, outer steps of the cold solves, whose loss and cost are
+        the goal and the budget of the others.
       steps: most outer steps, where they cost next to nothing.
       start: log penalty at the start.
       low, high: range of the log penalty for the searches, and of the grid.

@@ -16,7 +16,7 @@ RATES: dict[str, dict[str, tuple[float, float]]] = {
         "spaba": (3.0, 10.0), "mrbo": (0.3, 1e4), "stocbio": (0.01, 1e5), "amigo": (0.3, 100.0),
     },
     "covtype": {
-        "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.3, 100.0), "srba": (0.01, 1e3),
+        "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.03, 1e4), "srba": (0.01, 1e3),
         "spaba": (0.03, 1e3), "mrbo": (0.03, 1e4), "stocbio": (0.03, 100.0), "amigo": (0.03, 1e3),
     },
 }  # fmt: skip
