@@ -24,7 +24,7 @@ class Config:
       rough: the same, with a penalty for every weight.
       linear_factor: how much looser their linear systems are solved.
       shrink: of the Lipschitz estimate after a good step, in all gradient methods.
-      near: a validation loss this part above the best is near it.
+      near, close: a validation loss this part above the best is near it, or close to it.
       mnist: examples of MNIST that train, and that validate.
     """
 
@@ -45,6 +45,7 @@ class Config:
     linear_factor: float = 30.0
     shrink: float = 0.5
     near: float = 1e-3
+    close: float = 1e-4
     mnist: int = 2_000
 
 

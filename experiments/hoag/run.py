@@ -164,36 +164,14 @@ def _search(best: _Best, method: str, config: Config, seed: int) -> None:
 def summary(records: list[record.Record]) -> dict[str, Any]:
     """What each method spent until it was near the best, over its rival's; errors over bounds.
 
-    ``near_TASK_METHOD``: cost and products until the loss was near the best of all methods (with
-    a penalty a weight: at most the loss that cold solves end with), and those over the cost of
-    exact solves (over the products of cold ones), seed by seed with a 95 % interval. A way that
-    never came near counts with all that it spent, and as ``missed``.
-    ``errors_TASK``: of all hypergradients that were compared with exact ones.
+    ``near_TASK_METHOD``: cost and products until the loss was within 0.1 % of the best of all
+    methods (with a penalty per weight: at most the loss that cold solves end with), and those over
+    the cost of exact solves (over the products of cold ones), seed by seed with a 95 % interval. A
+    way that never came near counts with all that it spent, and as ``missed``. ``close_``: the same
+    for 0.01 %. ``errors_TASK``: of all hypergradients that were compared with exact ones.
     """
-    near, finals = Config().near, record.final(records)
-    found: dict[str, dict[str, list[float]]] = {}
-    for (method, seed), end in finals.items():
-        name = method.split("_")[0]
-        cold = finals.get((f"{name}_cold", seed))
-        rivals = [r for (m, s), r in finals.items() if s == seed and m.split("_")[0] == name]
-        goal = _loss(cold) if cold else min(map(_loss, rivals)) * (1 + near)
-        way = [r for r in records if r.method == method and r.seed == seed]
-        there = [r for r in way if _loss(r) <= goal]
-        reached = there[0] if there else end
-        into = found.setdefault(f"near_{method}", {k: [] for k in ("cost", "products", "missed")})
-        into["cost"].append(reached.cost)
-        into["products"].append(reached.metrics["products"])
-        into["missed"].append(float(not there))
-    for method, columns in found.items():
-        name = method.rpartition("_")[0]
-        for rival, what in ((f"{name}_exact", "cost"), (f"{name}_cold", "products")):
-            if rival in found and rival != method:
-                pairs = zip(columns[what], found[rival][what], strict=True)
-                columns["over_rival"] = [a / b for a, b in pairs]
-    told = {
-        method: {metric: expected.interval(values) for metric, values in columns.items()}
-        for method, columns in found.items()
-    }
+    near, close = Config().near, Config().close
+    told = {**_reached(records, "near", near), **_reached(records, "close", close)}
     compared: dict[str, list[record.Record]] = {}
     for r in records:
         if "bound" in r.metrics:
@@ -208,6 +186,34 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
             ),
         }
     return told
+
+
+def _reached(records: list[record.Record], word: str, above: float) -> dict[str, Any]:
+    finals = record.final(records)
+    found: dict[str, dict[str, list[float]]] = {}
+    for (method, seed), end in finals.items():
+        name = method.split("_")[0]
+        cold = finals.get((f"{name}_cold", seed))
+        rivals = [r for (m, s), r in finals.items() if s == seed and m.split("_")[0] == name]
+        goal = _loss(cold) if cold else min(map(_loss, rivals)) * (1 + above)
+        way = [r for r in records if r.method == method and r.seed == seed]
+        there = [r for r in way if _loss(r) <= goal]
+        reached = there[0] if there else end
+        columns = ("cost", "products", "missed")
+        into = found.setdefault(f"{word}_{method}", {k: [] for k in columns})
+        into["cost"].append(reached.cost)
+        into["products"].append(reached.metrics["products"])
+        into["missed"].append(float(not there))
+    for method, columns in found.items():
+        name = method.rpartition("_")[0]
+        for rival, what in ((f"{name}_exact", "cost"), (f"{name}_cold", "products")):
+            if rival in found and rival != method:
+                pairs = zip(columns[what], found[rival][what], strict=True)
+                columns["over_rival"] = [a / b for a, b in pairs]
+    return {
+        method: {metric: expected.interval(values) for metric, values in columns.items()}
+        for method, columns in found.items()
+    }
 
 
 def _loss(r: record.Record) -> float:
