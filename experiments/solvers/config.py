@@ -12,12 +12,12 @@ RATES: dict[str, dict[str, tuple[float, float]]] = {
         "spaba": (0.1, 1.0), "mrbo": (1.0, 0.1), "stocbio": (1.0, 0.01), "amigo": (0.3, 0.01),
     },
     "ijcnn1": {
-        "soba": (0.3, 100.0), "saba": (0.3, 10.0), "fsla": (30.0, 10.0), "srba": (3.0, 10.0),
-        "spaba": (3.0, 10.0), "mrbo": (0.3, 1e4), "stocbio": (0.01, 1e5), "amigo": (0.3, 100.0),
+        "soba": (0.3, 100.0), "saba": (0.3, 10.0), "fsla": (30.0, 10.0), "srba": (1.0, 10.0),
+        "spaba": (1.0, 1.0), "mrbo": (0.3, 1e4), "stocbio": (0.01, 1e5), "amigo": (0.3, 100.0),
     },
     "covtype": {
         "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.03, 1e4), "srba": (0.01, 1e3),
-        "spaba": (0.03, 1e3), "mrbo": (0.03, 1e4), "stocbio": (0.03, 100.0), "amigo": (0.03, 1e3),
+        "spaba": (0.01, 1e3), "mrbo": (0.03, 1e4), "stocbio": (0.03, 100.0), "amigo": (0.03, 1e3),
     },
 }  # fmt: skip
 
