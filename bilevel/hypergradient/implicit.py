@@ -1,4 +1,4 @@
-r"""Implicit differentiation: the response of a minimiser, by the implicit function theorem."""
+r"""Implicit differentiation: the response of a minimizer, by the implicit function theorem."""
 
 import dataclasses
 from collections.abc import Callable
@@ -68,8 +68,8 @@ class Implicit:
         ``Dense``, ``Stochastic``, ``Identity``, or anything with their ``solve``.
       operator: what :math:`A` is: ``Hessian(damping)`` or ``GaussNewton(...)``.
       warm_start: start each solve from what the call before it left in ``state``: the previous
-        :math:`q`, for one more product; what ``Neumann()`` found about its step size. Direct
-        solvers carry nothing.
+        :math:`q`, for one more product; a preconditioner that is to serve several calls. Series
+        and direct solvers carry nothing.
       fresh_batches: ``inner_batch`` has a leading axis; product i uses slice i and the mixed
         product :math:`B^\top q` the last, independent one. For stochastic solvers only. The
         axis must be one longer than the solver's number of products.
@@ -77,7 +77,7 @@ class Implicit:
         is read. False leaves ``residual_norm`` out, and the status to what the solver met on its
         way: for a loop that was checked and is to be as cheap as it can.
 
-    Cost: one inner gradient to linearise, the solver's products, and one mixed product (at
+    Cost: one inner gradient to linearize, the solver's products, and one mixed product (at
     most 2.5 gradients); one vector of state with a warm start.
 
     Reference: Bengio, "Gradient-based optimization of hyperparameters", Neural Computation
@@ -124,7 +124,7 @@ class Implicit:
         outer_batch: Batch,
         state: Any,
     ) -> None:
-        """Raise what this response can tell is wrong, when traced."""
+        """Raise what this response can tell is wrong, at trace time."""
         batch = inner_batch
         if self.fresh_batches:
             self._check_fresh(inner_batch)

@@ -12,7 +12,14 @@ from bilevel.ground.aliases import Key, MatVec, Scalar, Vector
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings, count, real
 from bilevel.ground.status import Status, status_of
-from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, require_symmetric
+from bilevel.linear.base import (
+    LinearSolution,
+    as_map,
+    finish,
+    require_fixed,
+    require_symmetric,
+    rounding,
+)
 from bilevel.linear.precondition import CarryingPreconditioner, Preconditioner, prepared_from
 
 
@@ -40,7 +47,8 @@ class CG:
     with :math:`\kappa` the condition number (of :math:`P^{-1}A` when preconditioned).
 
     Args:
-      max_steps: most products of the iteration, and the budget when no tolerance is given.
+      max_steps: most products of the iteration. When no tolerance is given it is the budget, and a
+        warm start's product is taken from it (but never the last one).
       rtol, atol: stop at :math:`\|r\| \le \max(rtol\,\|g\|, atol)`. Both ``None``: a fixed
         budget was asked for, and spending it is status ``ok``; with a tolerance, an unmet one
         is ``max_steps``. One unit of rounding, :math:`\epsilon\,\|g\|`, always counts as met.
@@ -65,7 +73,7 @@ class CG:
     ``stats["warm_start_used"]`` tells. Vectors and inner products are at least float32; rounding
     is that of the products, so half precisions converge to what they can resolve.
 
-    Cost: one product per step, plus one for a warm start, plus those of the preconditioner;
+    Cost: one product per step, one for a warm start that is not zero, those of the preconditioner;
     five vectors (six preconditioned). Raises ``ValueError`` for settings out of range and
     for fresh batches, under which the directions lose conjugacy and the iteration diverges.
 
@@ -119,7 +127,7 @@ class CG:
         require_fixed(amap, "CG")
         require_symmetric(amap, "CG")
         unroll = amap.unroll if self.unroll is None else self.unroll
-        eps = _rounding(amap, rhs)
+        eps = rounding(amap, rhs)
         tolerance, has_tolerance = self._tolerance(rhs, eps)
 
         inverse, extra, told = None, 0, {}
@@ -127,7 +135,8 @@ class CG:
             (inverse, extra, told), state = prepared_from(
                 self.preconditioner, amap, rhs, key, state
             )
-        x, r, used = _start(amap, rhs, x0)
+        x, r, used, spent = _start(amap, rhs, x0, unroll)
+        limit = self.max_steps if has_tolerance else jnp.maximum(self.max_steps - spent, 1)
         z = _apply(inverse, r)
         rr = tree.vdot(r, r)
         first = _Carry(
@@ -146,7 +155,7 @@ class CG:
         def going(c: _Carry) -> jax.Array:
             # `not <=` rather than `>`: a NaN residual must run into the value, not hide.
             unmet = ~(c.rr <= tolerance**2)
-            return (c.step < self.max_steps) & unmet & ~c.stuck & ~jnp.isnan(c.rr)
+            return (c.step < limit) & unmet & ~c.stuck & ~jnp.isnan(c.rr)
 
         def advance(c: _Carry) -> _Carry:
             return _advance(amap, inverse, first.rr, c)
@@ -158,7 +167,7 @@ class CG:
         else:
             last = jax.lax.while_loop(going, advance, first)
 
-        products = last.step + extra + (0 if x0 is None else 1)
+        products = last.step + extra + spent
         low, high = last.curvature
         stats = {**told, "num_matvecs": products, "min_curvature": low, "max_curvature": high}
         if x0 is not None:
@@ -199,25 +208,24 @@ class CG:
         return tolerance, self.rtol is not None or self.atol is not None
 
 
-def _rounding(mv: LinearMap, rhs: Vector) -> float:
-    """One unit of rounding of the products, which may be in a narrower dtype than vectors."""
-    made = jax.tree.leaves(jax.eval_shape(mv.undamped, rhs))
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in [*made, *jax.tree.leaves(rhs)])
-
-
 def _start(
-    mv: LinearMap, rhs: Vector, x0: Vector | None
-) -> tuple[Vector, Vector, jax.Array | bool]:
-    """``(x, g - A x, used)``, at zero without a product, or at the better of ``x0`` and zero."""
+    mv: LinearMap, rhs: Vector, x0: Vector | None, unroll: bool
+) -> tuple[Vector, Vector, jax.Array | bool, jax.Array | int]:
+    """``(x, g - A x, used, products)`` at the better of ``x0`` and zero, which needs none."""
     zero = jax.tree.map(jnp.zeros_like, rhs)
     if x0 is None:
-        return zero, rhs, False
+        return zero, rhs, False, 0
     # The barrier keeps a zero start a runtime value: XLA on CPU miscompiles products with a
     # constant zero operand inside fused row reductions, and A(0) would be one.
     x0 = jax.lax.optimization_barrier(tree.cast_like(x0, rhs))
-    residual = tree.sub(rhs, mv(x0))
+    there = tree.vdot(x0, x0) > 0
+    if unroll:  # a branch would be as slow as a loop
+        residual = tree.where(there, tree.sub(rhs, mv(x0)), rhs)
+    else:
+        residual = jax.lax.cond(there, lambda: tree.sub(rhs, mv(x0)), lambda: rhs)
     better = tree.vdot(residual, residual) < tree.vdot(rhs, rhs)
-    return tree.where(better, x0, zero), tree.where(better, residual, rhs), better
+    spent = there.astype(jnp.int32)
+    return tree.where(better, x0, zero), tree.where(better, residual, rhs), better, spent
 
 
 def _recurrence(

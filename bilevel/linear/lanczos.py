@@ -1,5 +1,6 @@
-r"""Extreme eigenvalues by Lanczos' method, with full reorthogonalisation and no flattening."""
+r"""Extreme eigenvalues by Lanczos' method, with full reorthogonalization and no flattening."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,8 +35,14 @@ class Extremes(NamedTuple):
     steps: int
 
 
-def lanczos(mv: MatVec, like: Vector, steps: int, key: Key) -> Tridiagonal:
-    r"""``steps`` steps on a symmetric :math:`A` from a random start.
+def lanczos(
+    mv: MatVec,
+    like: Vector,
+    steps: int,
+    key: Key,
+    within: Callable[[Vector], Vector] = lambda v: v,
+) -> Tridiagonal:
+    r"""``steps`` steps on a symmetric :math:`A` from a random start, ``within`` a subspace of it.
 
     Every new vector is made orthogonal to all earlier ones, twice: without it the recurrence
     finds copies of converged eigenvalues. Vectors are trees like ``like`` in the accumulator
@@ -48,8 +55,8 @@ def lanczos(mv: MatVec, like: Vector, steps: int, key: Key) -> Tridiagonal:
     amap = as_map(mv, like)
     require_fixed(amap, "lanczos")
     require_symmetric(amap, "Lanczos")
-    start = tree.random_like(key, like, jax.random.normal)
-    v = tree.scale(1 / tree.norm(start), start)
+    start = tree.accumulate(within(tree.random_like(key, like, jax.random.normal)))
+    v = tree.unit(start)
     basis = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), v)
     real = tree.norm(start).dtype
 

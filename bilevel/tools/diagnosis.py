@@ -1,4 +1,4 @@
-r"""``diagnose``: before the first hypergradient, is this inner problem fit for one?"""
+r"""``diagnose``: is this inner problem ready for a hypergradient?"""
 
 import dataclasses
 import functools
@@ -7,26 +7,37 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params
 from bilevel.ground.batches import check_batch
 from bilevel.ground.keys import check_key
+from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_count, check_flag, check_settings_used
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.linear.lanczos import Extremes, Tridiagonal, extremes, lanczos
 from bilevel.linear.neumann import Neumann
+from bilevel.problem.conditions import Composite
 from bilevel.problem.operators.base import Operator
 from bilevel.problem.operators.gauss_newton import GaussNewton
 from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inexact, check_inner, check_losses
+from bilevel.problem.validate import (
+    SPLIT_MODEL,
+    check_inexact,
+    check_inner,
+    check_inner_problem,
+    check_losses,
+)
 
 STATIONARY = 1e-3
 CONDITION = 1e4  # beyond it a float32 solve loses four of its seven digits
 ACCURACY = 1e-4
+LARGE = 50  # inputs beyond it are seldom meant: pixels from 0 to 255, features in raw units
+READY = "Ready for implicit differentiation."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +46,10 @@ class Diagnosis:
 
     Attributes:
       num_params: n.
-      loss: the inner loss.
-      grad_norm: :math:`\|\nabla_w h\|`.
+      support: parameters that respond: n, or those on the support of a ``Composite``, of which
+        curvature, solver and advice speak.
+      loss: the inner loss, of a ``Composite`` its smooth part.
+      grad_norm: :math:`\|\nabla_w h\|`, or the norm of the condition.
       stationarity: :math:`\|\nabla_w h\| / (\lambda_{max}\|w\|)`: by how much, relative to
         their length, one gradient step of size :math:`1/\lambda_{max}` would move the parameters.
       stationary: whether that is at most 1e-3.
@@ -53,6 +66,7 @@ class Diagnosis:
     """
 
     num_params: int
+    support: int
     loss: float
     grad_norm: float
     stationarity: float
@@ -76,7 +90,7 @@ class Diagnosis:
 
 
 def diagnose(
-    inner: Loss,
+    inner: Loss | Composite,
     params: Params,
     hparams: Hparams,
     *,
@@ -90,7 +104,7 @@ def diagnose(
 ) -> Diagnosis:
     r"""Is w stationary, how is the curvature spread, and which solver and damping suit it?
 
-    Extreme eigenvalues come from Lanczos' method with full reorthogonalisation; damping and
+    Extreme eigenvalues come from Lanczos' method with full reorthogonalization; damping and
     expected steps from
 
     .. math:: \rho = \max\Bigl(0, \frac{\lambda_{max} - \kappa\lambda_{min}}{\kappa - 1}\Bigr),
@@ -98,7 +112,7 @@ def diagnose(
         k = \left\lceil \tfrac12\sqrt{\kappa_\rho}\,\ln\frac{2}{10^{-4}} \right\rceil
 
     Args:
-      inner: ``inner(params, hparams, batch) -> scalar``.
+      inner: ``inner(params, hparams, batch) -> scalar``, or a ``Composite``.
       params, hparams, inner_batch: the point, as for :func:`~bilevel.hypergrad`.
       key: of the random start; fixed by default, so that a call repeats itself.
       num_steps: Lanczos steps, at most n.
@@ -121,9 +135,12 @@ def diagnose(
     check_count("num_steps", num_steps)
     check_flag("has_state", has_state)
     check_flag("print", print)
-    check_losses(inner=inner)
+    if isinstance(inner, Composite):
+        check_inner_problem(inner, has_state)
+    else:
+        check_losses(inner=inner)
     check_key(key)
-    check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
+    check_inexact(params, "params", SPLIT_MODEL)
     check_inexact(hparams, "hparams", "Hyperparameters are real numbers.")
     check_batch(inner_batch, "inner_batch")
     if not tree.size(params):
@@ -137,26 +154,65 @@ def diagnose(
     steps = min(num_steps, tree.size(params))
     key = jax.random.key(0) if key is None else key
 
-    loss, grad_norm, length, coefficients = _measure(
+    loss, grad_norm, length, support, coefficients = _measure(
         inner, has_state, steps, operator, params, hparams, inner_batch, model_state, key
     )
     found = _conclude(
         tree.size(params),
+        int(support),
         float(loss),
         float(grad_norm),
         float(length),
         extremes(coefficients),
         operator,
     )
+    further = [*_of_batch(inner_batch), *_of_compilation(inner, has_state, params, hparams,
+               inner_batch, model_state)]  # fmt: skip
+    if further:
+        ready = (READY,) == found.advice
+        found = dataclasses.replace(found, advice=(*(() if ready else found.advice), *further))
     if print:
         _show(found)
     return found
 
 
+def _of_batch(batch: Batch) -> list[str]:
+    """What the numbers of a batch tell: floats far from one make a problem that is badly scaled."""
+    said = []
+    for path, leaf in tree.paths(batch, "inner_batch"):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and jnp.size(leaf):
+            largest = float(jnp.max(jnp.abs(leaf)))
+            if largest > LARGE:
+                said.append(
+                    f"`{path}` holds numbers as large as {largest:.3g}: scale inputs to about one "
+                    "(pixels by 1/255, features by their standard deviation)."
+                )
+    return said
+
+
+def _of_compilation(
+    inner: Loss | Composite,
+    has_state: bool,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    state: ModelState,
+) -> list[str]:
+    """Where loops are unrolled, compiling is what a first call costs."""
+    problem = Problem(lambda *_: None, inner, has_state=has_state, model_state=state)
+    if not must_unroll(problem.smooth.inner_loss, params, hparams, batch):
+        return []
+    return [
+        "The model has convolutions and runs on CPU, so loops are unrolled and compile slowly, "
+        "about in proportion to their steps: keep `max_steps` and `inner_steps` at 10 or so, and "
+        "see `memory_report(...)` for the seconds."
+    ]
+
+
 # Compiled once for a loss and a number of steps, not once a call.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _measure(
-    inner: Loss,
+    inner: Any,
     has_state: bool,
     steps: int,
     operator: Any,
@@ -165,16 +221,27 @@ def _measure(
     batch: Batch,
     state: ModelState,
     key: Key,
-) -> tuple[jax.Array, jax.Array, jax.Array, Tridiagonal]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | int, Tridiagonal]:
     problem = Problem(lambda *_: None, inner, has_state=has_state, model_state=state)
     check_inner(problem, params, hparams, batch)
-    grad, mv = operator.bind(problem, params, hparams, batch, fresh=False)
-    loss = problem.inner_loss(params, hparams, batch)
-    return loss, tree.norm(grad), tree.norm(params), lanczos(mv, params, steps, key)
+    system = Implicit(operator=operator).bind(problem, params, hparams, batch)
+    loss = problem.smooth.inner_loss(params, hparams, batch)
+    mv, some, _ = system.equation(tree.random_like(key, params, jax.random.normal))
+    # Where the system of a `Composite` is zero the random vector is.
+    parts = [jnp.count_nonzero(x) for x in jax.tree.leaves(some)]
+    support = tree.size(params) if system.form is None else sum(parts)
+    found = lanczos(mv, params, steps, key, lambda v: system.equation(v)[1])
+    return loss, tree.norm(system.inner_grad), tree.norm(params), support, found
 
 
 def _conclude(
-    n: int, loss: float, grad_norm: float, length: float, found: Extremes, operator: Operator
+    size: int,
+    n: int,
+    loss: float,
+    grad_norm: float,
+    length: float,
+    found: Extremes,
+    operator: Operator,
 ) -> Diagnosis:
     low, high = found.smallest, found.largest
     broken = not all(map(math.isfinite, (loss, grad_norm, low, high)))
@@ -205,6 +272,8 @@ def _conclude(
         advised = dataclasses.replace(operator, damping=float(operator.damping) + damping)
 
     advice = []
+    if not n:
+        advice.append("No parameter is on the support: none follows the hyperparameters.")
     if broken:
         advice.append("Loss, gradient or curvature is NaN or infinite: trust no number here.")
     if not broken and not stationary:
@@ -215,8 +284,9 @@ def _conclude(
         )
     if low < -1e-4 * scale:
         advice.append(
-            f"The curvature is negative in some direction ({low:.2e}): use `GaussNewton(...)`, or "
-            f"damping of at least {damping:.1e}."
+            f"The curvature is negative in some direction ({low:.2e}), as it is in most networks "
+            "during training: use `Implicit(CG(max_steps=10), GaussNewton(model, output_loss, "
+            f"damping=0.1))`. On this operator, damping of at least {damping:.1e} would be needed."
         )
     elif damping > 0:
         advice.append(
@@ -228,7 +298,8 @@ def _conclude(
     if isinstance(solver, CG) and condition > 100:
         advice.append("`CG(preconditioner=Diagonal())` often halves the steps.")
     return Diagnosis(
-        num_params=n,
+        num_params=size,
+        support=n,
         loss=loss,
         grad_norm=grad_norm,
         stationarity=stationarity,
@@ -243,13 +314,14 @@ def _conclude(
         cg_steps=cg_steps,
         solver=solver,
         operator=advised,
-        advice=tuple(advice) or ("Ready for implicit differentiation.",),
+        advice=tuple(advice) or (READY,),
     )
 
 
 def _rows(d: Diagnosis) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{d.num_params}"),
+        *([("on the support", f"{d.support}")] if d.support < d.num_params else []),
         ("inner loss", f"{d.loss:.6g}"),
         ("gradient norm", f"{d.grad_norm:.3g}"),
         ("stationarity", f"{d.stationarity:.2e} ({'yes' if d.stationary else 'NO'})"),

@@ -65,6 +65,31 @@ def neumann(mv: Callable, b: Any, steps: int, step_size: Any, unroll: bool = Fal
     return jax.tree.map(lambda x: step_size * x, carry[1])
 
 
+def series(mv: Callable, b: Any, steps: int) -> Any:
+    """The same with the largest step under which no term grows, found from the same products.
+
+    Lanczos from `b`, whose vectors hold all terms: A V = W T with T tridiagonal, W one longer.
+    """
+    size = jnp.sqrt(dot(b, b))
+    basis, t = [jax.tree.map(lambda x: x / size, b)], jnp.zeros((steps + 1, steps), size.dtype)
+    for j in range(steps):
+        image = mv(basis[j])
+        for i in range(max(j - 1, 0), j + 1):
+            t = t.at[i, j].set(dot(basis[i], image))
+            image = axpy(-t[i, j], basis[i], image)
+        t = t.at[j + 1, j].set(jnp.sqrt(dot(image, image)))
+        basis.append(jax.tree.map(lambda x, s=t[j + 1, j]: x / s, image))
+    corner = t[-1, -1] ** 2 * jnp.linalg.inv(t[:-1])[-1, -1]
+    square = jnp.zeros((steps + 1, steps + 1), t.dtype).at[:, :-1].set(t)
+    square = square.at[-2, -1].set(t[-1, -1]).at[-1, -1].set(corner)
+    step = 1 / jnp.linalg.eigvalsh(square)[-1]
+    total = c = jnp.zeros(steps + 1, t.dtype).at[0].set(size)
+    for _ in range(steps):
+        c = c - step * (t @ c[:-1])
+        total = total + c
+    return jax.tree.map(lambda *v: step * sum(s * x for s, x in zip(total, v, strict=True)), *basis)
+
+
 def gauss_newton(model: Callable, output_loss: Callable, params: Any) -> Callable:
     """`v -> J'QJ v` for `output_loss(model(params))`, linearised once."""
     z, push = jax.linearize(model, params)

@@ -103,19 +103,16 @@ def train_by_hand(steps: int) -> Any:
 
 
 def tune_by_hand(steps: int) -> Any:
-    """The same and a hypergradient by Neumann (5) with the step from the direction at hand."""
+    """The same and a hypergradient by Neumann (5), whose products also give its step."""
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         batches, states = inner_batch
         state = states["bilevel"]
         params, _ = _trained(steps, params, lam, inner_batch)
         batch = plain.pick(batches, steps - 1)
-        v, mv = state.response.solver, w2._hessian(params, lam, batch)
-        image, v = mv(v), jnp.sqrt(plain.dot(v, v))
-        length = jnp.sqrt(plain.dot(image, image))
 
         def solve(g: Any, params: Any, lam: Any, batch: Any, key: Any) -> Any:
-            return plain.neumann(mv, g, TERMS, v / length)
+            return plain.series(w2._hessian(params, lam, batch), g, TERMS)
 
         gradient = plain.hypergradient(w2.outer, w2.inner, solve)
         grads = gradient(params, lam, batch, held_out, key)

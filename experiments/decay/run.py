@@ -162,7 +162,7 @@ def _search(method: str, config: Config, params: Any, batches: Batches, records:
 def step_cost(config: Config, held: int = 0) -> float:
     """G of one outer step, `held` validation images held back."""
     outer = budget.weight(config.valid - held, config.train)
-    hypergradient = budget.implicit_hypergradient(config.products + 1, outer)
+    hypergradient = budget.implicit_hypergradient(config.products, outer)
     return budget.training(config.inner_steps).plus(hypergradient).total
 
 

@@ -17,17 +17,10 @@ def response(method: str, config: Config, operator: bilevel.GaussNewton) -> bile
     )
 
 
-def products(method: str, config: Config) -> int:
-    """Curvature products of one hypergradient: CG pays one for its warm start, Neumann ten for
-    its step size."""
-    extra = 1 if method.startswith("cg") else bilevel.Neumann().power_steps
-    return config.products + extra
-
-
 def step_cost(method: str, config: Config) -> float:
     """G of one outer step: the training steps and the hypergradient."""
     outer = budget.weight(config.valid, config.train)
-    hypergradient = budget.implicit_hypergradient(products(method, config), outer)
+    hypergradient = budget.implicit_hypergradient(config.products, outer)
     return budget.training(config.inner_steps).plus(hypergradient).total
 
 

@@ -113,7 +113,7 @@ def _step(config: Config) -> Any:
 def step_cost(config: Config, outer: float) -> float:
     """G of the Newton steps and of the hypergradient; `outer` is that of its outer gradient."""
     newton = budget.Cost(config.newton_steps, config.newton_steps * config.products)
-    return newton.plus(budget.implicit_hypergradient(config.products + 1, outer)).total
+    return newton.plus(budget.implicit_hypergradient(config.products, outer)).total
 
 
 def _distill(

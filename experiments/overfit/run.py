@@ -1,4 +1,4 @@
-"""Runs `overfit`: one decay a weight, a layer or in all, driven to fit 50 validation images."""
+"""Runs `overfit`: one decay per weight, per layer or in all, driven to fit 50 validation images."""
 
 import functools
 import statistics
@@ -85,7 +85,7 @@ def _algorithm(config: Config, steps: int) -> tuple[Any, Any, Any]:
 def step_cost(config: Config) -> float:
     """G of one outer step: the training steps and the hypergradient, CG from a warm start."""
     outer = budget.weight(config.valid, config.train)
-    hypergradient = budget.implicit_hypergradient(config.products + 1, outer)
+    hypergradient = budget.implicit_hypergradient(config.products, outer)
     return budget.training(config.inner_steps).plus(hypergradient).total
 
 

@@ -184,7 +184,6 @@ def test_missing_key():
         (lambda: CG(atol=float("nan")), ValueError, "`atol` must be at least 0, got nan"),
         (lambda: Neumann(-1), ValueError, "`num_matvecs` must be at least 0"),
         (lambda: Neumann(5, step_size=0.0), ValueError, "`step_size` must be greater than 0"),
-        (lambda: Neumann(5, power_steps=0), ValueError, "`power_steps` must be at least 1"),
         (lambda: Stochastic(optax.sgd(0.1), 0), ValueError, "`steps` must be at least 1"),
         (lambda: Stochastic("sgd", 3), TypeError, "`tx` must be an optax gradient"),
         (lambda: Nystrom(0), ValueError, "`rank` must be at least 1"),
@@ -351,12 +350,12 @@ def with_state(w, lam, batch, seen):
         ),
         (
             TypeError,
-            r"hparams\['name'\] is a str, .*It is no number: keep it out of the tree",
+            r"hparams\['name'\] is a str, .*It is not a number: keep it out of the tree",
             {"lam": {**LAM, "name": "l2"}},
         ),
         (
             TypeError,
-            r"params\['act'\] is a function, .*keep it out of the tree",
+            r"params\['act'\] is a function, .*Split the model.*bilevel.split_nnx",
             {"w": {**W, "act": inner}},
         ),
         (
@@ -381,6 +380,11 @@ def with_state(w, lam, batch, seen):
             {"tr": {"o": np.array([object()])}},
         ),
         (TypeError, r"inner_batch\[1\] is a object \(object\)", {"tr": (BATCH, object())}),
+        (
+            TypeError,
+            r"inner_batch\[1\] is a function .*take a batch out of it first",
+            {"tr": (BATCH, lambda step: BATCH)},
+        ),
         # losses that cannot be called, or that give no array
         (
             TypeError,

@@ -26,8 +26,6 @@ def readers() -> dict[str, tuple[Any, int]]:
         "evolution": (b.Evolution(sgd, K, 2, 0.125), K),
         "fresh neumann": (b.Implicit(b.Neumann(K - 1, 0.25), fresh_batches=True), K),
         "fresh stochastic": (b.Implicit(b.Stochastic(sgd, K - 1), fresh_batches=True), K),
-        "fresh neumann auto": (
-            b.Implicit(b.Neumann(2, None, power_steps=1), fresh_batches=True), K),
     }  # fmt: skip
 
 
