@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
 from experiments.common import figures as draw
 from experiments.common import record
 from experiments.hoag.methods import ACCURACIES, SCHEDULES, SEARCHES
@@ -86,10 +88,10 @@ def _one_penalty(
                 excess = [max(loss / best - 1, LEAST) for loss in losses]
                 _line(panel, task, way, [r.cost for r in way], excess, methods)
             panel.axhline(1e-3, color=draw.GREY, linewidth=0.8)
-            panel.set(xscale="log", yscale="log", title=task)
-            panel.set_xlabel("cost (inner-gradient evaluations)")
+            panel.set(yscale="log", title=task)
+            _logarithmic(panel, "cost (inner-gradient evaluations)")
         panels[0].set_ylabel("validation loss above the least, relative")
-        panels[0].legend()
+        panels[-1].legend(loc="lower left")
     return path
 
 
@@ -104,10 +106,19 @@ def _every_weight(
                 products = [r.metrics["products"] for r in way]
                 losses = [r.metrics["validation_loss"] for r in way]
                 _line(panel, task, way, products, losses, methods)
-            panel.set(xscale="log", title=task, xlabel="curvature products")
+            panel.set(title=task)
+            _logarithmic(panel, "curvature products")
         panels[0].set_ylabel("validation loss (nats per example)")
-        panels[0].legend()
+        panels[-1].legend(loc="lower left")
     return path
+
+
+def _logarithmic(panel: Any, label: str) -> None:
+    """A logarithmic axis of numbers written out, three per decade."""
+    panel.set(xscale="log", xlabel=label)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager
