@@ -66,7 +66,7 @@ class KFAC:
         found = _found(mv, self.num_samples, key, "KFAC")
         pairs = [(jnp.linalg.eigh(a), jnp.linalg.eigh(g)) for a, g in found.factors]
         bases = [(u, w) for (_, u), (_, w) in pairs]
-        scales = [jnp.maximum(a, 0)[:, None] * jnp.maximum(g, 0) for (a, _), (g, _) in pairs]
+        scales = [jnp.maximum(a, 0)[:, None] * jnp.maximum(g, 0)[None] for (a, _), (g, _) in pairs]
         return _prepared(found, rhs, _blocks(found, bases, scales), found.num_products)
 
 

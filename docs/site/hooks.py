@@ -163,6 +163,8 @@ def on_config(config: Any) -> Any:
     for page in sorted((ROOT / "docs").glob("*.md")):
         if f"'{page.name}'" not in named:
             guides.append(page.name)
+    if not api_names() - listed():
+        sections["API"]["API"].remove("api/more.md")
     pages = ["papers/index.md", *(f"papers/{p.parent.name}.md" for p in experiments())]
     sections["Experiments"]["Experiments"] += pages
     return config
@@ -172,7 +174,9 @@ def on_files(files: Any, config: Any) -> Any:
     """Adds the pages and pictures that are not under docs/."""
     from mkdocs.structure.files import File
 
-    contents = {"gallery.md": gallery(), "api/more.md": more()}
+    contents = {"gallery.md": gallery()}
+    if api_names() - listed():
+        contents["api/more.md"] = more()
     needed: set[str] = set()
     for page in sorted((ROOT / "docs").rglob("*.md")):
         path = page.relative_to(ROOT).as_posix()

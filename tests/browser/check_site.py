@@ -30,6 +30,8 @@ PAGES = {
     "networks/": "Neural networks",
     "plots/": "Pictures",
     "gallery/": "Gallery",
+    "objectives/": "outer problem",
+    "whole_runs/": "training runs",
     "papers/digits/": "digits",
     "api/solvers/": "Linear solvers",
     "glossary/": "Glossary",

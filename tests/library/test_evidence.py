@@ -352,9 +352,21 @@ def test_bad_elbos_are_refused_in_words(make, error, words):
         make()
 
 
+def bound_of(phi, y, noise, lam, block):
+    """Twice the negative log evidence of a partition in blocks, up to a constant, in NumPy."""
+    n, d = phi.shape
+    m = np.linalg.solve(phi.T @ phi / noise**2 + np.exp(lam) * np.eye(d), phi.T @ y / noise**2)
+    value = np.sum((y - phi @ m) ** 2) / noise**2 + np.exp(lam) * m @ m
+    for i in range(0, n, block):
+        f = phi[i : i + block]
+        value += np.linalg.slogdet(np.eye(block) + f @ f.T / noise**2 / np.exp(lam))[1]
+    return value
+
+
 @pytest.mark.slow
-def test_stochastic_evidence_finds_the_precision():
-    """S18: 200 Adam steps on batches of 50 of 300 end within a factor 2 of the exact optimum."""
+def test_stochastic_evidence_finds_the_precision_of_its_bound():
+    """S18: 200 Adam steps on batches of 50 of 300. The bound's own optimum is not the exact one:
+    it has a precision 3.7 times as large here."""
     n, d, noise = 300, 60, 0.5
     rng = np.random.default_rng(5)
     phi = rng.normal(size=(n, d)) / np.sqrt(d)
@@ -377,48 +389,48 @@ def test_stochastic_evidence_finds_the_precision():
     keys = jax.random.split(jax.random.key(0), 200)
     start = alg.init(jnp.zeros(d), jnp.asarray(2.0))
     state, _ = jax.jit(lambda s: jax.lax.scan(step, s, keys))(start)
-
-    def exact_value(lam):
-        cov = noise**2 * np.eye(n) + phi @ phi.T / np.exp(lam)
-        return np.linalg.slogdet(cov)[1] + y @ np.linalg.solve(cov, y)
-
     grid = np.linspace(-4, 4, 161)
-    best = grid[np.argmin([exact_value(lam) for lam in grid])]
-    assert abs(float(state.hparams) - best) <= np.log(2)
+    of_bound, exactly = (
+        grid[np.argmin([bound_of(phi, y, noise, lam, block) for lam in grid])] for block in (50, n)
+    )
+    assert abs(float(state.hparams) - of_bound) <= 0.2
+    assert 1 < of_bound - exactly < 1.5
 
 
 @pytest.mark.slow
 def test_the_plain_bound_underfits_where_there_are_many_parameters():
-    """S19: 2000 random features of 100 points; trained to rest in both weighings."""
+    """S19: 2000 random features of 100 points, trained to rest in both weighings (O20)."""
     n, d, noise = 100, 2000, 0.1
     rng = np.random.default_rng(6)
     x, x_test = rng.uniform(-2, 2, (2, n))
     frequency, phase = rng.normal(size=d) * 2, rng.uniform(0, 2 * np.pi, d)
     features = lambda x: np.sqrt(2 / d) * np.cos(x[:, None] * frequency + phase)  # noqa: E731
-    truth = lambda x: np.sin(3 * x)  # noqa: E731
     phi, phi_test = features(x), features(x_test)
-    y, y_test = (truth(v) + noise * rng.normal(size=n) for v in (x, x_test))
+    y, y_test = (np.sin(3 * v) + noise * rng.normal(size=n) for v in (x, x_test))
+    kernel, start = phi @ phi.T, jnp.asarray(rng.normal(size=d)) * 0.1
 
     def bound(q, kappa):
-        """O20, in which the expectation is closed."""
+        """The expectation is closed."""
         s2 = q.scale**2
         data = (jnp.sum((y - phi @ q.mean) ** 2) + s2 * np.sum(phi**2)) / (2 * noise**2) / n
-        loss = lambda w, h, b: 0.0 * w[0]  # noqa: E731
-        elbo = DataEmphasizedELBO(loss, n, kappa)
-        return data + elbo.kl(q) / ((kappa or d / n) * n)
+        return data + DataEmphasizedELBO(nll, n, kappa).kl(q) / ((kappa or d / n) * n)
 
     errors, likelihoods = [], []
     for kappa in (1.0, None):
-        start = DataEmphasizedELBO(nll, n).init(jnp.asarray(rng.normal(size=d)) * 0.1, 0.05)
         weighed = lambda q, h, b, k=kappa: bound(q, k)  # noqa: E731
         fit = lambda q, loss=weighed: bilevel.minimize(  # noqa: E731
             loss, q, 0.0, jnp.zeros(1), tol=1e-7, max_steps=4000
         )
-        q = jax.jit(fit)(start).params
+        q = jax.jit(fit)(DataEmphasizedELBO(nll, n).init(start, 0.05)).params
         errors.append(float(np.sqrt(np.mean((y - phi @ q.mean) ** 2))))
         variance = noise**2 + float(q.scale) ** 2 * np.sum(phi_test**2, axis=1)
         likelihoods.append(
             np.mean(0.5 * (y_test - phi_test @ q.mean) ** 2 / variance + 0.5 * np.log(variance))
         )
-    assert errors[0] >= 1.5 * errors[1]
-    assert likelihoods[1] <= likelihoods[0]
+        k, t = kappa or d / n, 1.0
+        for _ in range(3000):  # the stationary point, by its own equations
+            m = phi.T @ np.linalg.solve(k * t * kernel / noise**2 + np.eye(n), k * t * y / noise**2)
+            t = 1 / (k * np.sum(phi**2) / (d * noise**2) + 1 / t) + m @ m / d
+        np.testing.assert_allclose(errors[-1], np.sqrt(np.mean((y - phi @ m) ** 2)), rtol=1e-5)
+    assert errors[0] > 1.05 * errors[1]
+    assert likelihoods[1] < likelihoods[0]
