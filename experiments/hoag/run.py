@@ -27,7 +27,8 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
         if loaded[0] != name:
             task = problem.load(name, config, seed)
             loaded = (name, task, truth.of(task) if name in config.single else None)
-        best = _Best(label, *loaded[1:], records)
+        _, task, exact = loaded
+        best = _Best(label, task, exact, records)
         if method in methods.SEARCHES:
             _search(best, method, config, seed)
         else:

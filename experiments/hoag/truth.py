@@ -28,7 +28,8 @@ class Truth(NamedTuple):
 
 def of(task: Task) -> Truth:
     """For a logistic loss: a quarter of the squared norm of X, and sum |x|^3 / (6 sqrt 3)."""
-    longest = float(svds(_matrix(task.valid), k=1, return_singular_vectors=False)[0])
+    found: Any = svds(_matrix(task.valid), k=1, return_singular_vectors=False)
+    longest = float(found[0])
     rows = np.sqrt(np.asarray(_matrix(task.train).power(2).sum(1))).ravel()
     with jax.enable_x64(True):
         train, valid = jax.tree.map(_wide, (task.train, task.valid))
