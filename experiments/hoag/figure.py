@@ -91,7 +91,8 @@ def _one_penalty(
             panel.set(yscale="log", title=task)
             _logarithmic(panel, "cost (inner-gradient evaluations)")
         panels[0].set_ylabel("validation loss above the least, relative")
-        panels[-1].legend(loc="lower left")
+        # The first has the most methods, the last the most room.
+        panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="lower left")
     return path
 
 
