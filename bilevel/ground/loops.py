@@ -20,7 +20,8 @@ def loop(steps: int, body: Callable[[Any, Any], Any], carry: Any, unroll: bool) 
         for i in range(steps):
             carry = body(i, carry)
         return carry
-    return jax.lax.scan(lambda c, i: (body(i, c), None), carry, jnp.arange(steps))[0]
+    # Counted in the carry: indices that are scanned over would be read from an array each time.
+    return jax.lax.fori_loop(0, steps, body, carry)
 
 
 def must_unroll(function: Callable[..., Any], *args: Any) -> bool:

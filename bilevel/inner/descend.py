@@ -192,5 +192,14 @@ def _loop(
     # barriers that forbid merging are only needed where it is unrolled.
     if remat == "step" or (mixed and steps > 1):
         step = jax.checkpoint(step, prevent_cse=unroll)
+    if remat == "none" and not mixed and not unroll:
+        # Counted in the carry: indices that are scanned over are read from an array in each step.
+        def counted(carry: Any, _: None) -> tuple[Any, StepInfo]:
+            at, index = carry
+            at, info = step(at, index)
+            return (at, index + 1), info
+
+        (state, _), info = jax.lax.scan(counted, (state, jnp.array(first, int)), length=steps)
+        return state, info
     # Not `unroll=True`: a scan of length one would stay a loop.
     return jax.lax.scan(step, state, first + jnp.arange(steps), unroll=0 if unroll else 1)

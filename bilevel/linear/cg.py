@@ -51,7 +51,8 @@ class CG:
         warm start's product is taken from it (but never the last one).
       rtol, atol: stop at :math:`\|r\| \le \max(rtol\,\|g\|, atol)`. Both ``None``: a fixed
         budget was asked for, and spending it is status ``ok``; with a tolerance, an unmet one
-        is ``max_steps``. One unit of rounding, :math:`\epsilon\,\|g\|`, always ends it as converged.
+        is ``max_steps``. One unit of rounding, :math:`\epsilon\,\|g\|`, always ends
+        it as converged.
       preconditioner: ``None``, :class:`Diagonal`, :class:`KFAC`, :class:`EKFAC`,
         :class:`Nystrom`, or anything with their ``prepare``.
       unroll: write the loop out step by step (then all ``max_steps`` products are

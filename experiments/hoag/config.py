@@ -10,7 +10,9 @@ class Config:
     Attributes:
       single: sets with two classes, one penalty for all weights: every method.
       every: sets with ten classes, one penalty for every weight: gradient methods.
-      budget: G that every method may spend on a problem.
+      budget: G that every method may spend on a problem with one penalty.
+      cold_steps: for each set of `every`, outer steps of the cold solves, whose loss and cost are
+        the goal and the budget of the others.
       steps: most outer steps, where they cost next to nothing.
       start: log penalty at the start.
       low, high: range of the log penalty for the searches, and of the grid.
@@ -18,14 +20,19 @@ class Config:
       solved: relative tolerance of an inner solve of the searches.
       cold: relative tolerance of the solves that are to be beaten, and of the exact ones.
       exact: that of the exact ones.
-      near: a validation loss this part above the best is near it.
+      first_tol: first tolerance of the schedules, with one penalty.
+      rough: the same, with a penalty for every weight.
+      linear_factor: how much looser their linear systems are solved.
+      shrink: of the Lipschitz estimate after a good step, in all gradient methods.
+      near, close: a validation loss this part above the best is near it, or close to it.
       mnist: examples of MNIST that train, and that validate.
     """
 
     single: tuple[str, ...] = ("a9a", "ijcnn1", "newsgroups")
     every: tuple[str, ...] = ("digits", "mnist")
-    budget: float = 3_000.0
-    steps: int = 60
+    budget: float = 2_000.0
+    cold_steps: tuple[int, ...] = (3, 2)
+    steps: int = 12
     start: float = 0.0
     low: float = -6.0
     high: float = 6.0
@@ -33,13 +40,20 @@ class Config:
     solved: float = 1e-4
     cold: float = 1e-5
     exact: float = 1e-12
+    first_tol: float = 3e-4
+    rough: float = 3e-3
+    linear_factor: float = 30.0
+    shrink: float = 0.5
     near: float = 1e-3
-    mnist: int = 4_000
+    close: float = 1e-4
+    mnist: int = 2_000
 
 
 def smoke() -> Config:
     """Seconds: does everything run?"""
-    return Config(single=("a1a",), every=("digits",), budget=400.0, steps=6, points=3)
+    return Config(
+        single=("a1a",), every=("digits",), budget=400.0, cold_steps=(1,), steps=6, points=3
+    )
 
 
 def cpu() -> Config:
@@ -49,4 +63,4 @@ def cpu() -> Config:
 
 def paper() -> Config:
     """Five times the budget, and all of MNIST."""
-    return Config(budget=15_000.0, steps=200, points=127, mnist=30_000)
+    return Config(budget=10_000.0, steps=100, points=127, mnist=30_000)

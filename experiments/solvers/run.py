@@ -1,6 +1,7 @@
 """Runs `solvers`: every single loop on three problems, ours beside the same by hand."""
 
 import functools
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import record
+from experiments.common import expected, record
 from experiments.solvers import loops
 from experiments.solvers.config import RATES, Config
 from experiments.solvers.problem import Problem, cached
 
 TABLE = ("gradient", "relative", "seconds", "time_ratio", "difference")
 START = (0.1, 0.01)  # where no rates were tuned
+TARGETS = (2, 4, 6)  # minus the logarithms of the squared gradients that the summary times
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
@@ -80,18 +82,21 @@ def _run(
     each = loops.cost(method, config, problem)
     stops = marks(int(budget / each), config.points)
     first = float(np.sum(problem.gradient(problem.hparams) ** 2))
-    timed = timing(config, name, method, rates) if config.timed else {}
+    count = int(config.timed * budget / each)
+    label = f"{name}_{method}"
+    known = any("time_ratio" in r.metrics for r in record.read(records.out, method=label))
+    timed = {} if known or not count else timing(config, name, method, rates, count)
     for step, hparams, seconds in follow(config, name, method, seed, rates, stops):
         finite = bool(np.isfinite(np.asarray(hparams)).all())
         size = float(np.sum(problem.gradient(hparams) ** 2)) if finite else float("inf")
         records.append(
-            f"{name}_{method}", step, step * each, gradient=size, relative=size / first,
+            label, step, step * each, gradient=size, relative=size / first,
             seconds=seconds, **timed,
         )  # fmt: skip
 
 
 @functools.cache
-def timing(config: Config, name: str, method: str, rates: Any) -> dict[str, float]:
+def timing(config: Config, name: str, method: str, rates: Any, count: int) -> dict[str, float]:
     """Time of ours over that by hand, in turns, and how far the two end from each other."""
     problem, key = cached(name, config.batch), jax.random.key(0)
     rates = tuple(jnp.float32(x) for x in rates)
@@ -100,7 +105,7 @@ def timing(config: Config, name: str, method: str, rates: Any) -> dict[str, floa
         steps = advance(implementation, method, config, name)
         one = loops.runner(implementation, method, config, problem, rates)
         state = one.init(problem.params, problem.hparams)
-        calls[implementation] = functools.partial(steps, state, 0, config.timed, key, rates, *data)
+        calls[implementation] = functools.partial(steps, state, 0, count, key, rates, *data)
         ends[implementation] = np.asarray(
             one.hparams(steps(state, 0, 20, key, rates, *data)), np.float64
         )
@@ -119,16 +124,42 @@ def timing(config: Config, name: str, method: str, rates: Any) -> dict[str, floa
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:
-    """Ratios over all methods."""
+    """Ratios over all methods, and the oracle calls until the gradient is small.
+
+    ``calls_PROBLEM_METHOD.to_2`` are the calls until the squared gradient is ``1e-2`` of that at
+    the start, between records by a straight line of the logarithms; ``missed_2`` whether it never
+    was: the calls are then all that were made, so that the truth is larger.
+    """
+    told: dict[str, Any] = {}
     last = {r.method: r.metrics for r in records if "time_ratio" in r.metrics}
-    if not last:
-        return {}
-    return {
-        "all": {
+    if last:
+        told["all"] = {
             "time_ratio": max(m["time_ratio"] for m in last.values()),
             "difference": max(m["difference"] for m in last.values()),
         }
-    }
+    runs: dict[str, dict[int, list[record.Record]]] = {}
+    for r in records:
+        runs.setdefault(r.method, {}).setdefault(r.seed, []).append(r)
+    for method, seeds in runs.items():
+        into: dict[str, Any] = {}
+        for power in TARGETS:
+            calls = [_calls(run, 10.0**-power) for run in seeds.values()]
+            into[f"to_{power}"] = expected.statistics(x for x, _ in calls)
+            into[f"missed_{power}"] = expected.statistics(float(x) for _, x in calls)
+        told[f"calls_{method}"] = into
+    return told
+
+
+def _calls(run: list[record.Record], target: float) -> tuple[float, bool]:
+    """When a run first was below the target, and whether it never was."""
+    for before, after in itertools.pairwise(run):
+        if after.metrics["relative"] <= target:
+            if not before.cost:
+                return after.cost, False
+            here, there = (np.log(r.metrics["relative"]) for r in (before, after))
+            part = (here - np.log(target)) / (here - there)
+            return float(before.cost * (after.cost / before.cost) ** part), False
+    return run[-1].cost, True
 
 
 def problem_of(name: str, config: Config) -> Problem:

@@ -1,7 +1,9 @@
 """Finds the step sizes in `config.py`: `python -m experiments.solvers.tune PROBLEM [METHOD ...]`.
 
-On seed 100, which no run uses, with a tenth of the budget: the pair with the smallest median of the
-last three recorded gradients.
+On seed 100, which no run uses. All pairs of a grid have three tenths of the budget; as long as the
+best lies at an edge, the grid grows there. The best six then have the whole budget. A pair is
+judged by the median of its last three recorded gradients. Last, its first step size is divided by
+three until neither of two further seeds diverges.
 """
 
 import sys
@@ -12,31 +14,61 @@ from experiments.solvers import loops, run
 from experiments.solvers.config import METHODS, cpu
 from experiments.solvers.problem import cached
 
-SEED, PART = 100, 0.1
-OTHER = 60_000.0  # the budget of a problem that is in no preset
-RATES = (0.03, 0.1, 0.3, 1.0)
-OUTER = (0.001, 0.01, 0.1, 1.0, 10.0)
+SEEDS, PART, KEPT, GROWN = (100, 101, 102), 0.3, 6, 3
+RATES = (0.1, 0.3, 1.0)
+OUTER = (0.1, 1.0, 10.0, 100.0)
+FACTORS = 3.0, 10.0  # between neighbours of the two grids
+Pair = tuple[float, float]
 
 
-def tune(name: str, method: str) -> tuple[tuple[float, float], float]:
-    """The best pair and what it reaches, relative to the start."""
+def reached(name: str, method: str, pair: Pair, part: float, seed: int = SEEDS[0]) -> float:
+    """The squared gradient that a pair ends with, relative to the start."""
     config, problem = cpu(), cached(name, cpu().batch)
-    budgets = dict(zip(config.problems, config.budget, strict=True))
-    budget = budgets.get(name, OTHER) * PART
+    budget = dict(zip(config.problems, config.budget, strict=True))[name] * part
     count = int(budget / loops.cost(method, config, problem))
     stops = [max(1, round(count * x)) for x in (0.8, 0.9, 1.0)]
-    first = np.sum(problem.gradient(problem.hparams) ** 2)
-    found = {}
-    for rate in RATES:
-        for outer in OUTER:
-            ends = []
-            for step, hparams, _ in run.follow(config, name, method, SEED, (rate, outer), stops):
-                lam = np.asarray(hparams)
-                if step and np.isfinite(lam).all() and np.abs(lam).max() < 20:
-                    ends.append(np.sum(problem.gradient(lam) ** 2) / first)
-            found[rate, outer] = float(np.median(ends)) if len(ends) == 3 else np.inf
-    best = min(found, key=lambda pair: found[pair])
-    return best, found[best]
+    first, ends = np.sum(problem.gradient(problem.hparams) ** 2), []
+    for step, hparams, _ in run.follow(config, name, method, seed, pair, stops):
+        lam = np.asarray(hparams)
+        if not np.isfinite(lam).all() or np.abs(lam).max() > 20:
+            return np.inf
+        if step:
+            ends.append(np.sum(problem.gradient(lam) ** 2) / first)
+    return float(np.median(ends))
+
+
+def tune(name: str, method: str) -> tuple[Pair, float]:
+    """The best pair and what it reaches, relative to the start."""
+    grid, found = [list(RATES), list(OUTER)], {}
+    for _ in range(GROWN + 1):
+        for pair in [(a, b) for a in grid[0] for b in grid[1]]:
+            if pair not in found:
+                found[pair] = reached(name, method, pair, PART)
+        best = min(found, key=lambda pair: found[pair])
+        before = len(grid[0]), len(grid[1])
+        for values, at, factor in zip(grid, best, FACTORS, strict=True):
+            if at == max(values):
+                values.append(_round(at * factor))
+            if at == min(values):
+                values.append(_round(at / factor))
+        if before == (len(grid[0]), len(grid[1])):
+            break
+    last = sorted(found, key=lambda pair: found[pair])[:KEPT]
+    ends = {pair: reached(name, method, pair, 1.0) for pair in last}
+    return stable(name, method, min(ends, key=lambda pair: ends[pair]))
+
+
+def stable(name: str, method: str, pair: Pair) -> tuple[Pair, float]:
+    """The pair, or one with a shorter first step size, that diverges on no seed; and the worst."""
+    worst = max(reached(name, method, pair, 1.0, seed) for seed in SEEDS)
+    if np.isfinite(worst):
+        return pair, worst
+    return stable(name, method, (_round(pair[0] / FACTORS[0]), pair[1]))
+
+
+def _round(x: float) -> float:
+    """One digit."""
+    return float(f"{x:.0e}")
 
 
 if __name__ == "__main__":

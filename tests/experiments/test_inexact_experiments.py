@@ -15,6 +15,7 @@ from experiments.hoag import config as hoag_config
 from experiments.hoag import methods
 from experiments.hoag import problem as hoag_problem
 from experiments.hoag import run as hoag_run
+from experiments.hoag import truth as hoag_truth
 from experiments.maid import config as maid_config
 from experiments.maid import images
 from experiments.maid import problem as maid_problem
@@ -38,15 +39,54 @@ def test_any_first_part_of_the_grid_covers_the_range():
     np.testing.assert_allclose(np.sort(points[:7]), np.linspace(-6, 6, 9)[1:-1])
 
 
+def test_the_truth_of_hoag_has_the_derivative_of_its_value_and_a_bound_that_holds():
+    x = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
+    y = np.where(x[:, 0] > 0, 1, -1).astype(np.float32)
+    part = {"x": jnp.asarray(x[:30]), "y": jnp.asarray(y[:30])}
+    other = {"x": jnp.asarray(x[30:]), "y": jnp.asarray(y[30:])}
+    exact = hoag_truth.of(hoag_problem.Task(part, other, other, (4,)))
+    np.testing.assert_allclose(
+        exact.outer_smoothness, np.linalg.norm(x[30:], 2) ** 2 / 4, rtol=2e-3
+    )
+    zero, h = jnp.zeros(4), 1e-3
+    middle, low, high = (hoag_truth.at(exact, zero, zero, lam) for lam in (0.5, 0.5 - h, 0.5 + h))
+    slope = (high["value"] - low["value"]) / (2 * h)
+    assert middle["derivative"] == pytest.approx(slope, rel=1e-4)
+    # No step was made: the hypergradient of zeros is zero.
+    assert 0 < abs(middle["derivative"]) <= middle["bound"]
+
+
+def test_costs_until_near_are_compared_seed_by_seed():
+    def run(method, seed, *losses):
+        return [
+            record.Record(seed, f"a9a_{method}", k, 100.0 * (k + 1), {
+                "validation_loss": loss, "products": 10.0 * k})
+            for k, loss in enumerate(losses)
+        ]  # fmt: skip
+
+    told = hoag_run.summary(
+        [
+            *run("exact", 0, 0.5, 0.4, 0.3), *run("exponential", 0, 0.3001),
+            *run("exact", 1, 0.5, 0.2), *run("exponential", 1, 0.4, 0.3),
+        ]
+    )  # fmt: skip
+    ratios = told["near_a9a_exponential"]
+    assert ratios["over_rival"]["mean"] == pytest.approx((1 / 3 + 1) / 2)
+    assert ratios["missed"]["mean"] == 0.5
+
+
 def test_a_run_of_hoag_keeps_its_budget_and_reads_the_test_part_once(tmp_path):
-    settings = dataclasses.replace(hoag_config.smoke(), single=(), budget=150.0)
+    settings = dataclasses.replace(hoag_config.smoke(), single=())
     hoag_run.run(settings, 0, tmp_path, False)
     found = record.read(tmp_path)
+    (cold,) = (r for r in found if r.method == "digits_cold")
     for method in methods.ACCURACIES:
         mine = [r for r in found if r.method == f"digits_{method}"]
         costs, losses = zip(*((r.cost, r.metrics["validation_loss"]) for r in mine), strict=True)
         assert costs[0] > 0 and all(b > a for a, b in zip(costs, costs[1:], strict=False))
-        assert all(cost <= settings.budget for cost in costs[1:])
+        assert all(cost <= cold.cost for cost in costs[1:])
+        goal = cold.metrics["validation_loss"]
+        assert all(loss > goal for loss in losses[:-1])  # the run ends where it is reached
         assert list(losses) == sorted(losses, reverse=True)
         assert ["test_loss" in r.metrics for r in mine] == (len(mine) - 1) * [False] + [True]
     hoag_run.run(settings, 0, tmp_path, True)

@@ -147,6 +147,19 @@ def test_marks_end_with_the_last_step():
     assert len(stops) == 12 and stops[-1] == 10_000 and stops == sorted(set(stops))
 
 
+def test_calls_until_the_gradient_is_small_are_read_between_records():
+    def run_of(seed, *relative):
+        return [
+            record.Record(seed, "quadratic_soba", k, 10.0**k if k else 0.0, {"relative": x})
+            for k, x in enumerate(relative)
+        ]  # fmt: skip
+
+    found = run.summary([*run_of(0, 1, 1e-1, 1e-3), *run_of(1, 1, 1e-1, 1e-1)])
+    calls = found["calls_quadratic_soba"]
+    assert calls["to_2"]["min"] == pytest.approx(10**1.5) and calls["to_2"]["max"] == 100
+    assert calls["missed_2"]["mean"] == 0.5
+
+
 def test_the_presets_have_rates_for_all():
     for preset in (config.smoke(), config.cpu(), config.paper()):
         assert len(preset.problems) == len(preset.budget)

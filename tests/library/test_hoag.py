@@ -198,6 +198,17 @@ def test_the_lipschitz_estimate_falls_by_a_twentieth_after_a_good_step():
     np.testing.assert_allclose(L[0], infos[0].hypergrad_norm, rtol=1e-9)
 
 
+def test_the_linear_system_may_be_solved_less_accurately_and_the_estimate_fall_faster():
+    algorithm = hoag(held_out, logistic, 1e-5, linear_factor=1e3, shrink=0.5)
+    states, infos = run(algorithm, 5.0, 3)
+    L = [float(s.lipschitz) for s in states[1:]]
+    np.testing.assert_allclose(np.divide(L[1:], L[:-1]), 0.5, rtol=1e-9)
+    residual = [float(i.stats["residual_norm"] / i.stats["rhs_norm"]) for i in infos]
+    assert 1e-4 < max(residual) <= 0.0101
+    _, (info,) = run(hoag(held_out, logistic, 1e-5, linear_factor=1e9), 5.0, 1)
+    assert float(info.stats["residual_norm"]) <= 0.501 * float(info.stats["rhs_norm"])
+
+
 @pytest.mark.slow
 def test_warm_starts_and_falling_tolerances_save_work():
     states, _ = run(hoag(held_out, logistic), -1.0, 8)
@@ -263,6 +274,8 @@ def test_schedules():
         (dict(tol=0.0), ValueError, "`tol` must be greater than 0"),
         (dict(first_tol=-1.0), ValueError, "`first_tol` must be greater than 0"),
         (dict(first_step=0), ValueError, "`first_step` must be greater than 0"),
+        (dict(linear_factor=0), ValueError, "`linear_factor` must be greater than 0"),
+        (dict(shrink=1.1), ValueError, "`shrink` must be at most 1, got 1.1"),
         (dict(solver=Dense()), TypeError, "`solver` must be a `CG"),
         (dict(solver=CG(rtol=1e-3)), ValueError, "`solver` has a tolerance of its own"),
         (dict(constrain=(0, 1)), TypeError, "`constrain` must be a `Space`"),

@@ -28,6 +28,16 @@ MUTANTS = [
         ("test_hoag.py::test_the_error_is_below_the_bound_of_the_tolerance_in_every_step",),
     ),
     Mutant(
+        "hoag_solves_the_linear_system_as_tightly",
+        "outer/inexact/hoag.py",
+        "jnp.minimum(self.linear_factor * tol, jnp.maximum(tol, LOOSEST))",
+        "tol",
+        "the factor of the linear system is not read",
+        (
+            "test_hoag.py::test_the_linear_system_may_be_solved_less_accurately_and_the_estimate_fall_faster",
+        ),
+    ),
+    Mutant(
         "hoag_starts_cold",
         "outer/inexact/hoag.py",
         "new._replace(params=minimum.params, response=solution.state, scale=scale)",

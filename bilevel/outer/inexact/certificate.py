@@ -83,8 +83,8 @@ class Certificate:
     ) -> "Certificate":
         r"""For a convex loss plus :math:`\tfrac12\sum_j e^{\lambda_j} w_j^2`.
 
-        ``hparams`` is one number for all weights, or a tree like ``params`` with one number per leaf
-        or a weight.
+        ``hparams`` is one number for all weights, or a tree like ``params`` with one number per
+        leaf or per weight.
         """
 
         def parts(params: Params, hparams: Hparams) -> list[tuple[jax.Array, jax.Array]]:

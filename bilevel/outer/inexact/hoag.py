@@ -11,7 +11,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar
 from bilevel.ground.cost import Cost
 from bilevel.ground.loops import keep_types
-from bilevel.ground.settings import check_one_real
+from bilevel.ground.settings import check_one_real, concrete
 from bilevel.ground.status import worst
 from bilevel.linear.cg import CG
 from bilevel.outer.base import KEEP, Algorithm, Info, own, own_params
@@ -22,8 +22,11 @@ from bilevel.problem.operators.base import Operator
 from bilevel.problem.validate import check_point
 from bilevel.space.space import Space
 
-GROW, SHRINK = 0.95, 2.0
-"""What the Lipschitz estimate is multiplied with after a good step, and after a bad one."""
+REJECTED = 2.0
+"""What the Lipschitz estimate is multiplied with after a step that is turned down."""
+
+LOOSEST = 0.5
+"""No linear system is solved less accurately, relative to its right side."""
 
 
 class HoagState(NamedTuple):
@@ -73,6 +76,8 @@ def hoag(
     *,
     first_tol: float = 1e-3,
     first_step: float = 1.0,
+    linear_factor: float = 1.0,
+    shrink: float = 0.95,
     solver: CG = SOLVER,
     operator: Operator = HESSIAN,
     constrain: Space | None = None,
@@ -83,7 +88,7 @@ def hoag(
 
     .. math::
         \|\nabla_w h(w_k, \lambda_k)\| \le \epsilon_k \|\nabla_w h(w_0, \lambda_0)\|, \qquad
-        \|H q_k - g\| \le \epsilon_k \|g\|, \\
+        \|H q_k - g\| \le c\,\epsilon_k \|g\|, \\
         p_k = \partial_\lambda f - B^\top q_k, \qquad \lambda_{k+1} = \lambda_k - p_k / L_k
 
     with both solves started from those of the step before. The tolerances :math:`\epsilon_k` fall
@@ -93,7 +98,7 @@ def hoag(
 
     The step follows an estimate L of the Lipschitz constant of the hypergradient. The computed loss
     is off by about :math:`e_k = |q_k^\top \nabla_w h|` (and its rounding), and with
-    :math:`\Delta = \lambda_k - \lambda_{k-1}` L becomes 0.95 L if
+    :math:`\Delta = \lambda_k - \lambda_{k-1}` L becomes 0.95 L (``shrink``) if
     :math:`f_k \le f_{k-1} - \tfrac12 L \|\Delta\|^2 + e_k + e_{k-1}`, and stays if
     :math:`f_k \le f_{k-1} + e_k + e_{k-1}`. Otherwise :math:`\lambda_k` is turned down: L becomes
     2 L, the tolerances are halved from here on, and the next step leaves from
@@ -110,6 +115,12 @@ def hoag(
       first_tol: :math:`\epsilon_0`. No tolerance is below 32 units of rounding.
       first_step: root mean square of the first move, in the units of what moves, from which the
         first L is found.
+      linear_factor: c, how many times looser the linear system is solved than the inner problem,
+        but never looser than to half its right side. Products are often most of the work, and 10
+        saves many of them.
+      shrink: what L is multiplied with after a good step. Where the hypergradient is much steeper
+        at the start than at the end, most steps are spent until L has fallen: 0.5 is then faster,
+        at the price of some steps that are turned down.
       solver: conjugate gradients: its ``max_steps`` and preconditioner.
       operator: the curvature in place of H, as for ``Implicit``.
       constrain: bounds; None leaves the hyperparameters free.
@@ -150,8 +161,13 @@ def hoag(
     solves = check_solves(outer, inner, solver, operator, constrain, has_aux, max_steps)
     check_one_real("first_tol", first_tol, 0, strict=True)
     check_one_real("first_step", first_step, 0, strict=True)
+    check_one_real("linear_factor", linear_factor, 0, strict=True)
+    check_one_real("shrink", shrink, 0, strict=True)
+    if concrete(shrink) and not shrink <= 1:
+        raise ValueError(f"`shrink` must be at most 1, got {shrink}.")
     schedule = schedule_of(tol, first_tol)
-    run = _Hoag(solves, schedule, first_step, Mover(optax.scale(-1.0), constrain))
+    mover = Mover(optax.scale(-1.0), constrain)
+    run = _Hoag(solves, schedule, first_step, linear_factor, shrink, mover)
     return Algorithm(run.init, run.step, own_params)
 
 
@@ -162,6 +178,8 @@ class _Hoag:
     solves: Solves
     schedule: Schedule
     first_step: float
+    linear_factor: float
+    shrink: float
     mover: Mover
 
     def init(self, params: Params, hparams: Hparams) -> HoagState:
@@ -194,8 +212,9 @@ class _Hoag:
         scale = self._scale(state, batch)
         tol = at_step(self.schedule, state.step, state.factor)
         minimum = self.solves.minimum(state.params, lam, batch, tol * scale)
+        rtol = jnp.minimum(self.linear_factor * tol, jnp.maximum(tol, LOOSEST))
         solved = self.solves.hypergradient(
-            minimum, lam, batch, outer_batch, state.response, key, rtol=tol
+            minimum, lam, batch, outer_batch, state.response, key, rtol=rtol
         )
         solution = solved.solution
         grads = self.mover.pull(state.outer, solution.grads)
@@ -244,7 +263,7 @@ class _Hoag:
         good = ~first & (value <= slack - 0.5 * state.lipschitz * length**2)
         norm = tree.norm(grads)
         begun = norm / (self.first_step * jnp.sqrt(tree.size(grads)))
-        lipschitz = state.lipschitz * jnp.where(rejected, SHRINK, jnp.where(good, GROW, 1))
+        lipschitz = state.lipschitz * jnp.where(rejected, REJECTED, jnp.where(good, self.shrink, 1))
         lipschitz = jnp.where(first, jnp.where(norm == 0, 1, begun), lipschitz)
         kept = tree.where(rejected, state.kept, state.outer)
         kept_grads = tree.where(rejected, state.kept_grads, grads)

@@ -20,6 +20,7 @@ def amigo(
     outer_tx: optax.GradientTransformation,
     inner_steps: int,
     linear_steps: int,
+    certify: bool = False,
     **options: Any,
 ) -> Algorithm:
     """:func:`~bilevel.alternate` with a warm ``Implicit(Stochastic(...), fresh_batches=True)``.
@@ -33,11 +34,15 @@ def amigo(
       linear_tx: optax transformation of the adjoint, with a step size below 2 over the largest
         curvature of any batch.
       linear_steps: steps of the adjoint.
+      certify: recompute the residual of each solve, for one product more. Without it, as in the
+        paper, ``info.stats`` has no ``residual_norm``, and the status judges what was met on the
+        way.
 
     Cost: ``inner_steps`` inner gradients, ``linear_steps + 1`` products, one outer gradient.
 
     Reference: Arbel, Mairal, "Amortized implicit differentiation for stochastic bilevel
     optimization", ICLR 2022.
     """
-    response = Implicit(Stochastic(linear_tx, linear_steps), fresh_batches=True)
+    solver = Stochastic(linear_tx, linear_steps)
+    response = Implicit(solver, fresh_batches=True, certify=certify)
     return alternate(outer, inner, response, inner_tx, outer_tx, inner_steps, **options)
