@@ -47,7 +47,7 @@ def figures(out: Path) -> list[Path]:
 def _values(records: list[record.Record], tasks: list[str], path: Path) -> Path:
     """The best outer loss against cost, a panel for each problem, a line for each seed."""
     methods = {r.method for r in records}
-    size = {"width": 4.6 * len(tasks), "height": 5.0}
+    size: dict[str, Any] = {"width": 4.6 * len(tasks), "height": 5.0}
     with draw.figure(path, columns=len(tasks), **size) as (drawn, axes):
         panels = [axes] if len(tasks) == 1 else list(axes)
         seeds = sorted({r.seed for r in records})
@@ -90,7 +90,7 @@ def _denoised(found: dict[str, Any], path: Path) -> Path:
     rows = [("clean", clean), ("with noise", noisy)]
     rows += [(title, found[name]["pictures"][2]) for name, title in COLUMNS.items()]
     count = len(clean)
-    size = {"width": 2.9 * len(rows), "height": 3.1 * count}
+    size: dict[str, Any] = {"width": 2.9 * len(rows), "height": 3.1 * count}
     with draw.figure(path, rows=count, columns=len(rows), **size) as (_, axes):
         grid = np.reshape(np.asarray(axes), (count, len(rows)))
         for column, (title, pictures) in enumerate(rows):
