@@ -20,6 +20,8 @@ class Config:
       reach: how far SGD moves the logit of a weight whose hypergradient stays at one over the
         number of images, in the whole run: its step size is this times that number, over the outer
         steps that a method can afford.
+      longest: most that SGD moves a logit in one step: a crude hypergradient of an early step would
+        else push weights to where the sigmoid is flat, for good.
       max_products: curvature products of one CG solve.
       penalty: first penalty of F2SA; that of PBGD.
       subspace: vectors of the carried Krylov subspace.
@@ -38,6 +40,7 @@ class Config:
     inner_steps: int = 10
     budget: int = 6_000
     reach: float = 800.0
+    longest: float = 0.5
     max_products: int = 5
     penalty: float = 10.0
     subspace: int = 10

@@ -49,7 +49,8 @@ def algorithm(method: str, config: Config) -> bilevel.Algorithm:
     inner, steps, tx = problem.train_loss(config), config.inner_steps, optimizer(config)
     losses = (problem.valid_loss, inner)
     # By size, not by sign as with Adam: where the signal is weak a weight stays.
-    outer_tx = optax.sgd(config.reach * config.train / outer_steps(method, config))
+    rate = config.reach * config.train / outer_steps(method, config)
+    outer_tx = optax.chain(optax.sgd(rate), optax.clip(config.longest))
     if method in ("cg", "lanczos"):
         solver = (
             bilevel.CG(max_steps=config.max_products, rtol=0.1)
