@@ -76,8 +76,9 @@ def test_links_lead_to_places_on_the_site():
     assert hooks.relinked(code, "docs/choose.md", "choose.md")[0] == code
 
 
-def test_docstrings_become_markdown():
+def test_docstrings_become_markdown(monkeypatch):
     pytest.importorskip("griffe", reason="needs bilevel[docs]")
+    monkeypatch.syspath_prepend(ROOT / "docs/site")
     docstrings = importlib.import_module("docstrings")
     text = (
         "One of :math:`x^2`; see :func:`~bilevel.hypergrad`, :class:`Other`.\n\n"

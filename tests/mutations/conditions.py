@@ -40,8 +40,8 @@ MUTANTS = [
     Mutant(
         "series_of_a_map_finds_a_step",
         "linear/neumann.py",
-        "            step = 1.0\n",
-        "            step = 0.5\n",
+        "(1.0, 0) if amap.fresh",
+        "(0.5, 0) if amap.fresh",
         "the series of a map that contracts converges to another number of terms",
         ("test_conditions.py::test_the_series_of_a_map_has_one_term_more_than_products",),
     ),
