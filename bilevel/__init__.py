@@ -4,7 +4,11 @@ The modules stand in floors, and each imports only from those below it (see ``RE
 this folder): the problem, the linear solve, the hypergradient, the outer update.
 """
 
+from types import ModuleType as _Module
+
+from bilevel import objectives as objectives
 from bilevel import outer as outer
+from bilevel import plot as plot
 from bilevel import regularizers as regularizers
 from bilevel import testing as testing
 from bilevel.ground.status import HypergradientError as HypergradientError
@@ -81,6 +85,7 @@ from bilevel.outer import stocbio as stocbio
 from bilevel.problem.conditions import Composite as Composite
 from bilevel.problem.conditions import FixedPoint as FixedPoint
 from bilevel.problem.conditions import Root as Root
+from bilevel.problem.microbatches import accumulate as accumulate
 from bilevel.problem.operators.gauss_newton import GaussNewton as GaussNewton
 from bilevel.problem.operators.hessian import Hessian as Hessian
 from bilevel.problem.operators.jacobian import Jacobian as Jacobian
@@ -89,12 +94,19 @@ from bilevel.problem.two_losses import Problem as Problem
 from bilevel.regularizers import prox as prox
 from bilevel.run import FitResult as FitResult
 from bilevel.run import fit as fit
+from bilevel.run.replay import Metagradient as Metagradient
+from bilevel.run.replay import metagradient as metagradient
 from bilevel.space import Free as Free
 from bilevel.space import Integer as Integer
 from bilevel.space import Interval as Interval
 from bilevel.space import Positive as Positive
 from bilevel.space import Simplex as Simplex
 from bilevel.space import Space as Space
+from bilevel.tools.attribution import Influence as Influence
+from bilevel.tools.attribution import influence as influence
+from bilevel.tools.attribution import retraining as retraining
+from bilevel.tools.datamodels import DatamodelScore as DatamodelScore
+from bilevel.tools.datamodels import datamodel_score as datamodel_score
 from bilevel.tools.diagnosis import Diagnosis as Diagnosis
 from bilevel.tools.diagnosis import diagnose as diagnose
 from bilevel.tools.differences import HypergradCheck as HypergradCheck
@@ -105,3 +117,18 @@ from bilevel.tools.models import Split as Split
 from bilevel.tools.models import split_equinox as split_equinox
 from bilevel.tools.models import split_linen as split_linen
 from bilevel.tools.models import split_nnx as split_nnx
+from bilevel.tools.smoothness import Metasmoothness as Metasmoothness
+from bilevel.tools.smoothness import metasmoothness as metasmoothness
+
+_NAMESPACES = ("objectives", "outer", "plot", "prox", "regularizers", "run", "testing")
+
+# What is imported above is public; the packages that Python adds on the way are not.
+__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
+    name
+    for name, value in globals().items()
+    if not name.startswith("_") and (name in _NAMESPACES or not isinstance(value, _Module))
+)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__"]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from wide import left_out
 
 DEFAULT_FLAGS = bool(os.environ.get("BILEVEL_DEFAULT_FLAGS"))
 collect_ignore = [] if DEFAULT_FLAGS else ["default_flags"]
@@ -42,6 +43,19 @@ gc.set_threshold(200_000, 20, 50)
 
 MEMORY = Path("/proc/self/statm")  # of Linux; elsewhere memory is not looked after
 MOST_MEMORY = 1.9 * 2**30  # bytes, of a process between two tests
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as `wide` what the default run leaves out."""
+    here = Path(__file__).parent
+    names = [
+        (item.path.relative_to(here).as_posix(), getattr(item, "originalname", None) or item.name)
+        for item in items
+    ]
+    for item, out in zip(items, left_out(names), strict=True):
+        if out:
+            item.add_marker(pytest.mark.wide)
 
 
 def resident() -> int:

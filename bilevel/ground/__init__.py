@@ -1,1 +1,1 @@
-"""The ground: words, settings, trees, batches and loops, which know of no problem."""
+"""Foundations: types, settings, trees, batches and loops, independent of any problem."""

@@ -1,4 +1,4 @@
-r"""The vocabulary of the library: one word, one meaning.
+r"""Type aliases: the vocabulary of the library.
 
 ================  ==========================================================================
 ``Params``        the inner variable :math:`w`: any pytree of real floating-point arrays

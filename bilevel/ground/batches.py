@@ -13,7 +13,7 @@ from bilevel.ground.tree import paths
 def array_dtype(leaf: Any) -> Any:
     """The dtype of an array or number; ``TypeError`` for all else, names of dtypes included."""
     if isinstance(leaf, (str, bytes, type, np.dtype)):
-        raise TypeError(f"{leaf!r} is no array")
+        raise TypeError(f"{leaf!r} is not an array")
     return jnp.result_type(leaf)
 
 
@@ -65,15 +65,16 @@ def check_stack(
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != count:
             raise ValueError(
                 f"{path} has shape {jnp.shape(leaf)}, expected a leading axis of {count}: {reads}. "
-                "Stack the batches (to use one batch in every step: "
-                f"`jnp.broadcast_to(x, ({count}, *x.shape))`), and cut a longer stack, "
+                "Stack a list of batches with `jax.tree.map(lambda *x: jnp.stack(x), *batches)` "
+                f"(to use one batch in every step: `jnp.broadcast_to(x, ({count}, *x.shape))`), "
+                "and cut a longer stack, "
                 f"`x[:{count}]`. Only a key made by `jax.random.key` may come alone; it is then "
                 "split by step."
             )
 
 
 def check_batch(batch: Batch, name: str) -> None:
-    """Refuse what is no array, and an array of size zero: its mean loss would be NaN."""
+    """Refuse what is not an array, and arrays of size zero: its mean loss would be NaN."""
     check_entries(batch, name)
     for path, leaf in paths(batch, name):
         if 0 in jnp.shape(leaf):
@@ -83,14 +84,19 @@ def check_batch(batch: Batch, name: str) -> None:
 
 
 def check_entries(batch: Batch, name: str) -> None:
-    """Refuse what is no array of numbers and no key."""
+    """Refuse what is neither an array of numbers nor a key."""
     for path, leaf in paths(batch, name):
         try:
             array_dtype(leaf)
         except TypeError:
             kind = getattr(leaf, "dtype", type(leaf).__name__)
+            remedy = (
+                "encode it as numbers (tokens, labels) before it enters a batch, or let the loss "
+                "close over it"
+            )
+            if hasattr(leaf, "__next__") or callable(leaf):
+                remedy = "take a batch out of it first (`next(loader)`, `data(step)`)"
             raise TypeError(
                 f"{path} is a {type(leaf).__name__} ({kind}), expected an array of numbers or a "
-                "key: encode it as numbers (tokens, labels) before it enters a batch, or let the "
-                "loss close over it."
+                f"key: {remedy}."
             ) from None

@@ -22,7 +22,7 @@ class Cost(NamedTuple):
         that is *displaced* (:class:`~bilevel.inner.layers.LayerResponse`) makes two forward, two
         back to its input, and one for each kernel that learns: 6/3 if both do, 5/3 for the
         response alone, 4/3 for neither. Displaced *weights* cost no product. A gradient of
-        linearised outputs is two.
+        linearized outputs is two.
       products: :math:`H v` and :math:`B^\top v`; one that yields both counts once. A step of
         training that is differentiated is one.
       outer_gradients: gradients of the outer loss on one outer batch.

@@ -1,4 +1,4 @@
-"""Loops over steps, and what a loop carries: types that stay as they are."""
+"""Loops over steps, with carries that keep their types."""
 
 from collections.abc import Callable
 from typing import Any

@@ -101,7 +101,7 @@ def check_settings_used(value: Any, name: str) -> None:
 
 
 def check_number(name: str, given: Any) -> None:
-    """Refuse what is no real number nor an array of them, traced or not."""
+    """Refuse what is neither a real number nor an array of them, traced or not."""
     real = isinstance(given, (int, float)) and not isinstance(given, bool)
     dtype = getattr(given, "dtype", None)
     real |= dtype is not None and any(

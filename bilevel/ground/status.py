@@ -1,4 +1,4 @@
-"""What became of a hypergradient: codes that live in arrays, and the words for them.
+"""Outcome of a hypergradient: codes that live in arrays, and their messages.
 
 A status never changes a number. Solvers and responses return it beside their value as an
 int32 scalar (so it maps, scans and donates), and :func:`raise_for_status` turns it into an
@@ -24,7 +24,7 @@ STATIONARITY = 0.05
 
 
 class Status(enum.IntEnum):
-    """Outcome of a solve or of a whole hypergradient, ordered by gravity.
+    """Outcome of a solve or of a whole hypergradient, ordered by severity.
 
     Only ``ok`` means that the number can be used as it is.
     """
@@ -161,7 +161,7 @@ def failed(result: jax.Array) -> jax.Array:
 
 
 def worst(*results: jax.Array) -> jax.Array:
-    """The gravest of several results, elementwise."""
+    """The most severe of several results, elementwise."""
     combined = results[0]
     for result in results[1:]:
         combined = jnp.maximum(combined, result)
@@ -184,7 +184,7 @@ def raise_for_status(
         ``not_stationary`` up to it.
 
     Raises:
-      HypergradientError: names the gravest status, how many lanes have it, its causes and
+      HypergradientError: names the most severe status, how many lanes have it, its causes and
         remedies, and the numbers in ``stats`` at that lane.
       TypeError: if called inside ``jit`` (``result`` is not concrete there).
       ValueError: a threshold for a number that ``stats`` does not have.

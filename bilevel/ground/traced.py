@@ -1,4 +1,4 @@
-"""Questions that a traced program answers: which inputs an output depends on, which
+"""What a traced program tells: which inputs an output depends on, which
 primitives it contains. They cost one abstract trace and no arithmetic.
 """
 

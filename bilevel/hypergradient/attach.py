@@ -178,6 +178,29 @@ def _implicit_tangent(at: _System, v: Any, marks: Marks, responds: Any) -> Vecto
     return tree.cast_like(w_dot, at.w)
 
 
+def tangent_in_data(
+    problem: Problem,
+    response: Implicit,
+    w: Params,
+    hparams: Hparams,
+    batch: Batch,
+    direction: list[Any],
+    key: Key | None = None,
+) -> Vector:
+    r""":math:`\dot w = -A^{-1} \partial_{data} R\; v`: how the solution moves along its data.
+
+    ``direction`` holds a tangent for each floating leaf of the batch, as ``data_of`` lists them.
+    A function of w, the hyperparameters and the data that JAX may differentiate in all of them:
+    an outer loss that reads sensitivities is one of the point like any other.
+    """
+    theta = (hparams, data_of(batch))
+    responds = responding(joined(problem), w, theta, batch)
+    system = _System(problem, response, w, hparams, batch, key, True, theta)
+    # Runtime zeros: see `linear.cg._start`.
+    still = jax.tree.map(lambda x: jax.lax.optimization_barrier(jnp.zeros_like(x)), hparams)
+    return _implicit_tangent(system, (still, direction), Marks(), responds)
+
+
 def _coupled(vectors: Any) -> Any:
     """The identity, in which each leaf depends on every other as far as JAX can tell.
 

@@ -1,4 +1,4 @@
-r"""What a response is: *how do the parameters follow the hyperparameters?*
+r"""The protocol of a response: *how do the parameters follow the hyperparameters?*
 
 A response answers with a point and a pullback,
 
@@ -65,7 +65,7 @@ class Hypergradient(NamedTuple):
       state: hand it to the next call.
       result: int32 :class:`~bilevel.Status`; see :func:`~bilevel.raise_for_status`.
       stats: scalars. Always ``stationarity`` (norm of the inner gradient at the point the
-        response linearises), ``direct_norm``, ``indirect_norm``; with a solve also those of
+        response linearizes), ``direct_norm``, ``indirect_norm``; with a solve also those of
         :class:`~bilevel.linear.LinearSolution`, and ``relative_stationarity`` and
         ``predicted_change`` (see :mod:`bilevel.hypergradient.judge`).
     """

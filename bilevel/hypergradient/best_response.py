@@ -1,4 +1,4 @@
-r"""Best response: a trained network says how the parameters follow the hyperparameters."""
+r"""Best response: a trained network predicts how the parameters follow the hyperparameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from bilevel.problem.validate import check_inner, check_same_tree, check_split, 
 
 
 class BestResponseState(NamedTuple):
-    """What a :class:`BestResponse` carries: the network's parameters and their optimiser's."""
+    """What a :class:`BestResponse` carries: the network's parameters and their optimizer's."""
 
     network_params: Any
     opt_state: Any
@@ -45,12 +45,12 @@ def perturbed_loss(
     r"""The inner loss of the weights the network gives at one ``displacement``.
 
     .. math::
-        h(\hat w_\phi(d), \lambda') \qquad\text{or, linearised,}\qquad
+        h(\hat w_\phi(d), \lambda') \qquad\text{or, linearized,}\qquad
         \ell\bigl(z(w) + J_d z(\hat w_\phi(d))|_{d=0}\,d, \lambda'\bigr)
             + r(\hat w_\phi(d), \lambda')
 
-    The linearised form is one forward-mode pass in weight space: primal and tangent share the
-    random numbers of the batch. The penalty r is not linearised, it needs no model.
+    The linearized form is one forward-mode pass in weight space: primal and tangent share the
+    random numbers of the batch. The penalty r is not linearized, it needs no model.
 
     Args:
       hparams: :math:`\lambda'`, what the losses read (constrained, discrete ones rounded).
@@ -143,18 +143,18 @@ class BestResponse:
       groups: perturbations a step; the batch is cut in as many parts.
       scale: :math:`\sigma > 0`, a scalar for all or a tree like ``hparams``.
       linearize: ``GaussNewton(model, output_loss, penalty=...)``, the inner loss split in a
-        model and a loss of its outputs: trains on the linearised outputs, whose optimum is
+        model and a loss of its outputs: trains on the linearized outputs, whose optimum is
         the true response Jacobian rather than a secant of width :math:`\sigma`.
       seed: of the network's first parameters.
 
-    Cost: ``steps`` inner gradients (linearised: about two each), then one multiply-add a weight.
-    One network and its optimiser state carried.
+    Cost: ``steps`` inner gradients (linearized: about two each), then one multiply-add a weight.
+    One network and its optimizer state carried.
 
     Status ``invalid_setting``: a traced ``scale`` is not positive, or the network's Jacobian gives
     exactly zero for an outer gradient that is not, as an untrained network's does.
 
     Raises:
-      ValueError, TypeError: when traced: an untrained network with ``steps=0``, training without
+      ValueError, TypeError: at trace time: an untrained network with ``steps=0``, training without
         ``tx`` or ``key``, an uncentred network to be trained alone, or a hyperparameter that
         neither loss reads.
 
@@ -191,7 +191,7 @@ class BestResponse:
         return Cost(self.steps * each)
 
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> BestResponseState:
-        """An untrained network (see ``seed``) and its optimiser's state."""
+        """An untrained network (see ``seed``) and its optimizer's state."""
         started = self.network.init(jax.random.key(self.seed), params, hparams)
         return BestResponseState(started, None if self.tx is None else self.tx.init(started))
 
@@ -204,7 +204,7 @@ class BestResponse:
         outer_batch: Batch,
         state: Any,
     ) -> None:
-        """Raise what this response can tell is wrong, when traced."""
+        """Raise what this response can tell is wrong, at trace time."""
         require_loss(problem, "BestResponse")
         check_inner(problem, params, hparams, inner_batch)
         check_responds(problem, params, hparams, inner_batch, outer_batch)

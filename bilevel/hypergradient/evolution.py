@@ -91,7 +91,7 @@ class Evolution:
 
     Args:
       inner_tx: an optax transformation, or ``hparams -> transformation``.
-      steps: steps a call makes, the length of one window.
+      steps: training steps per call, the length of one window.
       particles: N pairs, hence 2 N runs.
       sigma: :math:`\sigma`, in units of the (preferably unconstrained) hyperparameters; the
         estimate is of the objective smoothed on that scale. Traced.
@@ -114,7 +114,7 @@ class Evolution:
     Stats: ``stationarity`` and ``inner_loss`` as :class:`~bilevel.Unroll`;
     ``standard_error``, the norm of the estimate's standard error over the pairs (NaN for one).
 
-    Raises ``ValueError``/``TypeError``, when traced, for a missing key, a batch axis other
+    Raises ``ValueError``/``TypeError``, at trace time, for a missing key, a batch axis other
     than ``steps``, a hyperparameter nothing reads, a horizon that is no multiple of ``steps``.
 
     Reference: Vicol, Metz, Sohl-Dickstein, "Unbiased gradient estimation in unrolled
@@ -142,7 +142,7 @@ class Evolution:
                 )
 
     def num_inner_batches(self) -> int:
-        """Length of the leading axis of ``inner_batch``: one batch a step."""
+        """Length of the leading axis of ``inner_batch``: one batch per step."""
         return self.steps
 
     def cost(self, hparams: Hparams, stats: Stats) -> Cost:
@@ -179,7 +179,7 @@ class Evolution:
         outer_batch: Batch,
         state: Any,
     ) -> None:
-        """Raise what this response can tell is wrong, when traced."""
+        """Raise what this response can tell is wrong, at trace time."""
         require_loss(problem, "Evolution")
         check_stack(inner_batch, self.steps)
         check_inner(problem, params, hparams, one_batch(inner_batch))

@@ -107,7 +107,7 @@ class FiniteDifference:
         outer_batch: Batch,
         state: Any,
     ) -> None:
-        """Raise what this response can tell is wrong, when traced."""
+        """Raise what this response can tell is wrong, at trace time."""
         require_loss(problem, "FiniteDifference")
         check_inner(problem, params, hparams, inner_batch)
         if state is not None:

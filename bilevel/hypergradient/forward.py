@@ -1,4 +1,4 @@
-r"""Forward mode: one tangent a hyperparameter, pushed along with the training steps.
+r"""Forward mode: one tangent per hyperparameter, pushed along with the training steps.
 
 .. math:: Z_{t+1} = (\partial_w U_t) Z_t + \partial_\lambda U_t, \qquad
     \text{indirect} = Z_T^\top g
@@ -50,7 +50,7 @@ def push_forward(
     tangent: Any,
     read: Callable[[InnerState], Any] | None = None,
 ) -> tuple[InnerState, Any, list[jax.Array], Callable[[Any], Hparams]]:
-    """Run ``finish(begin(hparams), hparams)`` with one tangent a hyperparameter.
+    """Run ``finish(begin(hparams), hparams)`` with one tangent per hyperparameter.
 
     Args:
       begin: the carry before the first step.

@@ -1,4 +1,4 @@
-r"""Implicit differentiation: the response of a minimiser, by the implicit function theorem."""
+r"""Implicit differentiation: the response of a minimizer, by the implicit function theorem."""
 
 import dataclasses
 from collections.abc import Callable
@@ -77,7 +77,7 @@ class Implicit:
         is read. False leaves ``residual_norm`` out, and the status to what the solver met on its
         way: for a loop that was checked and is to be as cheap as it can.
 
-    Cost: one inner gradient to linearise, the solver's products, and one mixed product (at
+    Cost: one inner gradient to linearize, the solver's products, and one mixed product (at
     most 2.5 gradients); one vector of state with a warm start.
 
     Reference: Bengio, "Gradient-based optimization of hyperparameters", Neural Computation
@@ -124,7 +124,7 @@ class Implicit:
         outer_batch: Batch,
         state: Any,
     ) -> None:
-        """Raise what this response can tell is wrong, when traced."""
+        """Raise what this response can tell is wrong, at trace time."""
         batch = inner_batch
         if self.fresh_batches:
             self._check_fresh(inner_batch)

@@ -1,4 +1,4 @@
-r"""What the rules of a differentiable solution are made of.
+r"""Building blocks of the rules of a differentiable solution.
 
 Programs that close over no array, tangents that may be zero, the batch as one more argument to
 differentiate in, and the derivatives that are refused.
@@ -191,7 +191,7 @@ def filled(tangents: Any, like: Any) -> Any:
 
 
 def refuse_other_derivatives(asked: Rest, batch: Batch, response: Response, data: bool) -> None:
-    """Refuse derivatives in what is no floating leaf of a batch.
+    """Refuse derivatives in what is not a floating leaf of a batch.
 
     ``asked`` holds a list of booleans for each field, whether its leaves move; ``data`` says
     whether ``response`` gives derivatives in the batch.

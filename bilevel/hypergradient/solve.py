@@ -72,7 +72,7 @@ def check_solve(
     state: Any = None,
     key: Key | None = None,
 ) -> None:
-    """Raise what is wrong with the arguments of :func:`solve`, when traced."""
+    """Raise what is wrong with the arguments of :func:`solve`, at trace time."""
     check_settings_used(response, "response")
     check_key(key)
     check_problem(problem, params, hparams, inner_batch, outer_batch)

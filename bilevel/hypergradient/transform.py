@@ -66,7 +66,7 @@ def hypergrad_solve(
       :class:`Hypergradient`. ``result`` and ``stats`` are computed only if read, under ``jit``.
 
     Raises:
-      TypeError, ValueError: when traced, for trees, dtypes, shapes or settings that do not
+      TypeError, ValueError: at trace time, for trees, dtypes, shapes or settings that do not
         fit; the message names the argument.
 
     Cost: one outer gradient and what ``response`` costs.
@@ -171,7 +171,7 @@ def hypergrad(
       ...     x, y = batch
       ...     return 0.5 * jnp.mean((x @ w - y) ** 2)
       >>> x, y = jnp.eye(2), jnp.array([1.0, 2.0])
-      >>> w = jnp.array([0.5, 1.0])  # the minimiser at lam = log(1/2)
+      >>> w = jnp.array([0.5, 1.0])  # the minimizer at lam = log(1/2)
       >>> g = bilevel.hypergrad(valid, train, bilevel.Implicit(bilevel.CG(max_steps=2)))
       >>> bool(jnp.allclose(g(w, jnp.log(0.5), inner_batch=(x, y), outer_batch=(x, y)), 0.3125))
       True

@@ -18,12 +18,8 @@ from bilevel.hypergradient.forward import no_tangents, push_forward
 from bilevel.hypergradient.judge import status_of_rounding
 from bilevel.hypergradient.reach import check_reaches
 from bilevel.inner.descend import InnerState, Remat, descend, start
-from bilevel.inner.optimizer import (
-    InnerTx,
-    build_tx,
-    check_inner_tx,
-    refresh_injected,
-)
+from bilevel.inner.optimizer import InnerTx, build_tx, check_inner_tx, refresh_injected
+from bilevel.inner.reversal import places_for, plan, recomputed
 from bilevel.problem.two_losses import Point, Problem
 from bilevel.problem.validate import check_inner, check_returned, check_same_tree, require_loss
 
@@ -88,8 +84,9 @@ class Unroll:
       mode: ``"mixed"``: reverse mode with forward-over-reverse products (the default; see
         :mod:`bilevel.inner.mixed`). ``"reverse"``: plain reverse mode. ``"forward"``: one
         tangent a hyperparameter, memory independent of ``steps``.
-      remat: what the backward pass recomputes: ``"none"``, ``"step"`` or ``"sqrt"``; see
-        :func:`bilevel.inner.descend`. Reverse modes only.
+      remat: what the backward pass recomputes: ``"none"``, ``"step"``, ``"sqrt"`` or ``"log"``;
+        see :func:`bilevel.inner.descend`. Reverse modes only. A derivative of the hypergradient
+        keeps one state per step, whatever is said here.
       max_hparams: forward mode refuses more than this many hyperparameters (scalars p).
       real_time: forward mode carries the tangent in ``state``, so that calls in sequence give
         the derivative of the whole run so far (stale by the moves of the hyperparameters).
@@ -110,8 +107,9 @@ class Unroll:
 
     Cost, in inner gradients, for T steps of which K are differentiated: reverse T + 2 to 3 K
     and K copies of what a step saves (mixed: its carry; plain: activations too), with
-    ``"sqrt"`` about :math:`2\sqrt K` of them and K more gradients; forward T + 1 to 2.5 p K and
-    p copies of the carry.
+    ``"sqrt"`` about :math:`\sqrt{2K}` carries and K more gradients, with ``"log"``
+    :math:`\log_2 K` carries and two to four times K; forward T + 1 to 2.5 p K and p copies of
+    the carry.
 
     Stats: ``stationarity`` is the norm of the inner gradient that the last step used,
     ``inner_loss`` the loss it saw.
@@ -168,7 +166,7 @@ class Unroll:
                 )
         for name, allowed in (
             ("mode", ("mixed", "reverse", "forward")),
-            ("remat", ("none", "step", "sqrt")),
+            ("remat", ("none", "step", "sqrt", "log")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
@@ -195,6 +193,8 @@ class Unroll:
         if self.mode == "forward":
             return Cost(self.steps, kept * tree.size(hparams))
         again = 0 if self.remat == "none" else kept
+        if self.remat in ("sqrt", "log"):
+            again = recomputed(plan(kept, places_for(kept, self.remat)))
         return Cost(self.steps + again, kept)
 
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:

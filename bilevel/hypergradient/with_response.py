@@ -46,7 +46,7 @@ class SolveInfo(NamedTuple):
 
     Attributes:
       result: int32 :class:`~bilevel.Status`: ``not_stationary`` where an implicit response would
-        differentiate a point that is no minimum, ``nonfinite_input`` for NaN or infinite
+        differentiate a point that is not a minimum, ``nonfinite_input`` for NaN or infinite
         parameters or inner gradients, ``invalid_setting`` for a traced setting of the response,
         ``knot`` where a condition has no derivative.
         :func:`~bilevel.raise_for_status` takes it.
@@ -117,7 +117,7 @@ def with_response(
     ``ValueError``.
 
     **Trust.** Outside ``jit`` a solution that is not finite warns (``RuntimeWarning``), as does
-    an implicit response at a point that is no minimum; inside, ask for ``has_status=True``. The
+    an implicit response at a point that is not a minimum; inside, ask for ``has_status=True``. The
     linear solve of a derivative happens inside automatic differentiation, where there is no place
     for a status, so a derivative whose solve fails is NaN: at a saddle, at a maximum, or where the
     inner loss is flat in a direction in which the outer one has a gradient. A solve that only

@@ -1,7 +1,6 @@
 r"""Training: ``steps`` optax steps on the inner loss, as one loop over a stack of batches."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,9 +14,11 @@ from bilevel.ground.batches import select_batch
 from bilevel.ground.loops import keep_types, must_unroll, strong_types
 from bilevel.inner.mixed import close_loss, is_float, mixed_gradient
 from bilevel.inner.optimizer import compute_updates, reads_value
+from bilevel.inner.rerun import rerun
+from bilevel.inner.reversal import places_for
 from bilevel.problem.two_losses import Problem
 
-Remat: TypeAlias = Literal["none", "step", "sqrt"]
+Remat: TypeAlias = Literal["none", "step", "sqrt", "log"]
 
 KEEP = "Losses and optimizers must return every array in the shape and kind they received it in."
 
@@ -108,9 +109,11 @@ def descend(
       steps, first: how many steps, and the index of the first batch.
       mixed: differentiate the inner gradient by the primitive of :mod:`bilevel.inner.mixed`
         (reverse mode only) instead of automatically.
-      remat: what a backward pass recomputes. ``"none"``: nothing; ``"step"``: each step, from
-        its carry; ``"sqrt"``: segments of about :math:`\sqrt{\text{steps}}`, each from its
-        first carry, so that memory grows like the square root.
+      remat: what a backward pass recomputes. ``"none"``: with ``mixed`` nothing but the update,
+        else nothing; ``"step"``: each step, from its carry; ``"sqrt"``: each step once more,
+        from about :math:`\sqrt{2 \cdot \text{steps}}` kept carries; ``"log"``: from
+        :math:`\log_2 \text{steps}` kept carries, each step two to four times for up to 10 000
+        of them (see :mod:`bilevel.inner.reversal`).
       unroll: unroll the loop; ``None`` does so for convolutions on CPU, whose
         gradients XLA runs tens of times slower inside a loop.
 
@@ -138,7 +141,7 @@ def descend(
             here = functools.partial(gradient, hparams=hparams, batches=batches, index=index)
         return take_step(loss, tx, state, here)
 
-    return _loop(step, state, first, steps, remat, unroll)
+    return _loop(step, state, first, steps, mixed, remat, unroll)
 
 
 def _rounded(params: Params, updates: Any, moved: Params) -> tuple[jax.Array, jax.Array] | None:
@@ -173,45 +176,21 @@ def _mixed(
     return gradient
 
 
-def segment_length(steps: int) -> int:
-    """A divisor of ``steps`` near its square root (the lower of two), or else the root rounded."""
-    root = math.sqrt(steps)
-    divisors = [d for d in range(1, steps + 1) if steps % d == 0 and root / 1.7 <= d <= root * 1.7]
-    if divisors:
-        return min(divisors, key=lambda d: (round(abs(math.log(d / root)), 6), d))
-    return max(round(root), 1)
-
-
 def _loop(
     step: Callable[..., Any],
     state: InnerState,
     first: int,
     steps: int,
+    mixed: bool,
     remat: Remat,
     unroll: bool,
 ) -> tuple[InnerState, StepInfo]:
-    def run(step: Callable[..., Any], carry: Any, indices: jax.Array) -> tuple[Any, Any]:
-        # Not `unroll=True`: a scan of length one would stay a loop.
-        return jax.lax.scan(step, carry, indices, unroll=0 if unroll else 1)
-
+    if remat in ("sqrt", "log"):
+        places = places_for(steps, remat)
+        return rerun(step, state, first=first, steps=steps, places=places, unroll=unroll)
     # Inside a loop the recomputation cannot be merged with the first computation, so the
     # barriers that forbid merging are only needed where it is unrolled.
-    indices = first + jnp.arange(steps)
-    if remat == "step":
+    if remat == "step" or (mixed and steps > 1):
         step = jax.checkpoint(step, prevent_cse=unroll)
-    if remat != "sqrt":
-        return run(step, state, indices)
-
-    length = segment_length(steps)
-    whole = steps - steps % length
-
-    def segment(carry: InnerState, indices: jax.Array) -> tuple[InnerState, StepInfo]:
-        return run(step, carry, indices)
-
-    body = jax.checkpoint(segment, prevent_cse=unroll)
-    state, info = run(body, state, indices[:whole].reshape(-1, length))
-    info = jax.tree.map(lambda x: x.reshape(whole), info)
-    if whole < steps:
-        state, rest = jax.checkpoint(segment)(state, indices[whole:])
-        info = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), info, rest)
-    return state, info
+    # Not `unroll=True`: a scan of length one would stay a loop.
+    return jax.lax.scan(step, state, first + jnp.arange(steps), unroll=0 if unroll else 1)

@@ -1,4 +1,4 @@
-r"""Best-response layers for flax.nnx: one displacement an *example*, inside the layer.
+r"""Best-response layers for flax.nnx: one displacement per *example*, inside the layer.
 
 A layer with kernel W, its response R and gains U maps example :math:`i` by
 
@@ -39,7 +39,7 @@ def gate(d: jax.Array, gains: Any, like: jax.Array) -> jax.Array:
     if d.ndim != 2 or d.shape[1] != gains.shape[0] or d.shape[0] not in (1, like.shape[0]):
         raise ValueError(
             f"`d` has shape {d.shape}, expected ({like.shape[0]}, {gains.shape[0]}): one row an "
-            "example of the input (or one row for all), one column a hyperparameter."
+            "example of the input (or one row for all), one column per hyperparameter."
         )
     scale = (d.astype(gains.dtype) @ gains).astype(like.dtype)
     return scale.reshape(scale.shape[0], *(1,) * (like.ndim - 2), scale.shape[1])
@@ -288,7 +288,7 @@ class LayerResponse:
             return cross_entropy(model(batch["x"], hparams, d), batch["y"])
 
     In the perturbed steps every leaf of ``hparams`` has the leading axis of the examples and
-    ``d`` is ``(B, H)``; in the general step they are scalars and ``None``. The regularisers of
+    ``d`` is ``(B, H)``; in the general step they are scalars and ``None``. The regularizers of
     this library take both. Columns of ``d`` are in the order of ``jax.tree.leaves(hparams)``.
     """
 
@@ -323,7 +323,7 @@ class LayerResponse:
         return jax.tree.unflatten(jax.tree.structure(self.template), leaves)
 
     def apply(self, network_params: Any, params: Params, displacement: Hparams) -> Perturbed:
-        """Parameters at one displacement an example (leaves with a leading axis B)."""
+        """Parameters at one displacement per example (leaves with a leading axis B)."""
         return Perturbed(params, network_params, jax.vmap(flatten_hparams)(displacement))
 
     def everywhere(self, network_params: Any, params: Params, displacement: Hparams) -> Perturbed:

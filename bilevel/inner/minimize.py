@@ -83,7 +83,8 @@ def minimize(
       ``Composite(inner, prox)``.
 
     Raises:
-      TypeError, ValueError: when traced, for trees, dtypes, functions and settings that do not fit.
+      TypeError, ValueError: at trace time, for trees, dtypes, functions and settings that do not
+        fit.
 
     Cost: ``num_gradients`` inner gradients; L-BFGS keeps twenty vectors, the other four.
 

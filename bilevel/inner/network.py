@@ -72,7 +72,7 @@ def flatten_hparams(hparams: Hparams) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class StructuredResponse:
-    r"""The response of every weight to the hyperparameters, by one gain an output unit:
+    r"""The response of every weight to the hyperparameters, by one gain per output unit:
 
     .. math::
         P(d) = P + R \odot (d\,U) \quad\text{(kernels)}, \qquad
@@ -80,7 +80,7 @@ class StructuredResponse:
 
     with :math:`d\,U` laid along the output axis. This is the gate of Self-Tuning Networks
     written on the weights, so it serves dense, convolution, embedding, recurrent and
-    normalisation leaves alike. Vectors have no :math:`R`: it would only rescale :math:`U`.
+    normalization leaves alike. Vectors have no :math:`R`: it would only rescale :math:`U`.
 
     Args:
       centred: True: :math:`d = \lambda' - \lambda`, and :math:`P` are the plain model's weights
@@ -138,7 +138,7 @@ class StructuredResponse:
                 gain = self.gain_scale * jax.random.normal(gains_key, gain.shape, gain.dtype)
             gains[path] = gain
             if len(shape) > 1:
-                # Initialisers take the output axis last; lay it there, draw, and move it back.
+                # Initializers take the output axis last; lay it there, draw, and move it back.
                 order = [a for a in range(len(shape)) if a not in axes] + list(axes)
                 inputs = [shape[a] for a in order[: len(shape) - len(axes)]]
                 flat = self.weights_init(weights_key, (*inputs, int(np.prod(units))), dtype)

@@ -1,4 +1,4 @@
-"""The door to training: ``steps`` optax steps on an inner loss, for callers from outside."""
+"""The public entry to training: ``steps`` optax steps on an inner loss."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from bilevel.inner.descend import InnerState, Remat, StepInfo
 from bilevel.inner.descend import descend as unchecked
 from bilevel.inner.optimizer import check_tx
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inexact, check_inner, check_losses
+from bilevel.problem.validate import SPLIT_MODEL, check_inexact, check_inner, check_losses
 
 
 def descend(
@@ -49,7 +49,7 @@ def descend(
       ``loss`` and ``grad_norm`` before its update, (steps,), through which no derivative flows.
 
     Raises:
-      TypeError, ValueError: when traced, for a loss, an optimizer, a state or batches that do not
+      TypeError, ValueError: at trace time, for a loss, an optimizer, a state or batches that do not
         fit; the message names the argument.
 
     Cost: one inner gradient per step.
@@ -77,7 +77,7 @@ def descend(
         )
     check_count("steps", steps)
     check_flag("unroll", unroll, optional=True)
-    check_inexact(state.params, "state.params", "Split the model into its trainable floats.")
+    check_inexact(state.params, "state.params", SPLIT_MODEL)
     if jax.tree.leaves(batches):
         check_stack(batches, steps, "batches")
     state = InnerState(*map(strong_types, state))

@@ -1,4 +1,4 @@
-"""The adjoint solve: ``H q = g``, by methods that see only a product and say how good it is."""
+"""The adjoint solve: ``H q = g``, by methods that see only products and report their accuracy."""
 
 from bilevel.ground.linear_map import LinearMap as LinearMap
 from bilevel.linear.base import CarryingSolver as CarryingSolver

@@ -1,4 +1,4 @@
-r"""What a linear solve is: ``solver.solve(mv, rhs, x0)`` answers :math:`A q = g`.
+r"""The protocol of a linear solve: ``solver.solve(mv, rhs, x0)`` answers :math:`A q = g`.
 
 A solver sees a function :math:`v \mapsto A v` and nothing of the bilevel problem. When the
 function is a :class:`~bilevel.ground.linear_map.LinearMap` it may also carry what some solvers can
@@ -56,7 +56,7 @@ class LinearSolution(NamedTuple):
 class LinearSolver(Protocol):
     """Anything with this method is a solver.
 
-    ``x0=None`` means a start at zero; ``key`` is for randomised solvers. ``certify=False``
+    ``x0=None`` means a start at zero; ``key`` is for randomized solvers. ``certify=False``
     leaves out ``residual_norm`` and with it the one product beyond the method's own (under
     ``jit`` the compiler removes it anyway where nobody reads the number).
     """

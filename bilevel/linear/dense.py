@@ -1,4 +1,4 @@
-r"""Materialise the operator and diagonalise it: the exact reference, for small problems."""
+r"""Materialize the operator and diagonalize it: the exact reference, for small problems."""
 
 import dataclasses
 from typing import Any

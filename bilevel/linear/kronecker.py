@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Key, MatVec, Scalar, Vector
+from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.keys import require_key
 from bilevel.ground.linear_map import Kronecker, LinearMap
 from bilevel.ground.settings import check_settings, count
@@ -20,16 +20,16 @@ from bilevel.linear.precondition import Prepared
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KFAC:
-    r"""The preconditioner with one Kronecker product a layer, for a Gauss–Newton matrix.
+    r"""The preconditioner with one Kronecker product per layer, for a Gauss–Newton matrix.
 
-    .. math:: P = \bigoplus_l \Bigl(A_l + \pi_l\sqrt{\rho_l}\,I\Bigr) \otimes
-        \Bigl(G_l + \tfrac{\sqrt{\rho_l}}{\pi_l}\,I\Bigr), \qquad
-        \pi_l^2 = \frac{\operatorname{tr} A_l / \dim A_l}{\operatorname{tr} G_l / \dim G_l}
+    .. math:: P = \bigoplus_l A_l \otimes G_l + \rho_l I
 
     with :math:`A_l = \mathrm{E}[a a^\top]` of the layer's inputs (a one behind them for its bias)
     and :math:`G_l = \mathrm{E}[\delta\delta^\top]` of the gradients at its outputs, drawn from the
     Hessian of the output loss; a convolution counts each position as an example.
-    :math:`\rho_l` is the damping plus the mean of the penalty's diagonal in the layer.
+    :math:`\rho_l` is the damping plus the mean of the penalty's diagonal in the layer. It is added
+    as it is, through the eigenvectors of both factors; split between them, as is usual for cheaper
+    inverses, it also multiplies what is large in one factor alone.
 
     Layers are read off the model's program: kernels of dense layers and convolutions, and biases
     added to them. Every other leaf (scales of a normalization, embeddings, a kernel in a loop or in
@@ -40,14 +40,15 @@ class KFAC:
       num_samples: backward passes for the :math:`G_l`, with random signs drawn from ``key``.
         ``None``: one for each output of an example, and nothing is drawn.
 
-    Cost: ``num_samples`` products, :math:`O(\sum_l d_l^3)` arithmetic for the inverses of the
+    Cost: ``num_samples`` products, :math:`O(\sum_l d_l^3)` arithmetic for the eigenvectors of the
     factors and :math:`O(\sum_l d_l n_l)` a step of CG, with d the width of the layer and
-    n its parameters: on a small batch as much as a product itself. It pays for loose tolerances and
-    where batch times outputs is well above the widths of the layers: an MLP 100-60-60-10 on 1024
-    examples needs a third to a quarter of plain CG's products to a residual of 0.1. On a small
-    batch the Gauss–Newton matrix is of low rank, no Kronecker product is, and the gain is gone (MLP
-    of 668 672 weights on 256 examples: 91 products instead of 96); there ``Woodbury`` is exact for
-    less. Raises ``ValueError``
+    n its parameters: on a small batch as much as a product itself. It pays for loose tolerances,
+    small damping, and batch times outputs well above the widths of the layers. Products to a
+    residual of 0.1, that of the sample included, of an MLP 784-512-512-10 on MNIST at damping
+    1e-1, 1e-2, 1e-3, 1e-4: on 1024 examples after 100 steps of SGD 8, 14, 31, 39 instead of 12, 31,
+    83, 169, and trained 5, 15, 31, 46 instead of 9, 20, 50, 100; on 4096, trained, 5, 11, 20, 32
+    instead of 8, 17, 44, 84. On a small batch the Gauss–Newton matrix is of low rank, no Kronecker
+    product is, and little is gained; there ``Woodbury`` is exact for less. Raises ``ValueError``
     without a ``GaussNewton`` operator, for a model without layers, and for a missing key.
 
     Reference: Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate
@@ -63,17 +64,10 @@ class KFAC:
     def prepare(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Prepared:
         """The factors, inverted."""
         found = _found(mv, self.num_samples, key, "KFAC")
-        inverses = []
-        for (left, right), shift in zip(found.factors, _shifts(found), strict=True):
-            balance = _balance(left, right)
-            shift = jnp.sqrt(shift).astype(left.dtype)
-            inverses.append((_inverse(left, shift * balance), _inverse(right, shift / balance)))
-
-        def blocks(matrices: list[jax.Array]) -> list[jax.Array]:
-            pairs = zip(matrices, inverses, strict=True)
-            return [u.astype(v.dtype) @ v @ w.astype(v.dtype) for v, (u, w) in pairs]
-
-        return _prepared(found, rhs, blocks, found.num_products)
+        pairs = [(jnp.linalg.eigh(a), jnp.linalg.eigh(g)) for a, g in found.factors]
+        bases = [(u, w) for (_, u), (_, w) in pairs]
+        scales = [jnp.maximum(a, 0)[:, None] * jnp.maximum(g, 0) for (a, _), (g, _) in pairs]
+        return _prepared(found, rhs, _blocks(found, bases, scales), found.num_products)
 
 
 @jax.tree_util.register_dataclass
@@ -95,8 +89,7 @@ class EKFAC:
       num_samples: as in :class:`KFAC`; ``None``, the default, is exact where examples do not
         depend on each other.
 
-    Cost: twice the backward passes of :class:`KFAC`, and the eigenvectors of the factors, ten to
-    twenty times the arithmetic of KFAC's inverses. Raises as :class:`KFAC`.
+    Cost: that of :class:`KFAC` with twice the backward passes. Raises as :class:`KFAC`.
 
     Reference: George, Laurent, Bouthillier, Ballas, Vincent, "Fast approximate natural gradient
     descent in a Kronecker-factored eigenbasis", NeurIPS 2018.
@@ -111,16 +104,7 @@ class EKFAC:
         """Eigenbases, and the diagonals in them."""
         found = _found(mv, self.num_samples, key, "EKFAC")
         bases = [(jnp.linalg.eigh(a)[1], jnp.linalg.eigh(g)[1]) for a, g in found.factors]
-        scales = found.moments(bases)
-        shifts = _shifts(found)
-
-        def blocks(matrices: list[jax.Array]) -> list[jax.Array]:
-            made = []
-            for v, (u, w), s, shift in zip(matrices, bases, scales, shifts, strict=True):
-                u, w = u.astype(v.dtype), w.astype(v.dtype)
-                made.append(u @ ((u.T @ v @ w) / (s + shift).astype(v.dtype)) @ w.T)
-            return made
-
+        blocks = _blocks(found, bases, found.moments(bases))
         return _prepared(found, rhs, blocks, 2 * found.num_products)
 
     def solve(
@@ -167,22 +151,20 @@ def _found(mv: LinearMap, num_samples: int | None, key: Key | None, name: str) -
     return found
 
 
-def _shifts(found: Kronecker) -> list[Scalar]:
-    """The mean of D in each block."""
-    return [jnp.mean(d) for d in found.split(found.known)]
+def _blocks(
+    found: Kronecker, bases: list[tuple[jax.Array, jax.Array]], scales: list[jax.Array]
+) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """The inverse of each block, diagonal in its bases; the mean of D there is added to it."""
+    shifts = [jnp.mean(d) for d in found.split(found.known)]
 
+    def blocks(matrices: list[jax.Array]) -> list[jax.Array]:
+        made = []
+        for v, (u, w), s, shift in zip(matrices, bases, scales, shifts, strict=True):
+            u, w = u.astype(v.dtype), w.astype(v.dtype)
+            made.append(u @ ((u.T @ v @ w) / (s + shift).astype(v.dtype)) @ w.T)
+        return made
 
-def _balance(left: jax.Array, right: jax.Array) -> Scalar:
-    mean_left, mean_right = jnp.trace(left) / len(left), jnp.trace(right) / len(right)
-    known = (mean_left > 0) & (mean_right > 0)
-    return jnp.where(known, jnp.sqrt(mean_left / jnp.where(known, mean_right, 1)), 1)
-
-
-def _inverse(matrix: jax.Array, shift: Scalar) -> jax.Array:
-    unit = jnp.eye(len(matrix), dtype=matrix.dtype)
-    factor = jax.scipy.linalg.cho_factor(matrix + shift * unit)
-    inverse = jax.scipy.linalg.cho_solve(factor, unit)
-    return (inverse + inverse.T) / 2  # CG needs it symmetric to the last bit
+    return blocks
 
 
 def _prepared(

@@ -1,4 +1,4 @@
-r"""Extreme eigenvalues by Lanczos' method, with full reorthogonalisation and no flattening."""
+r"""Extreme eigenvalues by Lanczos' method, with full reorthogonalization and no flattening."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-r"""lineax's Krylov solvers behind our protocol: one thin adapter (extra ``lineax``)."""
+r"""lineax's Krylov solvers as solvers of this library: one thin adapter (extra ``lineax``)."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -142,7 +142,7 @@ class Lineax:
             (solution.result == codes.max_steps_reached, Status.max_steps),
         )
         stats = {}
-        if definite:  # the other solvers do not say how many products a step of theirs takes
+        if definite:  # the other solvers do not say how many products one of their steps takes
             steps = jnp.asarray(solution.stats["num_steps"], jnp.int32)
             every = self.solver.stabilise_every
             stats["num_matvecs"] = steps + 2 + (0 if every is None else steps // every)

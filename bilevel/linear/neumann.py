@@ -209,7 +209,8 @@ def _lanczos(
     basis = jax.tree.map(lambda x: jnp.zeros((steps + 1, *x.shape), x.dtype).at[0].set(x), first)
 
     def body(i: Any, carry: tuple) -> tuple:
-        basis, before, v, alpha, beta, dead = carry
+        basis, alpha, beta, dead = carry
+        v, before = _row(basis, i), _row(basis, i - 1)  # before the first: zeros, the last row
         image = amap(v)
         along = tree.vdot(v, image)
         back = jnp.where(i > 0, beta[i - 1], 0)
@@ -221,12 +222,15 @@ def _lanczos(
         following = tree.scale(jnp.where(alive, 1 / jnp.where(alive, length, 1), 0), rest)
         basis = jax.tree.map(lambda b, x: b.at[i + 1].set(x), basis, following)
         alpha, beta = alpha.at[i].set(along), beta.at[i].set(jnp.where(alive, length, 0))
-        return basis, v, following, alpha, beta, dead.at[i + 1].set(~alive)
+        return basis, alpha, beta, dead.at[i + 1].set(~alive)
 
     empty, nothing = jnp.zeros(steps, real), jnp.zeros(steps + 1, bool)
-    start = (basis, jax.tree.map(jnp.zeros_like, first), first, empty, empty, nothing)
-    basis, _, _, alpha, beta, dead = loop(steps, body, start, unroll)
+    basis, alpha, beta, dead = loop(steps, body, (basis, empty, empty, nothing), unroll)
     return basis, alpha, beta, dead[:-1]
+
+
+def _row(basis: Vector, i: Any) -> Vector:
+    return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, i, keepdims=False), basis)
 
 
 def _step(
@@ -263,4 +267,5 @@ def _combined(basis: Vector, coefficients: jax.Array) -> Vector:
         c = coefficients.astype(stack.dtype)
         return sum((c[i] * stack[i] for i in range(1, len(c))), c[0] * stack[0])
 
-    return jax.tree.map(leaf, basis)
+    # The barrier keeps XLA from making the combination anew for everything that reads it.
+    return jax.lax.optimization_barrier(jax.tree.map(leaf, basis))

@@ -1,4 +1,4 @@
-r"""What a preconditioner of CG is; the diagonal one, which halves the work of CG."""
+r"""The protocol of preconditioners of CG, and the diagonal one, which halves the work of CG."""
 
 import dataclasses
 from collections.abc import Callable

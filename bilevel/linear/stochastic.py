@@ -1,4 +1,4 @@
-r"""Any optax optimizer on the quadratic whose minimiser solves the system."""
+r"""Any optax optimizer on the quadratic whose minimizer solves the system."""
 
 import dataclasses
 from typing import ClassVar
@@ -18,7 +18,7 @@ from bilevel.linear.base import LinearSolution, as_map, finish, require_symmetri
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stochastic:
-    r"""Minimises :math:`\tfrac12 q^\top A q - g^\top q` with one product a step.
+    r"""Minimizes :math:`\tfrac12 q^\top A q - g^\top q` with one product per step.
 
     With ``fresh_batches=True`` product i uses batch i, so the solve never holds more than one
     batch and its noise averages out instead of being solved for. On one fixed batch,
@@ -54,7 +54,7 @@ class Stochastic:
         check_settings(self)
 
     def num_products(self) -> int:
-        """Products a solve makes (static)."""
+        """Products per solve (static)."""
         return self.steps
 
     def solve(

@@ -87,7 +87,7 @@ def alternate(
     ``optax.freeze``) are constants to them.
 
     Raises:
-      TypeError, ValueError: at construction or when traced, for settings, trees, axes and
+      TypeError, ValueError: at construction or at trace time, for settings, trees, axes and
         values outside their bounds that do not fit; the message names the argument.
 
     Cost: K inner gradients, one outer gradient, and what the response costs. Memory: the

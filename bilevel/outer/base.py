@@ -1,4 +1,4 @@
-r"""What an outer loop is: three pure functions, shaped like an optax transformation.
+r"""The protocol of an outer loop: three pure functions, shaped like an optax transformation.
 
 .. code-block:: python
 
@@ -117,7 +117,7 @@ def check_state(state: Any, expected: type) -> None:
 
 
 def check_arrays(state: Any) -> None:
-    """Refuse a state with leaves that are no arrays."""
+    """Refuse a state with leaves that are not arrays."""
     for path, leaf in paths(state, "state"):
         try:
             array_dtype(leaf)

@@ -99,7 +99,7 @@ def global_response(
       inner_tx: of :math:`\phi` and the base weights.
       outer_tx: of :math:`\lambda`; ``optax.set_to_zero()`` only trains. A line search follows
         the validation loss of the network's weights.
-      inner_steps: training steps a step.
+      inner_steps: training steps per outer step.
       draws: S, draws a training step; the batch is shared.
       seed: of the network's first parameters, where ``init`` gets no ``key``.
 

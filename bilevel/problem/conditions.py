@@ -1,4 +1,4 @@
-r"""What defines the inner solution where it is no stationary point of a smooth loss.
+r"""What defines the inner solution where it is not a stationary point of a smooth loss.
 
 A condition stands in the place of ``inner``. With :math:`R(w, \lambda) = 0` at the solution,
 

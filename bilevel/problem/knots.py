@@ -1,4 +1,4 @@
-r"""Knots: where a condition has no derivative, because a number is just at its threshold.
+r"""Knots: where a condition has no derivative, because a number is exactly at its threshold.
 
 A weight of the lasso leaves zero, a bound begins or ceases to hold: on the two sides the condition
 has different Jacobians, and the solution different derivatives.
@@ -17,7 +17,7 @@ from bilevel.problem.conditions import Composite, FixedPoint
 from bilevel.problem.two_losses import Problem, pushed
 
 ROUNDINGS = 32
-"""Units of rounding, of the largest number of a leaf, within which a threshold counts as met."""
+"""Units of rounding, of the largest number of a leaf, within which a threshold is reached."""
 
 JUMP = 0.1
 """Relative change of a derivative, between two points that close, that no smooth map shows."""

@@ -182,7 +182,7 @@ class Problem:
         r"""``(\nabla_w h, v -> H v)`` with the primal computed once.
 
         Cost: one gradient now, about 1.2 gradients for each later product, and the memory of
-        the linearisation's residuals (about that of one backward pass). For a fixed batch.
+        the linearization's residuals (about that of one backward pass). For a fixed batch.
         """
         gradient = functools.partial(self.inner_grad, hparams=hparams, batch=batch)
         has_rule = self._has_rule(params, hparams, batch)
@@ -208,7 +208,7 @@ class Problem:
 
         Cost: at most about 2.5 gradients. The compiler prunes it to a forward pass where
         hyperparameters only weigh examples, and to elementwise work where they only
-        regularise. Never more than one gradient's memory.
+        regularize. Never more than one gradient's memory.
         """
         v = cast_like(v, params)
         if isinstance(self.inner, Composite):
@@ -287,7 +287,7 @@ def pushed(gradient: Callable[[Any], Any], point: Any, tangent: Any) -> Any:
         if "custom_vjp" not in str(error):
             raise
     # A function with a backward rule of its own (fused losses, attention kernels): JAX pushes
-    # no tangent through it, but linearises its gradient.
+    # no tangent through it, but linearizes its gradient.
     return jax.linearize(gradient, point)[1](tangent)
 
 

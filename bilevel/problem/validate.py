@@ -16,6 +16,11 @@ from bilevel.ground.tree import accumulator_dtype, paths
 from bilevel.problem.conditions import Composite, Condition, FixedPoint
 from bilevel.problem.two_losses import Problem
 
+SPLIT_MODEL = (
+    "Split the model into its trainable floats and the rest (keys, counters, masks): `params, "
+    "rest, merge = bilevel.split_nnx(model)`, or `split_linen`, `split_equinox`."
+)
+
 
 def check_inexact(tree: Any, name: str, remedy: str) -> None:
     """Refuse leaves that are not real floating-point arrays, named by their path.
@@ -27,9 +32,8 @@ def check_inexact(tree: Any, name: str, remedy: str) -> None:
             dtype = array_dtype(leaf)
         except TypeError:
             raise TypeError(
-                f"{path} is a {type(leaf).__name__}, expected a real floating-point array. It is "
-                "no number: keep it out of the tree, in a closure of the losses or in a static "
-                "part of the model."
+                f"{path} is a {type(leaf).__name__}, expected a real floating-point array. "
+                + (SPLIT_MODEL if name.endswith("params") and name != "hparams" else _NO_NUMBER)
             ) from None
         if jnp.issubdtype(dtype, jnp.floating):
             continue
@@ -44,6 +48,12 @@ def check_inexact(tree: Any, name: str, remedy: str) -> None:
                 "`hparams` and compare two runs."
             )
         raise TypeError(f"{path} has dtype {dtype}, expected a real floating-point dtype. {remedy}")
+
+
+_NO_NUMBER = (
+    "It is not a number: keep it out of the tree, in a closure of the losses or in a static part "
+    "of the model."
+)
 
 
 def check_response(response: Any) -> None:
@@ -254,7 +264,7 @@ def check_point(params: Params, hparams: Hparams) -> None:
     check_inexact(
         params,
         "params",
-        "Split the model into its trainable floats and the rest (keys, counters, masks).",
+        SPLIT_MODEL,
     )
     check_inexact(
         hparams,

@@ -1,4 +1,4 @@
-"""What users tune: penalties and randomness with traced strengths, one for all or one an example.
+"""What users tune: penalties and randomness with traced strengths, one for all or one per example.
 
 Arrays have their examples on the leading axis. A strength is a scalar or ``(B,)``; it may be
 traced, and is checked where its value is known. Functions that draw take a key first.

@@ -1,4 +1,4 @@
-r"""Colour jitter as one 3 x 3 matrix an image."""
+r"""Colour jitter as one 3 x 3 matrix per image."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def color_jitter(
 
     Args:
       key: a PRNG key.
-      images: ``(B, H, W, 3)``, floating-point with values in [0, 1] (before normalisation).
+      images: ``(B, H, W, 3)``, floating-point with values in [0, 1] (before normalization).
       brightness, contrast, saturation: strengths, at least 0; a scalar or ``(B,)``.
       hue: in turns, within [0, 0.5]; a scalar or ``(B,)``.
       clip: whether to clip to [0, 1] at the end.

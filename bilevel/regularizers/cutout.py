@@ -90,7 +90,7 @@ def cutout(
 
     Args:
       key: a PRNG key.
-      images: ``(B, H, W, C)``, floating-point; apply after normalisation for ``fill=0`` to be the
+      images: ``(B, H, W, C)``, floating-point; apply after normalization for ``fill=0`` to be the
         mean.
       holes: number of holes, a scalar or ``(B,)``, real (the floor is taken), traced or not.
       length: side in pixels, a scalar or ``(B,)``, real (the floor is taken).

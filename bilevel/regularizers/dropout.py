@@ -1,4 +1,4 @@
-r"""Dropout with traced rates, one for all or one an example.
+r"""Dropout with traced rates, one for all or one per example.
 
 The rates of the common layer libraries are Python numbers: they branch on ``rate == 0`` and
 so cannot be traced. These can, and a rate may have the leading axis of the examples. A traced
@@ -201,7 +201,7 @@ def weight_drop(key: Key, kernel: jax.Array, rate: jax.Array | float) -> jax.Arr
     Args:
       key: a PRNG key.
       kernel: weights of any shape.
-      rate: a scalar in [0, 1). A rate an example would need a kernel an example.
+      rate: a scalar in [0, 1). A rate per example would need a kernel per example.
 
     Errors as :func:`dropout_mask`.
 

@@ -14,7 +14,7 @@ def input_noise(key: Key, x: jax.Array, std: jax.Array | float) -> jax.Array:
       key: a PRNG key.
       x: ``(B, ...)``, floating-point.
       std: :math:`\sigma \ge 0` in units of ``x``; a scalar or ``(B,)``. Differentiable
-        (reparametrised), so ``Implicit`` can tune it too.
+        (reparametrized), so ``Implicit`` can tune it too.
 
     Returns:
       The shape and dtype of ``x``, computed in at least float32; NaN in the examples whose
@@ -39,7 +39,7 @@ def input_scaling(key: Key, x: jax.Array, strength: jax.Array | float) -> jax.Ar
     Args:
       key: a PRNG key.
       x: ``(B, ...)``, floating-point.
-      strength: :math:`k \ge 0`, a scalar or ``(B,)``. Differentiable (reparametrised).
+      strength: :math:`k \ge 0`, a scalar or ``(B,)``. Differentiable (reparametrized).
 
     Returns and errors as :func:`input_noise`.
 

@@ -1,4 +1,4 @@
-r"""Penalties on weights: one strength for all, or one a tensor, a unit or a weight.
+r"""Penalties on weights: one strength for all, or one per tensor, unit or weight.
 
 Strengths are logarithms, :math:`e^{\lambda}`: any finite :math:`\lambda` is legal, and a step of
 an outer optimizer is a relative change.
@@ -26,9 +26,9 @@ def l2_penalty(
     Args:
       params: the weights, any pytree.
       log_strength: :math:`\lambda`: a scalar for all, or a dictionary from the path of a leaf to
-        a scalar, to ``(out,)`` (one a unit, along the last axis) or to the shape of the leaf,
+        a scalar, to ``(out,)`` (one per unit, along the last axis) or to the shape of the leaf,
         as made by :func:`penalty_init`.
-      leaves: part of the path of the leaves to penalise, such as ``"kernel"``; all if ``None``.
+      leaves: part of the path of the leaves to penalize, such as ``"kernel"``; all if ``None``.
         With a dictionary, those it names.
 
     Returns:
@@ -36,7 +36,7 @@ def l2_penalty(
       decay of strength :math:`e^{\lambda}`.
 
     Raises:
-      TypeError: a strength that is not a real number, or a penalised leaf that is not
+      TypeError: a strength that is not a real number, or a penalized leaf that is not
         floating-point.
       ValueError: no leaf has that name, a strength's shape does not fit its leaf, or a known one
         is not finite.
@@ -87,8 +87,8 @@ def penalty_init(
     Args:
       params: the weights.
       strength: :math:`e^{\lambda}`, one number above 0.
-      level: one number a leaf, one an output unit (last axis), or one a weight.
-      leaves: part of the paths of the leaves to penalise; all if ``None``.
+      level: one number per leaf, per output unit (last axis) or per weight.
+      leaves: part of the paths of the leaves to penalize; all if ``None``.
 
     Raises:
       TypeError: a strength that is not a real number, or a chosen leaf that is not floating-point.
@@ -129,7 +129,7 @@ def penalty_init(
 
 
 def _chosen(params: Params, leaves: str | Sequence[str] | None) -> list[tuple[str, jax.Array]]:
-    """``(path, leaf)`` of the leaves to penalise, which must be floating-point."""
+    """``(path, leaf)`` of the leaves to penalize, which must be floating-point."""
     names = [] if leaves is None else [leaves] if isinstance(leaves, str) else leaves
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(
@@ -149,7 +149,7 @@ def _check_weights(path: str, leaf: Any) -> None:
     if not real:
         raise TypeError(
             f"`params`{path} is {describe(leaf)}, expected floating-point weights: name those to "
-            "penalise with `leaves`."
+            "penalize with `leaves`."
         )
 
 

@@ -73,7 +73,7 @@ def group_lasso(
       params, step_size: as in :func:`l1`. The groups are the vectors along ``axis`` of each leaf:
         with the default, all weights that leave one input of a kernel ``(in, out)``.
       strength: :math:`a \ge 0`: a scalar for all, or a tree like ``params`` whose leaves are
-        scalars or have one number a group, the shape of their leaf without ``axis``.
+        scalars or have one number per group, the shape of their leaf without ``axis``.
       axis: the axis, or axes, along which the numbers of a group lie.
 
     Returns, raises: as :func:`l1`.
@@ -117,7 +117,7 @@ def _by_leaf(
 
 
 def _leaves(name: str, value: Any, treedef: Any) -> list[Any]:
-    """One strength a leaf: the leaves of a tree like ``params``, or one number for all."""
+    """One strength per leaf: the leaves of a tree like ``params``, or one number for all."""
     if jax.tree.structure(value) == treedef:
         return jax.tree.leaves(value)
     if jax.tree.structure(value) == jax.tree.structure(0.0) and jnp.ndim(value) == 0:

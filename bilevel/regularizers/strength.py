@@ -62,7 +62,7 @@ def strengths(
     ):
         raise ValueError(
             f"`{name}` has shape {value.shape}, which does not match the leading axes of an array "
-            f"of shape {tuple(x.shape)}: pass a scalar, or one value an example."
+            f"of shape {tuple(x.shape)}: pass a scalar, or one value per example."
         )
     if not known:
         # A product and not a selection: the derivative in an impossible strength is NaN as well.

@@ -1,4 +1,4 @@
-"""What can be wrong with the arguments of ``fit``, said before anything runs or is written."""
+"""Checks of the arguments of ``fit``, made before anything runs or is written."""
 
 import json
 import os

@@ -52,7 +52,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _signature(tree: Any) -> list[str]:
-    """One line a leaf: path, dtype, shape."""
+    """One line per leaf: path, dtype, shape."""
     return [
         f"{path}: {jnp.result_type(leaf)}[{','.join(map(str, jnp.shape(leaf)))}]"
         for path, leaf in paths(tree, "")
@@ -113,14 +113,22 @@ class Checkpoints:
       folder: where they are kept; made if missing, and tried for writing at once.
       keep: how many to keep; with at least 2, a damaged newest one costs little.
       identity: what tells this run from others: named values as JSON gives them back.
+      caller: the public function that continues from them, for messages.
 
     Raises:
       OSError: if the folder cannot be written.
       ImportError: without orbax.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int, identity: dict[str, Any]):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep: int,
+        identity: dict[str, Any],
+        caller: str = "fit",
+    ):
         self._orbax = _orbax()
+        self.caller = caller
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.identity = identity
@@ -166,7 +174,8 @@ class Checkpoints:
             raise OSError(
                 f"`checkpoint_dir` {self.folder} could not take the checkpoint after step {step} "
                 f"({type(error).__name__}: {error}). Earlier checkpoints are whole: {last}. Free "
-                "space on that disk and call `fit` again to go on from there, or lower `keep`."
+                f"space on that disk and call `{self.caller}` again to go on from there, or lower "
+                "`keep`."
             ) from error
         for old in self.steps()[: -self.keep]:
             self._remove(old)
@@ -235,6 +244,17 @@ class Checkpoints:
                 "from a backup, or remove it to start over."
             )
         return None
+
+    def read(self, step: int, like: Any) -> Any:
+        """The tree of one checkpoint.
+
+        Raises:
+          OSError: if it is damaged.
+        """
+        body, trouble = self._verify(self._path(step), step)
+        if body is None:
+            raise OSError(f"checkpoint {self._path(step)} is damaged ({trouble})")
+        return self._load(self._path(step), like)
 
     def _checkpointer(self) -> Any:
         return self._orbax.Checkpointer(self._orbax.StandardCheckpointHandler())

@@ -1,4 +1,4 @@
-"""Where a run is shown: a progress bar, TensorBoard."""
+"""Where a run is displayed: a progress bar, TensorBoard."""
 
 import os
 
@@ -44,7 +44,7 @@ class TensorBoard:
 
 
 class Bar:
-    """A live line on the terminal: losses, hypergradient norm, residual, steps a second."""
+    """A live line on the terminal: losses, hypergradient norm, residual, steps per second."""
 
     def __init__(self, start: int, steps: int):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -60,7 +60,7 @@ def fit(
       steps: outer steps of the whole run, those of ``state`` and of earlier calls included.
       key: for responses that draw random numbers; step i receives ``fold_in(key, i)``.
       response_data: likewise ``step -> response_batch``.
-      log: a file for one JSON line a step: ``step``, ``outer_loss``, ``inner_loss``,
+      log: a file for one JSON line per step: ``step``, ``outer_loss``, ``inner_loss``,
         ``hypergrad_norm``, ``status``, the response's stats, ``aux`` where it is scalar,
         ``hparams`` as the outer loss read them (of arrays with more than 16 entries ``norm``,
         ``min``, ``mean`` and ``max``), ``evaluate``, ``seconds`` since this call began, and

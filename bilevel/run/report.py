@@ -1,4 +1,4 @@
-"""What a run tells while it goes: records for the log, the display and the callbacks."""
+"""What a run reports while it goes on: records for the log, the display and the callbacks."""
 
 import time
 from collections.abc import Callable, Sequence

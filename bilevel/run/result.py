@@ -1,4 +1,4 @@
-"""What ``fit`` gives back, and the error for a step that was not finite."""
+"""What ``fit`` returns, and the error for a step that was not finite."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -9,13 +9,16 @@ import numpy as np
 
 from bilevel.run.record import Record
 
+FEW = 10  # steps below which a run has no course that could be judged
+GROWTH = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class Trust:
     """How far the hypergradients of a run can be trusted: counts and quantiles over its steps.
 
-    ``str(trust)`` is one line. Quantiles are over the steps that have a finite number of the
-    kind; None if there are none.
+    ``str(trust)`` is one line, and one more per notice. Quantiles are over the steps that have a
+    finite number of the kind; None if there are none.
 
     Attributes:
       steps: number of steps judged: those in ``FitResult.history``.
@@ -27,6 +30,7 @@ class Trust:
       stationarity_median: the same for ``relative_stationarity``: how far the parameters were
         from a minimum of the inner loss, relative to their length.
       stationarity_90: its 90 % quantile.
+      notices: sentences on what looks wrong in the course of the losses and hypergradients.
     """
 
     steps: int
@@ -36,6 +40,7 @@ class Trust:
     residual_90: float | None
     stationarity_median: float | None
     stationarity_90: float | None
+    notices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {name}" for name, n in self.statuses.items()) or "no status"
@@ -48,7 +53,7 @@ class Trust:
         ):
             if median is not None:
                 parts.append(f"{name} {median:.2g} (median), {high:.2g} (90 %)")
-        return "; ".join(parts)
+        return "; ".join(parts) + "".join(f"\n- {notice}" for notice in self.notices)
 
 
 def trust_of(history: Sequence[Record]) -> Trust:
@@ -66,7 +71,41 @@ def trust_of(history: Sequence[Record]) -> Trust:
         sum("nonfinite" in r for r in history),
         *_quantiles(residuals),
         *_quantiles(distances),
+        notices=tuple(_notices(history)),
     )
+
+
+def _notices(history: Sequence[Record]) -> list[str]:
+    """What the first and the last tenth of a run tell when they are compared."""
+    said = []
+    grows = {
+        "inner_loss": "the inner learning rate is too large, or inputs are not scaled",
+        "outer_loss": "the outer learning rate is too large, the hyperparameters need bounds "
+        "(`constrain=`), or the inner learning rate is too large",
+        "hypergrad_norm": "hypergradients grow without bound: the inner training is not stable, "
+        "or the response looks back too far (`Unroll` with fewer `steps`)",
+    }
+    for name, cause in grows.items():
+        first, last = _ends([r[name] for r in history if name in r])
+        if first is not None and last is not None and last > GROWTH * first > 0:
+            said.append(f"`{name}` grew from {first:.2g} to {last:.2g}: {cause}.")
+    pairs = [(r["outer_loss"], r["inner_loss"]) for r in history if "inner_loss" in r]
+    if len(pairs) >= FEW and all(0 <= 2 * outer < inner for outer, inner in pairs):
+        said.append(
+            "the outer loss was below half of the inner loss at every step: expected where the "
+            "inner loss has a penalty, dropout or label smoothing; otherwise `inner_data` and "
+            "`outer_data` may be swapped, or share examples."
+        )
+    return said
+
+
+def _ends(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Medians of the first and the last tenth, of at least three numbers each."""
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) < FEW:
+        return None, None
+    k = max(3, len(finite) // 10)
+    return float(np.median(finite[:k])), float(np.median(finite[-k:]))
 
 
 def _quantiles(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -265,7 +265,7 @@ class Simplex:
         # Weights that round up to one, or a little beyond in half precision, are judged by the sum.
         _refuse(~(value >= _smallest(_real(value).dtype)), name, value, "weights greater than 0")
         total = value.sum(-1)
-        # Weights that were normalised in half precision still pass; forgetting to does not.
+        # Weights that were normalized in half precision still pass; forgetting to does not.
         off = np.abs(total - 1) > 1e-2
         if np.any(off):
             raise ValueError(

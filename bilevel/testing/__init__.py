@@ -1,7 +1,7 @@
 """Tests you can run on a solver, a response or an outer loop of your own.
 
 :func:`cases` are problems with a known hypergradient, :func:`condition_cases` those whose inner
-problem is no smooth loss; :func:`check_solver`, :func:`check_response`
+problem is not a smooth loss; :func:`check_solver`, :func:`check_response`
 and :func:`check_estimator` hold a method against them, :func:`check_algorithm` holds an outer loop
 against its contract, and all raise :class:`CheckFailed`. :func:`wrong_estimators` are mistakes that
 any such suite must reject, to test the tests.

@@ -40,7 +40,7 @@ def draw(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarra
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    r"""The minimiser and the derivatives there, as flat float64 arrays.
+    r"""The minimizer and the derivatives there, as flat float64 arrays.
 
     Attributes:
       params: :math:`w^*(\lambda)`, (n,).
@@ -77,12 +77,12 @@ class Exact:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """Two losses, their data at the exact minimiser, and the exact hypergradient.
+    """Two losses, their data at the exact minimizer, and the exact hypergradient.
 
     Attributes:
       name: what messages call it.
       inner, outer: ``loss(params, hparams, batch) -> scalar``; or a condition for ``inner``.
-      params: the minimiser of ``inner`` at ``hparams``; two leaves or more, coupled by H.
+      params: the minimizer of ``inner`` at ``hparams``; two leaves or more, coupled by H.
       hparams: the hyperparameters; ``outer`` depends on them directly.
       inner_batch, outer_batch: what the losses read.
       exact: the truth, a function of the flattened hyperparameters.

@@ -1,4 +1,4 @@
-r"""Cases whose inner problem is no smooth loss: a fixed point, a root and composite conditions."""
+r"""Cases whose inner problem is not a smooth loss: fixed points, roots, composite conditions."""
 
 from typing import Any
 

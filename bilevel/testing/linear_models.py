@@ -122,7 +122,7 @@ def ridge_cases(rng: np.random.Generator) -> list[Case]:
     def gram(a: np.ndarray) -> np.ndarray:
         return a.T @ a / len(a)
 
-    def penalised(a: np.ndarray, y: np.ndarray, lam: np.ndarray) -> Any:
+    def penalized(a: np.ndarray, y: np.ndarray, lam: np.ndarray) -> Any:
         weights = np.broadcast_to(np.exp(lam), a.shape[1])
         return gram(a) + np.diag(weights), a.T @ y / n, lambda w: _cross_of_penalty(w, lam)
 
@@ -147,8 +147,8 @@ def ridge_cases(rng: np.random.Generator) -> list[Case]:
 
     per_weight = {"bias": jnp.asarray(-0.4), "kernel": jnp.asarray(draw(rng, d, scale=0.5) - 0.7)}
     rows = [
-        ("ridge_scalar", _squares, _penalty, jnp.asarray(-0.7), penalised),
-        ("ridge_per_feature", _squares, _penalty, per_weight, penalised),
+        ("ridge_scalar", _squares, _penalty, jnp.asarray(-0.7), penalized),
+        ("ridge_per_feature", _squares, _penalty, per_weight, penalized),
         ("ridge_data_weights", weighted_squares, fixed_ridge, jnp.asarray(draw(rng, n)), weighted),
         ("ridge_labels", squares_to_labels, fixed_ridge, jnp.asarray(draw(rng, n)), labelled),
     ]

@@ -38,7 +38,7 @@ def quadratic_case(rng: np.random.Generator) -> Case:
         h = \tfrac12 z^\top A z + \tfrac12 x^\top B x + x^\top C z + a^\top z + b^\top x, \qquad
         f = \tfrac12 z^\top F z + \tfrac12 x^\top G x + x^\top K z + c^\top z + e^\top x
 
-    with minimiser :math:`z^* = -A^{-1}(C^\top x + a)` and hypergradient
+    with minimizer :math:`z^* = -A^{-1}(C^\top x + a)` and hypergradient
     :math:`Gx + Kz^* + e - CA^{-1}(Fz^* + K^\top x + c)`.
     """
     n, p = 5, 4
@@ -170,9 +170,9 @@ def network_case(rng: np.random.Generator) -> Case:
 
     @functools.cache
     def stationary_point() -> np.ndarray:
-        return minimise(flatten(hparams), start)
+        return minimize(flatten(hparams), start)
 
-    def minimise(lam: np.ndarray, w: np.ndarray) -> np.ndarray:
+    def minimize(lam: np.ndarray, w: np.ndarray) -> np.ndarray:
         def first_two(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             gradient, hessian = derivatives(w, lam)[:2]
             return np.asarray(gradient), np.asarray(hessian)
@@ -181,7 +181,7 @@ def network_case(rng: np.random.Generator) -> Case:
 
     def exact(lam: np.ndarray) -> Exact:
         with jax.ensure_compile_time_eval():  # numbers, also where a caller is being traced
-            w = minimise(lam, stationary_point())  # the minimum that continues the case's own
+            w = minimize(lam, stationary_point())  # the minimum that continues the case's own
             _, hessian, cross, g, direct = map(np.asarray, derivatives(w, lam))
         return Exact(w, hessian, cross, g, direct)
 

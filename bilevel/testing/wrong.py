@@ -1,4 +1,4 @@
-r"""Deliberate mistakes, each seen in published code: a suite that accepts one tests nothing."""
+r"""Deliberate mistakes, each seen in published code, that a test suite must reject."""
 
 import dataclasses
 from collections.abc import Callable

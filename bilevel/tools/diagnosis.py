@@ -1,4 +1,4 @@
-r"""``diagnose``: before the first hypergradient, is this inner problem fit for one?"""
+r"""``diagnose``: is this inner problem ready for a hypergradient?"""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params
 from bilevel.ground.batches import check_batch
 from bilevel.ground.keys import check_key
+from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_count, check_flag, check_settings_used
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.cg import CG
@@ -24,11 +25,19 @@ from bilevel.problem.operators.base import Operator
 from bilevel.problem.operators.gauss_newton import GaussNewton
 from bilevel.problem.operators.hessian import Hessian
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inexact, check_inner, check_inner_problem, check_losses
+from bilevel.problem.validate import (
+    SPLIT_MODEL,
+    check_inexact,
+    check_inner,
+    check_inner_problem,
+    check_losses,
+)
 
 STATIONARY = 1e-3
 CONDITION = 1e4  # beyond it a float32 solve loses four of its seven digits
 ACCURACY = 1e-4
+LARGE = 50  # inputs beyond it are seldom meant: pixels from 0 to 255, features in raw units
+READY = "Ready for implicit differentiation."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +104,7 @@ def diagnose(
 ) -> Diagnosis:
     r"""Is w stationary, how is the curvature spread, and which solver and damping suit it?
 
-    Extreme eigenvalues come from Lanczos' method with full reorthogonalisation; damping and
+    Extreme eigenvalues come from Lanczos' method with full reorthogonalization; damping and
     expected steps from
 
     .. math:: \rho = \max\Bigl(0, \frac{\lambda_{max} - \kappa\lambda_{min}}{\kappa - 1}\Bigr),
@@ -131,7 +140,7 @@ def diagnose(
     else:
         check_losses(inner=inner)
     check_key(key)
-    check_inexact(params, "params", "Split the model into its trainable floats and the rest.")
+    check_inexact(params, "params", SPLIT_MODEL)
     check_inexact(hparams, "hparams", "Hyperparameters are real numbers.")
     check_batch(inner_batch, "inner_batch")
     if not tree.size(params):
@@ -157,9 +166,47 @@ def diagnose(
         extremes(coefficients),
         operator,
     )
+    further = [*_of_batch(inner_batch), *_of_compilation(inner, has_state, params, hparams,
+               inner_batch, model_state)]  # fmt: skip
+    if further:
+        ready = (READY,) == found.advice
+        found = dataclasses.replace(found, advice=(*(() if ready else found.advice), *further))
     if print:
         _show(found)
     return found
+
+
+def _of_batch(batch: Batch) -> list[str]:
+    """What the numbers of a batch tell: floats far from one make a problem that is badly scaled."""
+    said = []
+    for path, leaf in tree.paths(batch, "inner_batch"):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and jnp.size(leaf):
+            largest = float(jnp.max(jnp.abs(leaf)))
+            if largest > LARGE:
+                said.append(
+                    f"`{path}` holds numbers as large as {largest:.3g}: scale inputs to about one "
+                    "(pixels by 1/255, features by their standard deviation)."
+                )
+    return said
+
+
+def _of_compilation(
+    inner: Loss | Composite,
+    has_state: bool,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    state: ModelState,
+) -> list[str]:
+    """Where loops are unrolled, compiling is what a first call costs."""
+    problem = Problem(lambda *_: None, inner, has_state=has_state, model_state=state)
+    if not must_unroll(problem.smooth.inner_loss, params, hparams, batch):
+        return []
+    return [
+        "The model has convolutions and runs on CPU, so loops are unrolled and compile slowly, "
+        "about in proportion to their steps: keep `max_steps` and `inner_steps` at 10 or so, and "
+        "see `memory_report(...)` for the seconds."
+    ]
 
 
 # Compiled once for a loss and a number of steps, not once a call.
@@ -237,8 +284,9 @@ def _conclude(
         )
     if low < -1e-4 * scale:
         advice.append(
-            f"The curvature is negative in some direction ({low:.2e}): use `GaussNewton(...)`, or "
-            f"damping of at least {damping:.1e}."
+            f"The curvature is negative in some direction ({low:.2e}), as it is in most networks "
+            "during training: use `Implicit(CG(max_steps=10), GaussNewton(model, output_loss, "
+            f"damping=0.1))`. On this operator, damping of at least {damping:.1e} would be needed."
         )
     elif damping > 0:
         advice.append(
@@ -266,7 +314,7 @@ def _conclude(
         cg_steps=cg_steps,
         solver=solver,
         operator=advised,
-        advice=tuple(advice) or ("Ready for implicit differentiation.",),
+        advice=tuple(advice) or (READY,),
     )
 
 

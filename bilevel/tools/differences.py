@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Batch, Hparams, Key, Loss, Params, Vector
+from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Vector
 from bilevel.ground.batches import check_batch
 from bilevel.ground.keys import check_key
 from bilevel.ground.settings import (
@@ -20,6 +20,7 @@ from bilevel.ground.settings import (
     check_takes,
     is_function,
 )
+from bilevel.ground.status import Status
 from bilevel.hypergradient.base import Response
 from bilevel.hypergradient.transform import hypergrad_solve
 from bilevel.linear.cg import CG
@@ -36,7 +37,7 @@ LINE_SEARCH = 25
 
 @dataclasses.dataclass(frozen=True)
 class HypergradCheck:
-    r"""What :func:`check_hypergrad` found, one entry a direction; the first is the gradient's own.
+    r"""What :func:`check_hypergrad` found, one entry per direction; the gradient's own is first.
 
     Attributes:
       derivatives: :math:`\langle d, \mathrm{hypergrad}\rangle`.
@@ -48,6 +49,8 @@ class HypergradCheck:
       stationarity: :math:`\|\nabla_w h\|` where the hypergradient was evaluated, and the largest
         one after a re-solve.
       distance: from ``params`` to the re-solved parameters, relative to the longer of the two.
+      status: that of the hypergradient itself, as ``hypergrad_solve`` reports it.
+      residual: relative residual of its linear solve, or None where it makes none.
       converged: every re-solve left less noise than ``tolerance``.
       passed: ``converged``, and every error is below ``tolerance`` plus its noise.
       tolerance: the one asked for.
@@ -61,6 +64,8 @@ class HypergradCheck:
     step: float
     stationarity: tuple[float, float]
     distance: float
+    status: Status
+    residual: float | None
     converged: bool
     passed: bool
     tolerance: float
@@ -82,6 +87,9 @@ def check_hypergrad(
     step: float | None = None,
     tolerance: float | None = None,
     resolve_first: bool = False,
+    has_aux: bool = False,
+    has_state: bool = False,
+    model_state: ModelState = None,
 ) -> HypergradCheck:
     r"""Compare ``hypergrad`` with
 
@@ -103,6 +111,8 @@ def check_hypergrad(
       tolerance: relative; 1e-4 in float64 and 5e-2 in float32 by default.
       resolve_first: evaluate the hypergradient at the re-solved parameters instead, to tell a
         wrong response from parameters that are not at a minimum.
+      has_aux, has_state, model_state: as for :func:`~bilevel.hypergrad`; the re-solves read
+        ``model_state`` frozen, as the hypergradient does.
 
     Returns:
       :class:`HypergradCheck`. A re-solve that did not converge is never passed over: then
@@ -118,65 +128,36 @@ def check_hypergrad(
     CPU, where the default one's loops are slow. For non-convex problems it follows the minimum that
     Newton's method finds from ``params``: look at ``distance``.
     """
+    _check_arguments(outer, inner, response, params, hparams, inner_batch, outer_batch, solve, key)
     check_count("directions", directions)
-    check_losses(outer=outer)
-    check_inner_problem(inner)
-    check_response(response)
-    check_point(params, hparams)
-    check_batch(inner_batch, "inner_batch")
-    check_batch(outer_batch, "outer_batch")
-    check_key(key)
-    check_flag("resolve_first", resolve_first)
+    for name, flag in (
+        ("resolve_first", resolve_first), ("has_aux", has_aux), ("has_state", has_state),
+    ):  # fmt: skip
+        check_flag(name, flag)
+    check_inner_problem(inner, has_state)
     for name, given in (("step", step), ("tolerance", tolerance)):
         if given is not None:
             check_one_real(name, given, 0, strict=True)
-    for path, leaf in (*tree.paths(params, "params"), *tree.paths(hparams, "hparams")):
-        if not jnp.all(jnp.isfinite(leaf)):
-            raise ValueError(
-                f"{path} is not finite, where no difference can be taken: pass finite numbers."
-            )
-    if solve is not None:
-        if not is_function(solve):
-            raise TypeError(
-                f"`solve` must be a function solve(params, hparams, batch), got {solve!r}."
-            )
-        check_takes("solve", solve, "solve(params, hparams, batch)")
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params), *jax.tree.leaves(hparams))
-    eps = float(jnp.finfo(dtype).eps)
-    single = eps > 1e-10
-    scale = max(1.0, float(tree.norm(hparams)))
-    half = float(eps ** (1 / 3) * scale if step is None else step)
-    if half < np.sqrt(eps) * scale:
-        raise ValueError(
-            f"`step`={half:.1e} is below {np.sqrt(eps) * scale:.1e}, where differences in {dtype} "
-            "are rounding error: use a larger step (`None` chooses one), or float64 "
-            "(`jax.config.update('jax_enable_x64', True)` and float64 inputs)."
-        )
-    tolerance = (5e-2 if single else 1e-4) if tolerance is None else tolerance
+    half, eps = _half_width(step, params, hparams)
+    tolerance = (5e-2 if eps > 1e-10 else 1e-4) if tolerance is None else tolerance
     key = jax.random.key(0) if key is None else key
-    problem = Problem(outer, inner)
+    losses = _Losses(outer, inner, has_aux, has_state)
 
     def value(lam: Hparams, start: Params) -> tuple[_Value, Params]:
         if solve is None:
-            w = _newton(problem, start, lam, inner_batch)
+            w = _newton(losses, start, lam, inner_batch, model_state)
         else:
             w = solve(start, lam, inner_batch)
-        return _evaluate(problem, w, lam, inner_batch, outer_batch), w
+        return _evaluate(losses, w, lam, inner_batch, outer_batch, model_state), w
 
     here, w = value(hparams, params)
     longer = jnp.maximum(tree.norm(params), tree.norm(w))
     distance = float(tree.norm(tree.sub(w, params)) / jnp.where(longer > 0, longer, 1))
-    point = w if resolve_first else params
-
-    @jax.jit
-    def analytic(response: Any, w: Params, lam: Hparams, tr: Batch, va: Batch, key: Key):
-        solution = hypergrad_solve(
-            outer, inner, response, w, lam, inner_batch=tr, outer_batch=va, key=key
-        )
-        return solution.grads, solution.stats.get("stationarity", jnp.nan)
-
-    grads, stationarity = analytic(response, point, hparams, inner_batch, outer_batch, key)
-    length = float(tree.norm(grads))
+    found = _analytic(
+        losses, response, w if resolve_first else params, hparams, inner_batch, outer_batch,
+        model_state, key,
+    )  # fmt: skip
+    grads, length = found.grads, float(tree.norm(found.grads))
     typical = length / np.sqrt(tree.size(hparams))
 
     derivatives, differences, noise, worst = [], [], [], float(here.stationarity)
@@ -198,35 +179,129 @@ def check_hypergrad(
     size = np.maximum(np.maximum(np.abs(a), np.abs(b)), max(typical, 1e-30))
     errors, noise = np.abs(a - b) / size, np.array(noise) / size
     converged = bool(np.all(noise <= tolerance))  # False for NaN
-    passed = converged and bool(np.all(errors <= tolerance + noise))
-    if passed:
-        message = f"The hypergradient agrees to {errors.max():.1e}."
-    elif not converged:
-        message = (
-            f"Inconclusive: rounding and unfinished inner solves leave noise of {noise.max():.1e}, "
-            f"above the tolerance {tolerance:.1e}. Give `solve` a solver that goes to rounding "
-            "error, use float64, or a larger `step`."
-        )
-    else:
-        message = (
-            f"The hypergradient is off by {errors.max():.1e} (tolerance {tolerance:.1e}). "
-            f"The inner gradient's norm is {float(stationarity):.1e} at its point and {worst:.1e} "
-            "after the re-solves; `resolve_first=True` tells a wrong response from parameters "
-            "that are not at a minimum."
-        )
-    return HypergradCheck(
+    check = HypergradCheck(
         derivatives=a,
         differences=b,
         errors=errors,
         noise=noise,
         step=half,
-        stationarity=(float(stationarity), worst),
+        stationarity=(float(found.stationarity), worst),
         distance=distance,
+        status=Status(int(found.result)),
+        residual=None if found.residual is None else float(found.residual),
         converged=converged,
-        passed=passed,
+        passed=converged and bool(np.all(errors <= tolerance + noise)),
         tolerance=tolerance,
-        message=message,
+        message="",
     )
+    return dataclasses.replace(check, message=_message(check, response))
+
+
+def _check_arguments(
+    outer: Any, inner: Any, response: Any, params: Any, hparams: Any, inner_batch: Any,
+    outer_batch: Any, solve: Any, key: Any,
+) -> None:  # fmt: skip
+    check_losses(outer=outer)
+    check_inner_problem(inner)
+    check_response(response)
+    check_point(params, hparams)
+    check_batch(inner_batch, "inner_batch")
+    check_batch(outer_batch, "outer_batch")
+    check_key(key)
+    for path, leaf in (*tree.paths(params, "params"), *tree.paths(hparams, "hparams")):
+        if not jnp.all(jnp.isfinite(leaf)):
+            raise ValueError(
+                f"{path} is not finite, where no difference can be taken: pass finite numbers."
+            )
+    if solve is not None:
+        if not is_function(solve):
+            raise TypeError(
+                f"`solve` must be a function solve(params, hparams, batch), got {solve!r}."
+            )
+        check_takes("solve", solve, "solve(params, hparams, batch)")
+
+
+def _half_width(step: float | None, params: Params, hparams: Hparams) -> tuple[float, float]:
+    """The half-width of the differences, and the spacing of the numbers they are made of."""
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params), *jax.tree.leaves(hparams))
+    eps = float(jnp.finfo(dtype).eps)
+    scale = max(1.0, float(tree.norm(hparams)))
+    half = float(eps ** (1 / 3) * scale if step is None else step)
+    if half < np.sqrt(eps) * scale:
+        raise ValueError(
+            f"`step`={half:.1e} is below {np.sqrt(eps) * scale:.1e}, where differences in {dtype} "
+            "are rounding error: use a larger step (`None` chooses one), or float64 "
+            "(`jax.config.update('jax_enable_x64', True)` and float64 inputs)."
+        )
+    return half, eps
+
+
+def _message(check: HypergradCheck, response: Any) -> str:
+    if check.passed:
+        return f"The hypergradient agrees to {check.errors.max():.1e}."
+    if not check.converged:
+        return (
+            f"Inconclusive: rounding and unfinished inner solves leave noise of "
+            f"{check.noise.max():.1e}, above the tolerance {check.tolerance:.1e}. Give `solve` a "
+            "solver that goes to rounding error, use float64, or a larger `step`."
+        )
+    said = (
+        f"The hypergradient is off by {check.errors.max():.1e} (tolerance {check.tolerance:.1e})."
+    )
+    if check.residual is not None and not check.residual <= check.tolerance:
+        solver = getattr(response, "solver", response)
+        steps = getattr(solver, "max_steps", None)
+        remedy = "solve more accurately" if steps is None else f"raise its `max_steps`={steps}"
+        said += (
+            f" Its linear solve left {check.residual:.1e} of the right side (status "
+            f"{check.status.name}) with {solver!r}: {remedy}, before the parameters are blamed."
+        )
+    elif check.status != Status.ok:
+        said += f" Its status is {check.status.name}."
+    return said + (
+        f" The inner gradient's norm is {check.stationarity[0]:.1e} at its point and "
+        f"{check.stationarity[1]:.1e} after the re-solves; `resolve_first=True` tells a wrong "
+        "response from parameters that are not at a minimum."
+    )
+
+
+class _Losses(NamedTuple):
+    """The static part of the problem: one compilation per pair of losses."""
+
+    outer: Loss
+    inner: Any
+    has_aux: bool
+    has_state: bool
+
+    def problem(self, model_state: ModelState) -> Problem:
+        return Problem(
+            self.outer, self.inner, self.has_aux, self.has_state, model_state=model_state
+        )
+
+
+class _Analytic(NamedTuple):
+    grads: Hparams
+    stationarity: Any
+    result: jax.Array
+    residual: jax.Array | None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _analytic(
+    losses: _Losses, response: Any, w: Params, lam: Hparams, inner_batch: Batch,
+    outer_batch: Batch, model_state: ModelState, key: Key,
+) -> _Analytic:  # fmt: skip
+    """The hypergradient under test, with what it says about itself."""
+    solution = hypergrad_solve(
+        losses.outer, losses.inner, response, w, lam,
+        inner_batch=inner_batch, outer_batch=outer_batch, key=key, has_aux=losses.has_aux,
+        has_state=losses.has_state, model_state=model_state,
+    )  # fmt: skip
+    stats, residual = solution.stats, None
+    if "residual_norm" in stats and "rhs_norm" in stats:
+        scale = stats["rhs_norm"]
+        residual = stats["residual_norm"] / jnp.where(scale == 0, 1, scale)
+    return _Analytic(solution.grads, stats.get("stationarity", jnp.nan), solution.result, residual)
 
 
 class _Value(NamedTuple):
@@ -238,9 +313,15 @@ class _Value(NamedTuple):
 # Compiled once for a pair of losses, not once a call.
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate(
-    problem: Problem, w: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
+    losses: _Losses,
+    w: Params,
+    hparams: Hparams,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    model_state: ModelState,
 ) -> _Value:
     """The outer value, the inner gradient's norm, and what the latter can do to the former."""
+    problem = losses.problem(model_state)
     value, pull = jax.vjp(lambda w: problem.outer_loss(w, hparams, outer_batch)[0], w)
     gradient, direction, _ = _newton_direction(problem, w, hparams, inner_batch)
     slope = tree.vdot(pull(jnp.ones_like(value))[0], direction)
@@ -268,8 +349,11 @@ def _newton_direction(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _newton(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> Params:
+def _newton(
+    losses: _Losses, params: Params, hparams: Hparams, batch: Batch, model_state: ModelState
+) -> Params:
     """Newton-CG with a backtracking line search, until no step lowers the gradient or the loss."""
+    problem = losses.problem(model_state)
 
     def merit(w: Params) -> tuple[jax.Array, Vector]:
         """What a step must lower, and what must vanish."""

@@ -1,5 +1,6 @@
-"""What a hypergradient will need in memory, said by the compiler before anything runs."""
+"""What a hypergradient will need in memory, as reported by the compiler, before anything runs."""
 
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class MemoryRow(NamedTuple):
       arguments: parameters, hyperparameters, batches and state.
       outputs: results.
       peak: ``temp + arguments + outputs - donated``, the most that is alive at once.
+      compile_seconds: what tracing and compiling this call took on this machine.
     """
 
     name: str
@@ -33,6 +35,7 @@ class MemoryRow(NamedTuple):
     arguments: int
     outputs: int
     peak: int
+    compile_seconds: float = 0.0
 
 
 class MemoryReport(NamedTuple):
@@ -50,10 +53,11 @@ class MemoryReport(NamedTuple):
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.rows] + [8])
-        lines = [f"{'response':<{width}}  {'temp':>12}  {'arguments':>12}  {'peak':>12}   MiB"]
+        heads = "  ".join(f"{head:>12}" for head in ("temp MiB", "arguments", "peak", "compile s"))
+        lines = [f"{'response':<{width}}  {heads}"]
         for row in self.rows:
             numbers = "  ".join(f"{x / 2**20:12.2f}" for x in (row.temp, row.arguments, row.peak))
-            lines.append(f"{row.name:<{width}}  {numbers}")
+            lines.append(f"{row.name:<{width}}  {numbers}  {row.compile_seconds:12.1f}")
         return "\n".join([*lines, *(f"left out: {reason}" for reason in self.left_out)])
 
 
@@ -72,13 +76,15 @@ def memory_report(
     model_state: ModelState = None,
     donate: bool = False,
 ) -> MemoryReport:
-    """Bytes that ``hypergrad_solve`` needs, for one response in all its modes, or for several.
+    """Bytes that ``hypergrad_solve`` needs, and seconds that it compiles, per response.
+
+    For one response in all its modes, or for several.
 
     Args:
       outer, inner, params, hparams, inner_batch, outer_batch, state, key, has_aux, has_state,
         model_state: as in ``hypergrad_solve``; every array may be a
         ``jax.ShapeDtypeStruct``, with a sharding where the run will have one.
-      response: an ``Unroll`` is expanded into all its modes and rematerialisations (forward
+      response: an ``Unroll`` is expanded into all its modes and rematerializations (forward
         mode only up to ``max_hparams``); anything else is one row; a mapping gives its own
         names and rows.
       donate: assume that ``params`` and ``state`` are donated.
@@ -87,7 +93,7 @@ def memory_report(
       :class:`MemoryReport`. Numbers are XLA's own for this back end, exact for its buffers;
       they leave out the memory of the process itself.
 
-    Cost: one compilation a row, no run.
+    Cost: one compilation per row, no run.
 
     Raises ``ValueError``/``TypeError`` as ``hypergrad_solve`` does.
 
@@ -135,7 +141,9 @@ def memory_report(
                 model_state=model_state,
             )
 
+        began = time.perf_counter()
         compiled = jax.jit(call, donate_argnums=(0, 4) if donate else ()).lower(*arrays).compile()
+        seconds = time.perf_counter() - began
         sizes = compiled.memory_analysis()
         if sizes is None:
             raise ValueError(
@@ -145,7 +153,7 @@ def memory_report(
         temp, arguments = sizes.temp_size_in_bytes, sizes.argument_size_in_bytes
         outputs = sizes.output_size_in_bytes
         peak = temp + arguments + outputs - sizes.alias_size_in_bytes
-        rows.append(MemoryRow(name, one, temp, arguments, outputs, peak))
+        rows.append(MemoryRow(name, one, temp, arguments, outputs, peak, seconds))
     return MemoryReport(tuple(rows), left_out)
 
 
@@ -160,7 +168,7 @@ def _rows(
         return {"forward, real time": response}, ()
     rows: dict[str, Response] = {}
     for mode in ("mixed", "reverse"):
-        for remat in ("none", "step", "sqrt"):
+        for remat in ("none", "step", "sqrt", "log"):
             name = mode if remat == "none" else f"{mode}, remat={remat}"
             rows[name] = _replaced(response, mode, remat)
     p = tree.size(hparams[0]) if hparams else 0

@@ -1,7 +1,7 @@
 """The two networks of W5, each twice: plain functions on arrays, and best-response layers.
 
 Both apply the three tuned dropout rates at the same places: to the input (of the LSTM: to the
-embeddings), behind the first layer and behind the second. A rate is a scalar, or one an example.
+embeddings), behind the first layer and behind the second. A rate is a scalar, or one per example.
 """
 
 import dataclasses

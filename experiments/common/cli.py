@@ -1,14 +1,16 @@
 """`python -m experiments list | run NAME | report`."""
 
 import argparse
+import contextlib
 import importlib.util
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bilevel.run.lock import locked
 from experiments.common import expected, outputs, record, report
 from experiments.common.catalog import claim_of, configuration, discover, folder_of, part
 from experiments.common.files import DataMissing, HashMismatch
@@ -42,7 +44,25 @@ def execute(
     seeds = SEEDS[preset] if seeds is None else seeds
     out = Path("results") / name / preset if out is None else out
     folder = folder_of(package) / name
-    run = outputs.claim(out, outputs.describe(name, preset, config, folder), seeds, resume)
+    with _alone(out):
+        run = outputs.claim(out, outputs.describe(name, preset, config, folder), seeds, resume)
+        return out, _execute(name, module, config, out, run, resume, package)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the folder for one process; a second one is told whose it is."""
+    with contextlib.ExitStack() as stack:
+        try:  # beside the folder: a lock inside would make it one that is not empty
+            stack.enter_context(locked("--out", out, out.with_name(f".{out.name}.lock")))
+        except OSError as error:
+            raise RunnerError(str(error)) from None
+        yield
+
+
+def _execute(
+    name: str, module: Any, config: Any, out: Path, run: dict[str, Any], resume: bool, package: str
+) -> dict[str, Any]:
     outputs.save(out, run)
     for seed in run["seeds"]:
         if seed in run["done"]:
@@ -60,7 +80,7 @@ def execute(
     outputs.save(out, run)
     summary = summarise(name, out, package)
     record.write_json(out / "summary.json", summary)
-    return out, summary
+    return summary
 
 
 def summarise(name: str, out: Path, package: str = "experiments") -> dict[str, Any]:
@@ -150,8 +170,11 @@ def _run(options: argparse.Namespace, package: str) -> int:
 
 def _report(options: argparse.Namespace, package: str) -> int:
     require(("matplotlib",))
-    page = report.write(options.results, options.docs, package)
+    folder = options.docs if options.commit else options.results
+    page = report.write(options.results, folder, package, smoke=not options.commit)
     print(f"report written to {page}")
+    if not options.commit:
+        print("the committed page in docs/ is as it was; --commit writes that one")
     return 0
 
 
@@ -182,7 +205,10 @@ def parser() -> argparse.ArgumentParser:
     )
     report = commands.add_parser("report", help="one page and picture of all finished runs")
     report.add_argument("--results", type=Path, default=Path("results"), help="folder of outputs")
-    report.add_argument("--docs", type=Path, default=Path("docs"), help="where the page is written")
+    report.add_argument(
+        "--commit", action="store_true", help="write the committed page, without smoke runs"
+    )
+    report.add_argument("--docs", type=Path, default=Path("docs"), help="where --commit writes")
     return main_parser
 
 
@@ -200,3 +226,15 @@ def main(arguments: Sequence[str] | None = None, package: str = "experiments") -
     except (RunnerError, DataMissing, HashMismatch) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        resume = f"; continue with: {_again(options)}" if options.command == "run" else ""
+        print(f"\ninterrupted{resume}", file=sys.stderr)
+        return 130
+
+
+def _again(options: argparse.Namespace) -> str:
+    """The command that continues an interrupted run."""
+    words = ["python -m experiments run", options.name, "--preset", options.preset]
+    words += ["--seeds", str(options.seeds)] if options.seeds else []
+    words += ["--out", str(options.out)] if options.out else []
+    return " ".join([*words, "--resume"])

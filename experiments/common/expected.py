@@ -48,7 +48,7 @@ class Verdict(NamedTuple):
 
 
 def statistics(values: Iterable[float]) -> dict[str, Any]:
-    """Mean, standard deviation, median, minimum, maximum and count of one number a seed."""
+    """Mean, standard deviation, median, minimum, maximum and count of one number per seed."""
     array = np.asarray(list(values), np.float64)
     return {
         "mean": float(array.mean()),

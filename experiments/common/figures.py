@@ -171,19 +171,38 @@ def trajectories(
     axes: "Axes", steps: Sequence[float], values: Mapping[str, Sequence[float]], ylabel: str
 ) -> None:
     """Draws each named hyperparameter against the outer step, labelled at the right end."""
+    for index, series in enumerate(values.values()):
+        axes.plot(steps, series, color=OTHERS[index % len(OTHERS)])
+    low, high = axes.get_ylim()
+    heights = apart([series[-1] for series in values.values()], 0.06 * (high - low))
     for index, (name, series) in enumerate(values.items()):
-        shade = OTHERS[index % len(OTHERS)]
-        axes.plot(steps, series, color=shade)
         axes.annotate(
             name,
             (steps[-1], series[-1]),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=shade,
+            xytext=(1.01, heights[index]),
+            textcoords=("axes fraction", "data"),
+            color=OTHERS[index % len(OTHERS)],
             va="center",
             annotation_clip=False,
         )
     axes.set(xlabel="outer step", ylabel=ylabel)
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights moved as little as their order allows, so that neighbours are `gap` apart."""
+    order = np.argsort(heights, kind="stable")
+    moved = np.array(heights, float)[order]
+    for _ in range(200):
+        close = np.flatnonzero(np.diff(moved) < gap * (1 - 1e-6))
+        if not close.size:
+            break
+        for i in close:
+            short = (gap - (moved[i + 1] - moved[i])) / 2
+            moved[i] -= short
+            moved[i + 1] += short
+    placed = np.empty_like(moved)
+    placed[order] = moved
+    return placed.tolist()
 
 
 def heat_map(

@@ -75,7 +75,7 @@ def markdown(summaries: list[dict[str, Any]], picture: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _part_of_allowed(verdict: dict[str, Any]) -> float | None:
+def _relative_to_bound(verdict: dict[str, Any]) -> float | None:
     """value / bound, or bound / value where more is better: met if at most one."""
     value, bound = verdict["value"], verdict["bound"]
     if value is None or value <= 0 or bound <= 0:
@@ -85,7 +85,7 @@ def _part_of_allowed(verdict: dict[str, Any]) -> float | None:
 
 
 def picture(summaries: list[dict[str, Any]], path: Path) -> None:
-    """A row for each run, a dot for each claim that has a positive value and bound."""
+    """One row per run, one dot per claim that has a positive value and bound."""
     from experiments.common import figures
 
     with figures.figure(path, width=10.0, height=1.6 + 0.42 * len(summaries)) as (_, axes):
@@ -98,7 +98,7 @@ def picture(summaries: list[dict[str, Any]], path: Path) -> None:
             preset = "" if run["preset"] == "cpu" else f", {run['preset']}"
             labels.append(f"{run['experiment']}{preset}: {met} of {len(verdicts)} met")
             for i, verdict in enumerate(verdicts):
-                part = _part_of_allowed(verdict)
+                part = _relative_to_bound(verdict)
                 if part is None:
                     continue
                 # Dots of a row lie at five heights: claims of like values do not hide another.
@@ -108,16 +108,21 @@ def picture(summaries: list[dict[str, Any]], path: Path) -> None:
         axes.set(
             xscale="log",
             xlim=(SHOWN[0] / 1.3, SHOWN[1] * 1.3),
-            xlabel="part of what is allowed: value / bound, or bound / value where more is better",
+            xlabel="value relative to its bound (left of 1: met)",
             title="Every claim of every experiment: blue is met, orange is not",
         )
         axes.set_yticks(range(len(summaries)), labels)
         axes.set_ylim(len(summaries) - 0.5, -0.5)
 
 
-def write(results: Path, docs: Path, package: str = "experiments") -> Path:
-    """Writes `experiments.md` and `figures/report.png` under `docs`; returns the page."""
+def write(results: Path, docs: Path, package: str = "experiments", smoke: bool = True) -> Path:
+    """Writes `experiments.md` and `figures/report.png` under `docs`; returns the page.
+
+    Runs of the preset `smoke` only show that the code runs: `smoke=False` leaves them out.
+    """
     summaries = collect(results, package)
+    if not smoke:
+        summaries = [summary for summary in summaries if summary["run"]["preset"] != "smoke"]
     if not summaries:
         raise RunnerError(
             f"there is no finished run under {results} and no committed summary; run one with: "

@@ -32,14 +32,14 @@ def _losses(records: list[record.Record], path: Path) -> Path:
                     method,
                     metric,
                     name=NAMES.get(method),
-                    dashed=method.endswith("per_tensor"),
+                    dashed=method.endswith("per_tensor") or method == "tpe",
                 )
         draw.cost_axes(left, "validation loss (nats)")
         draw.cost_axes(right, "test loss (nats)", log=False)
         right.get_legend().remove()
         left.set_ylim(top=1.0)
-        left.set_title("what is tuned falls without limit ...")
-        right.set_title("... what is meant turns: keep a third split")
+        left.set_title("Validation loss keeps falling, with a decay per weight")
+        right.set_title("Test loss turns up: keep a third split")
     return path
 
 
@@ -65,7 +65,7 @@ def _decays(records: list[record.Record], path: Path) -> Path:
             {n.replace("_", " "): [r.metrics[f"{n}_median"] for r in chosen] for n in TENSORS},
             "log decay",
         )
-        left.set_title("a decay per tensor")
+        left.set_title("One decay per tensor")
         chosen = [r for r in records if r.seed == seed and r.method == "cg_per_weight"]
         steps = [r.step for r in chosen]
         for index, name in enumerate(TENSORS):
@@ -75,7 +75,11 @@ def _decays(records: list[record.Record], path: Path) -> Path:
             )
             right.plot(steps, middle, color=shade, label=name.replace("_", " "))
             right.fill_between(steps, low, high, color=shade, alpha=0.18, linewidth=0)
-        right.set(xlabel="outer step", ylabel="log decay", title="a decay per weight, quartiles")
+        right.set(
+            xlabel="outer step",
+            ylabel="log decay",
+            title="One decay per weight: median and quartiles",
+        )
         right.legend()
     return path
 
@@ -88,7 +92,9 @@ def _pixels(records: list[record.Record], out: Path, path: Path) -> Path:
     with draw.figure(path, columns=3, width=10.5, height=3.6) as (_, (left, middle, right)):
         draw.heat_map(left, saved["mean_image"].reshape(8, 8), "mean digit")
         draw.heat_map(middle, saved["deviation"].reshape(8, 8), "what varies between digits")
-        draw.heat_map(right, decay - np.median(decay), "learned log decay of a pixel", centred=True)
+        draw.heat_map(
+            right, decay - np.median(decay), "log decay per pixel, minus its median", centred=True
+        )
         for axes in (left, middle, right):
             axes.grid(False)
     return path

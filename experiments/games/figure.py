@@ -32,7 +32,8 @@ def figures(out: Path) -> list[Path]:
         axes[0].set_ylim(1e-7, 1e4)
         axes[1].set_ylim(1e-2, 1e2)
         axes[0].set(
-            title="a game that only rotates", ylabel="distance to the equilibrium / at the start"
+            title="a game that only rotates",
+            ylabel="distance to the equilibrium, relative to the start",
         )
         axes[1].set(title="rotation and descent at once")
         axes[1].legend(title="momentum", loc="upper right", fontsize=8)

@@ -21,7 +21,7 @@ class Curve:
       sigma: of the log decays around the current one that the local one is trained on.
       start: the first log decay.
       outer_rate: Adam's on the log decay of the local one, falling to zero along a cosine.
-      outer_batch: validation images a step of the log decay; 0 for all of them.
+      outer_batch: validation images per step of the log decay; 0 for all of them.
     """
 
     data: str
@@ -56,8 +56,8 @@ class Decays:
       train, valid: images; all other ones of the publisher's test part are for testing.
       low, high: bounds of the searches.
       start: the first log decay of the hypernetworks.
-      batch: training images a step.
-      outer_batch: validation images a step of the decays.
+      batch: training images per step.
+      outer_batch: validation images per step of the decays.
       bottleneck: units of the linear hypernetwork of as many inputs as weights.
       sigma: of the log decays around the current ones.
       draws: of them a training step.

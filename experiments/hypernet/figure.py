@@ -9,11 +9,11 @@ from experiments.common import record
 
 DATA = {"digits": "8×8 digits", "mnist": "MNIST"}
 PART_TWO = {
-    "random_per_weight": ("random search, a decay a weight", draw.GREY),
+    "random_per_weight": ("random search, a decay per weight", draw.GREY),
     "random_shared": ("random search, one decay", draw.BLACK),
     "tpe_shared": ("TPE, one decay", draw.BROWN),
     "local_shared": ("local hypernetwork, one decay", draw.SKY),
-    "local_per_weight": ("local hypernetwork, a decay a weight", draw.BLUE),
+    "local_per_weight": ("local hypernetwork, a decay per weight", draw.BLUE),
 }
 
 

@@ -75,7 +75,7 @@ def _curves(config: Curve, records: record.Records, out: Path) -> None:
 
 
 def _decays(config: Decays, records: record.Records, out: Path) -> None:
-    """Local training of one decay or of one a weight, and searches at the same cost."""
+    """Local training of one decay or of one per weight, and searches at the same cost."""
     parts = decays.images(config, records.seed)
     for method in LOCAL:
         if len(record.read(out, seed=records.seed, method=method)) == config.points:

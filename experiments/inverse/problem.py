@@ -56,7 +56,7 @@ def squared_error(predicted: jax.Array, hparams: Any, batch: Any) -> jax.Array:
 
 
 def penalty(params: Any, hparams: Any) -> jax.Array:
-    r""":math:`\tfrac12 \sum_j e^{\lambda_j} w_j^2`, one decay a weight."""
+    r""":math:`\tfrac12 \sum_j e^{\lambda_j} w_j^2`, one decay per weight."""
     parts = jax.tree.map(lambda w, lam: 0.5 * jnp.sum(jnp.exp(lam) * w**2), params, hparams)
     return jnp.sum(jnp.stack(jax.tree.leaves(parts)))
 

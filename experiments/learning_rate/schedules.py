@@ -29,7 +29,7 @@ def start(layers: int, windows: int, rate: float, momentum: float) -> Schedule:
 def sgd(schedule: Schedule, every: int) -> optax.GradientTransformation:
     r""":math:`v_l \leftarrow m_{l,t} v_l + \nabla_l, \; w_l \leftarrow w_l - a_{l,t} v_l`.
 
-    Parameters are a list with one entry a layer. The state counts the steps, so a run may be cut
+    Parameters are a list with one entry per layer. The state counts the steps, so a run may be cut
     into calls; steps past the last window use the last one.
     """
 

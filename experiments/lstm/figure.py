@@ -59,7 +59,7 @@ def _perplexities(records: list[record.Record], sets: list[str], path: Path) -> 
             )
             ends = np.concatenate([line.get_ydata()[-1:] for line in left.get_lines()])
             left.set_ylim(ends.min() * 0.97, ends.max() * 1.45)
-            left.legend(title="regularisation strengths")
+            left.legend(title="regularization strengths")
             right.set(
                 ylabel="perplexity",
                 title="at the best validation point: ● validation  ■ test",
@@ -84,7 +84,7 @@ def _learned(records: list[record.Record], sets: list[str], out: Path, path: Pat
                 row[0].plot(cost, values, color=shade, label=kind.removeprefix("rates_"))
             row[0].set(
                 xlabel="cost (inner-gradient evaluations)", ylabel="dropout rate",
-                title=f"{SETS[name]}: one rate a kind",
+                title=f"{SETS[name]}: one rate per kind",
             )  # fmt: skip
             row[0].legend()
             saved = record.load_arrays(out, f"{name}_many_{seed}")
@@ -94,7 +94,7 @@ def _learned(records: list[record.Record], sets: list[str], out: Path, path: Pat
             )
             row[1].set(
                 xscale="log", xlabel="word, by frequency", ylabel="dropout rate",
-                title="a rate for every word",
+                title="one rate per word",
             )  # fmt: skip
             for kind, shade in zip(("embedding", "inputs", "recurrent"), draw.OTHERS, strict=False):
                 decays = np.concatenate(
@@ -102,7 +102,7 @@ def _learned(records: list[record.Record], sets: list[str], out: Path, path: Pat
                 )
                 row[2].hist(decays, 60, color=shade, label=kind, histtype="step", density=True)
             row[2].set(
-                xlabel="log decay", ylabel="density", yscale="log", title="a decay for every weight"
+                xlabel="log decay", ylabel="density", yscale="log", title="one decay per weight"
             )
             row[2].legend()
     return path

@@ -152,7 +152,7 @@ def inner(
     strength = strengths(config, hparams)
     logits, new, dropped, raw = forward(params, batch["x"], mine, strength["rates"], batch["key"])
     loss = cross_entropy(logits, batch["y"])
-    # A strength a unit: the activations take its square root along.
+    # A strength per unit: the activations take its square root along.
     loss += activation_penalty(dropped * jnp.exp(0.5 * strength["ar"]), 1.0)
     loss += temporal_activation_penalty(raw * jnp.exp(0.5 * strength["tar"]), 1.0)
     return loss + l2_penalty(params, strength["decays"]), new

@@ -1,4 +1,4 @@
-"""Runs `lstm`: a language model untuned, with a few tuned strengths, and with one a weight."""
+"""Runs `lstm`: a language model untuned, with a few tuned strengths, and with one per weight."""
 
 import functools
 from pathlib import Path

@@ -17,7 +17,7 @@ class Task:
       widths: hidden units, layer by layer; none for "linear".
       low, high: the range of log decays, to base ten for "classifier", natural for "linear".
       hidden: widths of the hypernetwork.
-      batch: images a step; 0 for all of them.
+      batch: images per step; 0 for all of them.
       draws: inputs a step, drawn uniformly from the range.
       steps: of training, for every variant, optimizer and rate.
       sgd_rates, adam_rates: learning rates tried; none: that optimizer is left out.

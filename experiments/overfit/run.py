@@ -1,4 +1,4 @@
-"""Runs `overfit`: one decay a weight, a layer or in all, driven to fit 50 validation images."""
+"""Runs `overfit`: one decay per weight, per layer or in all, driven to fit 50 validation images."""
 
 import functools
 import statistics

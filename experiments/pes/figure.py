@@ -39,8 +39,8 @@ def _scalar(records: list[record.Record], path: Path) -> None:
             right.plot(t, [r.metrics["variance"] for r in chosen], **points)
         left.set(xlabel="steps of the run", ylabel="mean of the estimate", ylim=(0, None))
         right.set(xlabel="steps of the run", ylabel="variance of one pair", yscale="log")
-        left.set_title("PES is unbiased ...")
-        right.set_title("... at a variance that grows with the run")
+        left.set_title("The estimate of PES is unbiased")
+        right.set_title("Its variance grows with the length of the run")
         left.legend()
         right.legend()
 
@@ -65,5 +65,5 @@ def _landscapes(records: list[record.Record], out: Path, path: Path) -> None:
                 axis.plot(x[-1], y[-1], marker="o", ms=9, color=colour, mec="white")
             axis.set(xlabel="log learning rate at the start", ylabel="log learning rate at the end")
             axis.grid(False)
-            axis.set_title(f"{name}: ways from the same start to the dots")
+            axis.set_title(f"{name}: paths from one start to the dots")
             axis.legend(facecolor="white", framealpha=0.9, frameon=True)

@@ -23,7 +23,7 @@ class Config:
       scale: first width of the perturbations, in logits.
       entropy: reward for wide perturbations.
       warm_up: part of the cycles that only train.
-      inner_steps: training steps a cycle.
+      inner_steps: training steps per cycle.
       max_holes, max_length: largest number and side of the holes of cutout.
       budget: G of a whole run of a method.
       trials: settings that random search may try in that budget.

@@ -12,7 +12,7 @@ from experiments.common import batches, budget, stn
 from experiments.stn_fashion import problem
 from experiments.stn_fashion.config import Config
 
-TRAINING = 5  # training steps a cycle
+TRAINING = 5  # training steps per cycle
 
 
 def cycle_cost(config: Config, centred: bool = True) -> float:

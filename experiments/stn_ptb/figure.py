@@ -57,7 +57,7 @@ def _schedule(records: list[record.Record], path: Path) -> Path:
                     )
             axes.set_xlabel("cost (inner-gradient evaluations)")
             axes.legend()
-        left.set(ylabel="dropout rate", title="five dropout rates, a line a seed")
+        left.set(ylabel="dropout rate", title="five dropout rates, one line per seed")
         right.set(ylabel="strength", yscale="log", title="two activation penalties")
     return path
 

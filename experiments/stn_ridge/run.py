@@ -15,7 +15,7 @@ from experiments.stn_ridge import problem
 from experiments.stn_ridge.config import Config
 
 METHODS = ("delta_stn", "stn")
-TRAINING = 5  # training steps a cycle
+TRAINING = 5  # training steps per cycle
 KEPT = 100  # points of a trajectory that are recorded
 TABLE = (
     "relative_error",

@@ -15,6 +15,7 @@ pytest.importorskip("optuna", reason="needs bilevel[experiments]")
 pytest.importorskip("matplotlib", reason="needs bilevel[experiments]")
 
 import bilevel
+from bilevel.run.lock import locked
 from experiments.common import baselines, budget, catalog, cli, expected, figures, record, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,11 +201,13 @@ def test_an_edited_source_is_another_run(package, capsys):
     assert "code: there" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_resumes_to_the_same_records(package, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_records(package, monkeypatch, capsys):
     assert run(package, "--seeds", "2", "--out", "whole") == 0
     monkeypatch.setenv("TOY_FAILS", "1")
-    with pytest.raises(KeyboardInterrupt):
-        run(package, "--seeds", "2", "--out", "broken")
+    capsys.readouterr()
+    assert run(package, "--seeds", "2", "--out", "broken") == 130
+    command = "python -m experiments run toy --preset cpu --seeds 2 --out broken --resume"
+    assert capsys.readouterr().err == f"\ninterrupted; continue with: {command}\n"
     monkeypatch.delenv("TOY_FAILS")
     told = record.read_json(Path("broken/run.json"))
     assert (told["status"], told["begun"], told["done"]) == ("running", [0, 1], [0])
@@ -212,6 +215,13 @@ def test_an_interrupted_run_resumes_to_the_same_records(package, monkeypatch):
         file.write('{"seed": 1, "method": "cg", "st')  # what a kill in mid-line leaves
     assert run(package, "--seeds", "2", "--out", "broken", "--resume") == 0
     assert Path("broken/records.jsonl").read_bytes() == Path("whole/records.jsonl").read_bytes()
+
+
+def test_a_folder_belongs_to_one_process(package, capsys):
+    with locked("--out", Path("here"), Path(".here.lock")):
+        assert run(package, "--preset", "smoke", "--out", "here") == 2
+    assert "`--out` here is in use by another run: process" in capsys.readouterr().err
+    assert not Path("here").exists()
 
 
 def test_more_seeds_can_be_added_to_a_finished_run(package):
@@ -223,7 +233,9 @@ def test_more_seeds_can_be_added_to_a_finished_run(package):
 
 def test_report_puts_the_published_figure_beside_ours(package):
     assert run(package, "--seeds", "2", "--commit-summary") == 0
-    assert cli.main(["report", "--results", "nowhere"], package) == 0
+    assert cli.main(["report", "--results", "beside"], package) == 0
+    assert Path("beside/experiments.md").is_file() and not Path("docs").exists()
+    assert cli.main(["report", "--results", "nowhere", "--commit"], package) == 0
     page = Path("docs/experiments.md").read_text()
     assert "| toy | cpu | cg beats TPE | 0.8 | 0.0625 | <= 0.9 | 2 | " in page
     assert "**not met**" in page and "not judged" in page
@@ -359,6 +371,12 @@ def test_a_method_keeps_its_colour_and_figures_are_reproducible(tmp_path):
     assert contents[0] == contents[1]
 
 
+def test_labels_at_the_end_of_lines_do_not_overprint():
+    moved = figures.apart([3.0, 0.0, 0.1, 0.1], 0.5)
+    assert np.all(np.diff(np.sort(moved)) > 0.499) and moved[0] == 3.0
+    assert moved[1] < moved[2] < moved[3] and abs(np.mean(moved[1:]) - 0.2 / 3) < 1e-9
+
+
 def test_every_experiment_of_the_project_is_complete():
     for name in catalog.discover():
         folder = catalog.folder_of("experiments") / name
@@ -371,6 +389,8 @@ def test_every_experiment_of_the_project_is_complete():
 
 def test_report_reads_only_finished_runs(package):
     assert run(package, "--preset", "smoke", "--out", "results/a") == 0
+    with pytest.raises(cli.RunnerError, match="no finished run"):  # smoke runs stay out of docs/
+        report.write(Path("results"), Path("docs"), package, smoke=False)
     summary = record.read_json(Path("results/a/summary.json"))
     summary["run"]["status"] = "running"
     record.write_json(Path("results/a/summary.json"), summary)

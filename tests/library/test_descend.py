@@ -9,7 +9,7 @@ import pytest
 import bilevel
 from bilevel.ground.batches import check_stack, select_batch
 from bilevel.inner import InnerState, descend
-from bilevel.inner.descend import segment_length, start
+from bilevel.inner.descend import start
 from bilevel.problem.two_losses import Problem
 
 
@@ -88,13 +88,6 @@ def test_a_single_key_is_split_by_step():
     a, b = (select_batch((X, key), t)[1] for t in (0, 1))
     assert jax.random.key_data(a).tolist() != jax.random.key_data(b).tolist()
     np.testing.assert_array_equal(select_batch((X, key), 3)[0], X[3])
-
-
-def test_segments_cover_all_steps_in_near_equal_parts():
-    for steps in range(1, 200):
-        length = segment_length(steps)
-        assert 1 <= length <= steps and 0.5 <= length / np.sqrt(steps) <= 1.75
-    assert [segment_length(t) for t in (25, 50, 100, 400)] == [5, 5, 10, 20]
 
 
 def test_only_a_stack_of_exactly_the_steps_passes():

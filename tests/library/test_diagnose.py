@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bilevel
-from bilevel import CG, Dense, GaussNewton, Hessian, Identity, Implicit, Neumann
+from bilevel import CG, Dense, GaussNewton, Hessian, Identity, Implicit, Neumann, diagnose
 from bilevel.linear.lanczos import extremes, lanczos
 
 EIGENVALUES = np.concatenate([[0.01], np.linspace(1, 5, 28), [20.0]])
@@ -247,6 +247,48 @@ def test_network_with_a_minimum():
     )
     assert found.passed, found
     assert found.errors.shape == (3,)
+
+
+def test_a_check_reads_model_state_as_the_hypergradient_does():
+    def inner(w, lam, batch, scale):
+        return scale * quadratic(w, lam, batch), 3.0 * scale  # products must not read 3 scale
+
+    def outer_of(w, lam, batch, scale):
+        return outer(w, lam, batch) * scale, scale
+
+    w = at_minimum(MATRIX, LAM)
+    call = dict(inner_batch=MATRIX, outer_batch=np.float64(0.3), directions=1, has_state=True)
+    state = np.float64(2.0)
+    found = bilevel.check_hypergrad(
+        outer_of, inner, Implicit(Dense()), w, LAM, model_state=state, **call
+    )
+    assert found.passed and found.status == bilevel.Status.ok, found
+
+
+def test_a_failed_check_shows_the_solve_before_it_blames_the_parameters():
+    found = check(Implicit(CG(max_steps=1)))
+    assert not found.passed and found.residual > 0.01
+    told = found.message.index("with CG(max_steps=1"), found.message.index("inner gradient's norm")
+    assert told[0] < told[1] and "raise its `max_steps`=1" in found.message
+    right = check(Implicit(Dense()), w=jax.tree.map(lambda v: v + 0.3, at_minimum(MATRIX, LAM)))
+    assert not right.passed and "linear solve" not in right.message
+
+
+def test_inputs_in_raw_units_and_slow_compilations_are_noticed():
+    def inner(w, lam, batch):
+        x = batch["x"][:, None, :]
+        if w.ndim == 3:
+            x = jax.lax.conv(x, w, (1,), "SAME")
+        return jnp.mean(x**2) * jnp.sum(w**2) + lam * jnp.sum(w**2)
+
+    small = np.linspace(0.0, 1.0, 8).reshape(2, 4)
+    call = dict(hparams=np.float64(0.1), print=False, num_steps=2)
+    plain = diagnose(inner, np.ones(2), inner_batch={"x": small}, **call)
+    assert not any("scale" in line or "compile" in line for line in plain.advice)
+    raw = diagnose(inner, np.ones(2), inner_batch={"x": 255 * small}, **call)
+    assert any("inner_batch['x']` holds numbers as large as 255" in line for line in raw.advice)
+    deep = diagnose(inner, np.ones((1, 1, 3)), inner_batch={"x": small}, **call)
+    assert any("compile slowly" in line for line in deep.advice)
 
 
 def test_a_composite_problem_is_diagnosed_on_its_support():

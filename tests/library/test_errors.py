@@ -350,12 +350,12 @@ def with_state(w, lam, batch, seen):
         ),
         (
             TypeError,
-            r"hparams\['name'\] is a str, .*It is no number: keep it out of the tree",
+            r"hparams\['name'\] is a str, .*It is not a number: keep it out of the tree",
             {"lam": {**LAM, "name": "l2"}},
         ),
         (
             TypeError,
-            r"params\['act'\] is a function, .*keep it out of the tree",
+            r"params\['act'\] is a function, .*Split the model.*bilevel.split_nnx",
             {"w": {**W, "act": inner}},
         ),
         (
@@ -380,6 +380,11 @@ def with_state(w, lam, batch, seen):
             {"tr": {"o": np.array([object()])}},
         ),
         (TypeError, r"inner_batch\[1\] is a object \(object\)", {"tr": (BATCH, object())}),
+        (
+            TypeError,
+            r"inner_batch\[1\] is a function .*take a batch out of it first",
+            {"tr": (BATCH, lambda step: BATCH)},
+        ),
         # losses that cannot be called, or that give no array
         (
             TypeError,

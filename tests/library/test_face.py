@@ -16,17 +16,18 @@ ROOT = Path(__file__).parents[2]
 
 # A snapshot: adding a name is a decision, and so is taking one away.
 NAMES = """
-Algorithm Anchored BestResponse BestResponseState CG Certificate Composite Dense Diagnosis Diagonal
-DynamicLanczos EKFAC Evolution FiniteDifference FitResult FixedPoint Free GaussNewton Hessian
-HyperSchedule HypergradCheck Hypergradient HypergradientError Hypernetwork Identity Implicit Indexed
-InnerState Integer Interval Jacobian KFAC LinearModel LinearSolution LinearSolver Lineax
-MemoryReport Minimum Neumann Nystrom Page Positive Problem Response Root Saga Simplex Space Spider
-Split Status Stochastic Storm StructuredResponse Unroll WholeRun Woodbury alternate amigo bo_rep
-bome check_hypergrad complex_momentum descend diagnose f2sa fedhyper_client fedhyper_global
+Algorithm Anchored BestResponse BestResponseState CG Certificate Composite DatamodelScore Dense
+Diagnosis Diagonal DynamicLanczos EKFAC Evolution FiniteDifference FitResult FixedPoint Free
+GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient HypergradientError Hypernetwork
+Identity Implicit Indexed Influence InnerState Integer Interval Jacobian KFAC LinearModel
+LinearSolution LinearSolver Lineax MemoryReport Metagradient Metasmoothness Minimum Neumann Nystrom
+Page Positive Problem Response Root Saga Simplex Space Spider Split Status Stochastic Storm
+StructuredResponse Unroll WholeRun Woodbury accumulate alternate amigo bo_rep bome check_hypergrad
+complex_momentum datamodel_score descend diagnose f2sa fedhyper_client fedhyper_global
 fedhyper_server fit fsla global_response hoag hypergrad hypergrad_init hypergrad_solve
-hypergradient_descent maid memory_report minimize mrbo pbgd proximal_step raise_for_status saba
-scan_run self_tuning single_loop soba spaba split_equinox split_linen split_nnx srba stocbio
-value_and_hypergrad with_response
+hypergradient_descent influence maid memory_report metagradient metasmoothness minimize mrbo pbgd
+proximal_step raise_for_status retraining saba scan_run self_tuning single_loop soba spaba
+split_equinox split_linen split_nnx srba stocbio value_and_hypergrad with_response
 """.split()
 
 
@@ -40,6 +41,14 @@ def public():
 
 def test_public_names_are_these():
     assert sorted(public()) == sorted(NAMES)
+
+
+def test_what_is_shown_is_what_is_public():
+    namespaces = {name for name in bilevel.__all__ if inspect.ismodule(getattr(bilevel, name))}
+    assert set(bilevel.__all__) - namespaces == set(NAMES)
+    assert {"outer", "plot", "prox", "regularizers", "run", "testing"} <= namespaces
+    assert {name for name in dir(bilevel) if not name.startswith("_")} == set(bilevel.__all__)
+    assert not {"ground", "hypergradient", "problem"} & set(dir(bilevel))
 
 
 @pytest.mark.parametrize("name", sorted(public()))
@@ -130,7 +139,7 @@ def test_import_is_light():
 def test_namespaces_are_there_after_the_import():
     code = (
         "import bilevel; print(bilevel.regularizers.dropout, bilevel.testing.check_algorithm, "
-        "bilevel.outer.Info)"
+        "bilevel.outer.Info, bilevel.plot.trajectories)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -280,6 +280,11 @@ def test_functions_of_scan_run(match, changes):
         ("hparams is not finite", {"hparams": np.array([0.0, np.inf, 0.0])}),
         ("params is not finite", {"params": np.array([0.0, np.nan, 0.0])}),
         ("`resolve_first` must be True or False", {"resolve_first": 1}),
+        ("`has_state` must be True or False", {"has_state": 1}),
+        (
+            r"params\['f'\] is a custom_jvp, .*bilevel.split_nnx",
+            {"params": {"w": W, "f": jax.nn.relu}},
+        ),
     ],
 )
 def test_arguments_of_check_hypergrad(match, changes):

@@ -96,15 +96,17 @@ def test_report_of_all_modes():
         inner_batch=shape(6, 5, 3), outer_batch=shape(5, 3),
     )  # fmt: skip
     assert [row.name for row in report.rows] == [
-        "mixed", "mixed, remat=step", "mixed, remat=sqrt",
-        "reverse", "reverse, remat=step", "reverse, remat=sqrt", "forward",
+        "mixed", "mixed, remat=step", "mixed, remat=sqrt", "mixed, remat=log",
+        "reverse", "reverse, remat=step", "reverse, remat=sqrt", "reverse, remat=log",
+        "forward",
     ]  # fmt: skip
     for row in report.rows:
         assert row.arguments == 4 * (6 * 5 * 3 + 5 * 3 + 3 + 1)
         assert row.temp >= 0 and row.outputs > 0
         assert row.peak == row.temp + row.arguments + row.outputs
     text = str(report)
-    assert len(text.splitlines()) == 8 and "mixed, remat=sqrt" in text and "MiB" in text
+    assert all(row.compile_seconds > 0 for row in report.rows) and "compile s" in text
+    assert len(text.splitlines()) == 10 and "mixed, remat=sqrt" in text and "MiB" in text
     with pytest.raises(KeyError, match="no row 'mixd'"):
         report.row("mixd")
 

@@ -398,6 +398,24 @@ def test_the_last_line_counts_and_ranks():
     assert empty == Trust(0, {}, 0, None, None, None, None) and str(empty) == "0 steps: no status"
 
 
+@pytest.mark.parametrize(
+    ("match", "course"),
+    [
+        ("`inner_loss` grew from 10 to 1e", lambda i: {"inner_loss": 10.0**i}),
+        ("`hypergrad_norm` grew from .* hypergradients grow", lambda i: {"hypergrad_norm": 3.0**i}),
+        ("`outer_loss` grew .* need bounds", lambda i: {"outer_loss": 3.0**i}),
+        ("may be swapped", lambda i: {"outer_loss": 0.4}),
+    ],
+)
+def test_a_run_that_goes_astray_says_so_once(match, course):
+    fine = {"outer_loss": 1.2, "inner_loss": 1.0, "hypergrad_norm": 1.0}
+    assert trust_of([record(i, **fine) for i in range(12)]).notices == ()
+    trust = trust_of([record(i, **(fine | course(i))) for i in range(12)])
+    assert len(trust.notices) == 1 and re.search(match, trust.notices[0]), trust
+    assert str(trust).count("\n- ") == 1
+    assert trust_of([record(i, **(fine | course(i))) for i in range(5)]).notices == ()
+
+
 def test_a_run_returns_its_trust():
     result = short()
     assert result.trust == trust_of(result.history)

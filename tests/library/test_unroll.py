@@ -199,6 +199,7 @@ def test_all_modes_agree_on_a_network_with_keyed_noise():
             ("mixed", "none", None),
             ("mixed", "step", 5),
             ("mixed", "sqrt", 5),
+            ("reverse", "log", 5),
             ("forward", "none", None),
             ("forward", "none", 5),
         ]

@@ -211,9 +211,25 @@ MUTANTS = [
     Mutant(
         "descend_first_ignored",
         "inner/descend.py",
-        "indices = first + jnp.arange(steps)",
-        "indices = jnp.arange(steps)",
+        "scan(step, state, first + jnp.arange(steps), ",
+        "scan(step, state, jnp.arange(steps), ",
         "the second half of a run reads the batches of the first",
         ("test_descend.py::test_two_halves_are_one_whole_and_types_stay",),
+    ),
+    Mutant(
+        "split_one_too_early",
+        "inner/reversal.py",
+        "return min(longest(places, rounds - 1), ",
+        "return min(longest(places, rounds - 2), ",
+        "a run in little memory makes more steps again than it must",
+        ("test_whole_runs.py::test_no_schedule_makes_fewer_steps",),
+    ),
+    Mutant(
+        "rerun_from_the_first_state",
+        "inner/rerun.py",
+        'jax.lax.dynamic_index_in_dim(x, row["place"], 0, False)',
+        "jax.lax.dynamic_index_in_dim(x, 0, 0, False)",
+        "steps are pulled back at the wrong states",
+        ("test_whole_runs.py::test_steps_made_again_change_nothing",),
     ),
 ]

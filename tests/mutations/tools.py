@@ -4,6 +4,30 @@ from mutations import Mutant
 
 MUTANTS = [
     Mutant(
+        "growth_is_never_noticed",
+        "run/trust.py",
+        "last > GROWTH * first > 0",
+        "last > 1e30 * first > 0",
+        "a run whose losses explode says nothing about it",
+        ("test_run_arguments.py::test_a_run_that_goes_astray_says_so_once",),
+    ),
+    Mutant(
+        "the_parameters_are_blamed",
+        "tools/differences.py",
+        "if check.residual is not None and not check.residual <= check.tolerance:",
+        "if check.residual is not None and not check.residual <= 1e9:",
+        "a failed check does not name the solve that was at fault",
+        ("test_diagnose.py::test_a_failed_check_shows_the_solve_before_it_blames_the_parameters",),
+    ),
+    Mutant(
+        "checks_advance_model_state",
+        "tools/differences.py",
+        "        return _evaluate(losses, w, lam, inner_batch, outer_batch, model_state), w\n",
+        "        return _evaluate(losses, w, lam, inner_batch, outer_batch, 3 * model_state), w\n",
+        "differences are taken of another model state than the hypergradient",
+        ("test_diagnose.py::test_a_check_reads_model_state_as_the_hypergradient_does",),
+    ),
+    Mutant(
         "diagnosis_without_margin",
         "tools/diagnosis.py",
         "stationary = stationarity <= STATIONARY",
@@ -101,5 +125,29 @@ MUTANTS = [
         "moves = ~halted",
         "a step that is not finite enters the state",
         ("test_faults.py",),
+    ),
+    Mutant(
+        "scores_of_the_wrong_rows",
+        "tools/attribution.py",
+        "here, batch = weights[index], ",
+        "here, batch = weights[: len(index)], ",
+        "a score belongs to another example",
+        ("test_attribution.py::test_batches_of_a_run_are_indices",),
+    ),
+    Mutant(
+        "batches_never_compared",
+        "run/segments.py",
+        "if self.seen.setdefault(step, found) != found:",
+        "if self.seen.setdefault(step, found) is None:",
+        "the gradient of a run that reads an iterator is silently wrong",
+        ("test_whole_runs.py::test_what_is_refused",),
+    ),
+    Mutant(
+        "backward_pass_from_the_start",
+        "run/passes.py",
+        "carried, pulled = restored.tree, restored.step",
+        "carried, pulled = restored.tree, 0",
+        "a resumed backward pass counts steps twice",
+        ("test_whole_runs.py::test_goes_on_where_it_was",),
     ),
 ]

@@ -33,7 +33,7 @@ def zeros_like(params: Any) -> Vector:
 
 
 def check_interval(low: Any, high: Any, low_name: str, high_name: str, least: float) -> None:
-    """Refuse ends that are no numbers, below ``least``, or in the wrong order."""
+    """Refuse ends that are not numbers, below ``least``, or in the wrong order."""
     check_one_real(low_name, low, least)
     check_one_real(high_name, high, least)
     if not isinstance(low, Tracer) and not isinstance(high, Tracer):

@@ -1,4 +1,4 @@
-r"""Hypergradient descent: the learning rate follows the derivative of the loss in it."""
+r"""Hypergradient descent: a learning rate that follows the derivative of the loss."""
 
 from typing import Any, NamedTuple
 

@@ -83,7 +83,7 @@ def f2sa(
     ``min_curvature`` is its curvature there, ``distance`` their distance.
 
     Raises:
-      TypeError, ValueError: at construction or when traced, for settings, trees and axes that do
+      TypeError, ValueError: at construction or at trace time, for settings, trees and axes that do
         not fit, and for hyperparameters that no loss reads; the message names the argument.
 
     Cost: (p + 1) K + p (+ 1 for odd p) inner gradients and p (K + 1) outer gradients; no

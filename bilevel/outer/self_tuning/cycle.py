@@ -238,7 +238,7 @@ def tune(
 def _check_step(
     tuning: Tuning, state: SelfTuningState, inner_batches: Batch, outer_batch: Batch
 ) -> bool:
-    """Raise what is wrong when traced; whether loops are to be unrolled."""
+    """Raise what is wrong at trace time; whether loops are to be unrolled."""
 
     def check(batches: Batch, steps: int, name: str, setting: str) -> Batch:
         check_stack(batches, steps, name, f"one batch for each of the {setting}={steps} steps")

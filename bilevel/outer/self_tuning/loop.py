@@ -77,10 +77,10 @@ def self_tuning(
         ``hparams`` (no dropout, no penalty).
       inner: training loss of the same form.
       inner_tx: optax transformation of the weights. Leaves that it freezes do not respond.
-      outer_tx: optax transformation of :math:`\lambda`. Those that normalise (Adam, RMSprop)
+      outer_tx: optax transformation of :math:`\lambda`. Those that normalize (Adam, RMSprop)
         random-walk on a signal that is all noise: lower their rate late. No line search.
-      inner_steps: training steps a cycle.
-      outer_steps: validation steps a cycle.
+      inner_steps: training steps per cycle.
+      outer_steps: validation steps per cycle.
       network: how weights follow; ``StructuredResponse()`` (Delta-STN) if ``None``.
       response_tx: of :math:`\phi`; ``inner_tx`` if ``None``.
       scale_tx: of the raw scales; ``outer_tx`` if ``None``.
@@ -93,7 +93,7 @@ def self_tuning(
         their leading axis, and single PRNG keys (``jax.random.key``) are split.
       shared: parts of the names of hyperparameters that are perturbed once a batch.
       linearize: ``GaussNewton(model, output_loss, penalty=...)``, ``inner`` split in a model and
-        a loss of its outputs: trains the response on linearised outputs, as Delta-STN does.
+        a loss of its outputs: trains the response on linearized outputs, as Delta-STN does.
         For centred networks.
       constrain: bounds; ``None`` leaves the hyperparameters free.
       warm_up: cycles at the start that only train.
@@ -116,13 +116,13 @@ def self_tuning(
       the state if ``None``. Given the hyperparameters from before the step that returned
       ``state``, the weights that its ``value`` was measured with.
 
-    Cost: per training step two inner gradients (linearised: about three), and one multiply-add
+    Cost: per training step two inner gradients (linearized: about three), and one multiply-add
     a weight and group; an uncentred network one gradient. No matrix product is doubled with
-    ``groups=1``. Memory: weights, response and their optimiser states, and ``groups`` sets of
+    ``groups=1``. Memory: weights, response and their optimizer states, and ``groups`` sets of
     weights while a perturbed loss is differentiated.
 
     Raises:
-      TypeError, ValueError: at construction or when traced, for settings, trees and values
+      TypeError, ValueError: at construction or at trace time, for settings, trees and values
         outside bounds; a hyperparameter that neither loss reads (a learning rate) is sent
         to ``Unroll``.
 

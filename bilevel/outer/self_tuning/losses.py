@@ -1,4 +1,4 @@
-r"""What a cycle of self-tuning is made of: its settings, weights and losses."""
+r"""Building blocks of a cycle of self-tuning: its settings, weights and losses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -62,7 +62,7 @@ class Tuning:
         """What the losses read as weights at ``raw``, and nothing perturbed."""
         if self.network.centred:
             return self.undisplaced(trained)
-        # A network of layers takes a displacement an example; here one serves them all.
+        # A network of layers takes a displacement per example; here one serves them all.
         apply = self.network.everywhere if self.per_example else self.network.apply
         return apply(trained.network.params, trained.weights.params, raw)
 

@@ -1,4 +1,4 @@
-r"""What single loops are made of: one point, what is read there, and the directions it gives.
+r"""Building blocks of single loops: one point, what is read there, and the directions it gives.
 
 With :math:`q` for the solution of :math:`H q = \nabla_w f` that a loop keeps track of (the papers
 write :math:`v = -q`), all directions are taken at one point :math:`(w, q, \lambda)`:

@@ -80,7 +80,7 @@ def single_loop(
     Parameters that ``inner_tx`` freezes are constants, and have no adjoint.
 
     Raises:
-      TypeError, ValueError: at construction or when traced, for settings, trees, axes and values
+      TypeError, ValueError: at construction or at trace time, for settings, trees, axes and values
         outside their bounds that do not fit; the message names the argument.
 
     Cost: one inner gradient, one product (which yields both), one outer gradient; the estimators

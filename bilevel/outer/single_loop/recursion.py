@@ -180,7 +180,7 @@ class Spider:
         return _anchored(read, point, inner, outer, memory, step % self.period == 0)
 
     def check(self, inner: Anchored, outer: Anchored, count: int) -> None:
-        """Refuse an anchor that is no batch."""
+        """Refuse an anchor that is not a batch."""
         _check_full(inner, outer)
 
 
@@ -224,7 +224,7 @@ class Page:
         return _anchored(read, point, inner, outer, memory, (step == 0) | drawn)
 
     def check(self, inner: Anchored, outer: Anchored, count: int) -> None:
-        """Refuse an anchor that is no batch."""
+        """Refuse an anchor that is not a batch."""
         _check_full(inner, outer)
 
 

@@ -1,4 +1,4 @@
-"""Curvature from the layers of a model: what its inputs and output gradients tell of J."""
+"""Curvature from the layers of a model: what their inputs and output gradients tell about J."""
 
 from bilevel.problem.layers.dual import block_root as block_root
 from bilevel.problem.layers.dual import dual_kernel as dual_kernel

@@ -150,7 +150,7 @@ def _of_rows(rows: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _by_units(a: jax.Array, d: jax.Array, scale: jax.Array) -> jax.Array:
-    """One number a weight: unit by unit, each with its own inner products of the inputs."""
+    """One number per weight: unit by unit, each with its own inner products of the inputs."""
     n, c, _ = d.shape
 
     def body(total: jax.Array, unit: Any) -> tuple[jax.Array, None]:

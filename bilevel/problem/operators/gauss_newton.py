@@ -70,7 +70,7 @@ class GaussNewton:
     def bind(
         self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
     ) -> BoundOperator:
-        """Linearise model, output loss and penalty at ``params``."""
+        """Linearize model, output loss and penalty at ``params``."""
         if fresh:
             first = select_batch(batch, 0)
             bound = self.bind(problem, params, hparams, first, fresh=False)

@@ -24,7 +24,7 @@ class Hessian:
       damping: :math:`\rho \ge 0`, in units of curvature; traced, so a change never recompiles.
 
     Symmetric but indefinite away from a minimum of a non-convex loss. Cost: one gradient to
-    bind (linearised once at this batch), about 1.2 gradients a product, and one backward
+    bind (linearized once at this batch), about 1.2 gradients a product, and one backward
     pass of memory; with fresh batches about 2.5 gradients a product.
     """
 
@@ -36,7 +36,7 @@ class Hessian:
     def bind(
         self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
     ) -> BoundOperator:
-        """Linearise the inner gradient at ``params``."""
+        """Linearize the inner gradient at ``params``."""
         if fresh:
             first = select_batch(batch, 0)
             bound = self.bind(problem, params, hparams, first, fresh=False)

@@ -1,4 +1,4 @@
-r"""The Jacobian of a condition that is no gradient: its product and that with the transpose."""
+r"""The Jacobian of a condition that is not a gradient: products with it and its transpose."""
 
 import dataclasses
 from typing import Any
@@ -38,7 +38,7 @@ class Jacobian:
     def bind(
         self, problem: Problem, params: Params, hparams: Hparams, batch: Batch, *, fresh: bool
     ) -> BoundOperator:
-        """Linearise the condition at ``params``."""
+        """Linearize the condition at ``params``."""
         if fresh:
             first = select_batch(batch, 0)
             bound = self.bind(problem, params, hparams, first, fresh=False)

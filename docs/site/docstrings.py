@@ -1,0 +1,107 @@
+"""Docstrings for the site: reStructuredText roles as the library writes them become Markdown."""
+
+import re
+import textwrap
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc|ref):`(~?)([\w.]+)`")
+MATH = re.compile(r":math:`([^`]*)`")
+BLOCK = re.compile(
+    r"^(?P<indent>[ ]*)\.\. (?P<kind>math|code-block)::[ ]*(?P<first>[^\n]*)\n"
+    r"(?P<rest>(?:(?P=indent)[ ]+\S[^\n]*\n|[ ]*\n(?=(?:[ ]*\n)*(?P=indent)[ ]+\S))*)",
+    re.MULTILINE,
+)
+SECTION = re.compile(
+    r"^(?P<name>Args|Attributes|Examples?|Raises|Returns):[ ]*\n"
+    r"(?P<body>(?:[ ]+\S[^\n]*\n|[ ]*\n)+)",
+    re.MULTILINE,
+)
+ITEM = re.compile(r"([^\s:`][^:`]*): (.*)")
+TITLES = {"Args": "Arguments"}
+
+
+def markdown(text: str, public: frozenset[str]) -> str:
+    """The docstring with formulas in dollars, blocks in fences and names as links."""
+
+    def block(match: re.Match[str]) -> str:
+        indent, rest = match["indent"], textwrap.dedent(match["rest"]).strip("\n")
+        if match["kind"] == "math":
+            body = "\n".join(part for part in (match["first"].strip(), rest) if part.strip())
+            lines = ["", "$$", *(line for line in body.splitlines() if line.strip()), "$$", ""]
+        else:
+            lines = ["", f"```{match['first'].strip()}", *rest.splitlines(), "```", ""]
+        return "".join(f"{indent}{line}".rstrip() + "\n" for line in lines)
+
+    def role(match: re.Match[str]) -> str:
+        short = match[2].removeprefix("bilevel.")
+        last = match[2].rpartition(".")[2] if match[1] else match[2]
+        return f"[`{last}`][bilevel.{short}]" if short in public else f"`{last}`"
+
+    text = BLOCK.sub(block, text + "\n")
+    text = MATH.sub(lambda m: f"${m[1].strip()}$", text)
+    text = ROLE.sub(role, text)
+    return SECTION.sub(_section, text).rstrip()
+
+
+def _section(match: re.Match[str]) -> str:
+    """A section of a docstring as a list, as code, or as paragraphs under its title."""
+    name, body = match["name"], textwrap.dedent(match["body"]).strip("\n")
+    if name.startswith("Example"):
+        body = f"```pycon\n{body}\n```"
+    elif name != "Returns":
+        lines = []
+        for line in body.splitlines():
+            item = ITEM.match(line)
+            lines.append(f"- `{item[1]}`: {item[2]}" if item else f"  {line}".rstrip())
+        body = "\n".join(lines)
+    return f"**{TITLES.get(name, name)}**\n\n{body}\n\n"
+
+
+def default_of(value: Any) -> Any:
+    """What a dataclass field is without an argument: `count(100)` is 100 to a reader."""
+    match = re.match(r"(?:dataclasses\.)?(?:count|real|field|flag|choice)\(", str(value))
+    if value is None or match is None:
+        return value
+    inside = str(value)[match.end() :]
+    named = re.search(r"default=([^,()]+(?:\([^()]*\))?)", inside)
+    if named:
+        return named[1]
+    first = re.match(r"[^,()=]+(?:\([^()]*\))?(?=[,)])", inside)
+    return first[0] if first else None
+
+
+def signature_of(node: Any) -> str:
+    """How a dataclass is called, as a block of code; nothing for other classes."""
+    if not any("dataclass" in str(decorator.value) for decorator in node.decorators):
+        return ""
+    lines = []
+    for name, field in node.members.items():
+        fixed = "instance-attribute" not in field.labels  # a ClassVar
+        if field.is_attribute and field.annotation is not None and not fixed and name[0] != "_":
+            default = default_of(field.value)
+            given = "" if default is None else f" = {default}"
+            lines.append(f"    {name}: {field.annotation}{given},")
+    body = "\n".join(["", *lines, ""]) if lines else ""
+    return f"```python\n{node.name}({body})\n```\n\n"
+
+
+class Docstrings(griffe.Extension):
+    """Rewrites every docstring once the package is read."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        spaces = {"objectives", "outer", "plot", "prox", "regularizers", "run", "testing"}
+        public = frozenset(n for n in pkg.members if not n.startswith("_") and n not in spaces)
+        self._walk(pkg, public, set())
+
+    def _walk(self, node: Any, public: frozenset[str], seen: set[str]) -> None:
+        if node.is_alias or node.path in seen:
+            return
+        seen.add(node.path)
+        if node.docstring is not None:
+            node.docstring.value = markdown(node.docstring.value, public)
+        if node.is_class and node.docstring is not None:
+            node.docstring.value = signature_of(node) + node.docstring.value
+        for member in node.members.values():
+            self._walk(member, public, seen)
