@@ -75,7 +75,8 @@ def losses(activation: str) -> Callable[..., jax.Array]:
 
     def each(w: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, y = batch
-        out = ACTIVATIONS[activation](x @ w["hidden"] + w["shift"]) @ w["out"] + w["bias"]
+        out = ACTIVATIONS[activation](x @ w["hidden"] + w["shift"][None]) @ w["out"]
+        out = out + w["bias"][None]
         if jnp.issubdtype(y.dtype, jnp.integer):
             return optax.softmax_cross_entropy_with_integer_labels(out, y)
         return 0.5 * (out[:, 0] - y) ** 2
