@@ -53,9 +53,9 @@ class Config:
     train: int = 400
     queries: int = 20
     hidden: int = 16
-    batch: int = 50
+    batch: int = 200
     decay: float = 1e-3
-    setting: Setting = Setting()
+    setting: Setting = Setting("softplus", 0.01)
     subsets: int = 50
     removed: float = 0.05
     settings: tuple[Setting, ...] = TEN
