@@ -10,6 +10,9 @@ KEPT = {
     "experiments/test_augment.py": {
         "test_a_run_tunes_both_networks_and_a_finished_one_is_not_run_again": 0,
     },
+    "experiments/test_costs.py": {
+        "test_a_loop_counts_what_is_budgeted_for_its_step": 1,
+    },
     "experiments/test_decay.py": {
         "test_it_runs_and_decays_per_weight_fit_the_validation_images_best": 0,
     },
@@ -19,23 +22,28 @@ KEPT = {
     "experiments/test_lstm.py": {
         "test_a_small_run_learns_records_everything_and_is_not_repeated": 0,
     },
-    "experiments/test_many.py": {"test_it_runs_and_chooses_one_of_the_strengths": 0},
+    "experiments/test_many.py": {
+        "test_it_runs_and_chooses_one_of_the_strengths": 0,
+    },
     "experiments/test_overfit.py": {
         "test_a_decay_per_weight_fits_the_validation_set_and_nothing_runs_twice": 0,
     },
     "experiments/test_solvers.py": {
         "test_every_method_lowers_the_gradient_and_equals_its_twin": 0,
+        "test_the_gradient_of_the_quadratic_is_that_of_the_library": 0,
     },
-    "experiments/test_sparse_experiment.py": {"test_it_runs_resumes_and_is_drawn": 0},
-    "experiments/test_sure_experiment.py": {"test_it_runs_and_denoises": 0},
+    "experiments/test_sparse_experiment.py": {
+        "test_it_runs_resumes_and_is_drawn": 0,
+        "test_its_hypergradient_is_the_slope_of_the_criterion": 0,
+    },
     "experiments/test_stn_cifar.py": {
         "test_a_run_tunes_every_hyperparameter_and_resumes": 0,
         "test_the_full_network_is_the_papers_and_can_be_traced": 0,
         "test_the_starting_values_are_inside_the_ranges_and_change_nothing_twice": 0,
     },
     "experiments/test_stn_digits.py": {
-        "test_every_method_is_recorded_once_and_drawn": 0,
         "test_delta_stn_trains_the_plain_network_of_its_schedule": 0,
+        "test_every_method_is_recorded_once_and_drawn": 0,
     },
     "experiments/test_stn_fashion.py": {
         "test_every_method_is_recorded_once_and_holes_move_through_the_response_alone": 0,
@@ -43,19 +51,38 @@ KEPT = {
     "experiments/test_stn_ptb.py": {
         "test_a_small_run_moves_what_it_tunes_replays_it_and_is_not_repeated": 0,
     },
+    "experiments/test_stn_ridge.py": {
+        "test_a_short_run_moves_towards_the_optimum_and_is_not_repeated": 0,
+    },
+    "experiments/test_sure_experiment.py": {
+        "test_it_runs_and_denoises": 0,
+    },
     "library/test_adapters.py": {
-        "test_linen_with_batch_norm_and_dropout": 0,
+        "test_equinox_keeps_static_parts_and_gives_the_pure_twins_number": 0,
         "test_lineax_solvers_solve": 1,
+        "test_linen_with_batch_norm_and_dropout": 0,
+    },
+    "library/test_alternate.py": {
+        "test_batch_norm_and_dropout_through_model_state": 0,
+        "test_scan_and_vmap_agree_with_calls_one_by_one": 0,
+    },
+    "library/test_best_response.py": {
+        "test_training_finds_the_slope_of_its_width": 1,
     },
     "library/test_composite.py": {
+        "test_a_lasso_with_two_thousand_weights_takes_the_products_of_its_support": 0,
         "test_cg_agrees_with_differences_of_the_solved_problem": 2,
+        "test_curvature_is_judged_on_the_support": 0,
         "test_every_legal_solver_and_operator": 3,
         "test_mistakes_in_conditions_are_rejected_by_two_cases": 1,
+        "test_stationarity_is_that_of_minimize": 0,
         "test_the_system_is_that_of_the_fixed_point_for_every_step_size": 2,
         "test_trees_half_precision_and_warm_starts": 0,
+        "test_what_does_not_fit_is_refused": 0,
         "test_with_response_to_second_order_in_both_modes": 0,
     },
     "library/test_conditions.py": {
+        "test_check_hypergrad_solves_conditions_anew": 0,
         "test_fixed_points_of_proximal_and_projected_steps": 3,
         "test_with_response_differentiates_an_equilibrium_to_second_order_in_both_modes": 1,
     },
@@ -64,8 +91,11 @@ KEPT = {
         "test_ekfac_is_exact_where_the_block_is_a_kronecker_product": 1,
         "test_kfac_needs_a_third_of_the_products": 0,
         "test_low_precision": 0,
+        "test_moments_are_the_diagonal_of_gauss_newton_in_any_bases": 0,
         "test_preconditioned_cg_reaches_the_same_solution": 1,
         "test_preconditioners_are_symmetric_and_positive": 0,
+        "test_solvers_through_layers_may_be_mapped": 0,
+        "test_woodbury_keeps_to_rows_where_examples_may_depend_on_each_other": 0,
         "test_woodbury_through_layers_is_woodbury_through_rows": 2,
     },
     "library/test_custom_rules.py": {
@@ -74,36 +104,77 @@ KEPT = {
         "test_siblings_change_nothing_either": 1,
     },
     "library/test_data_derivatives.py": {
+        "test_a_derivative_in_hyperparameters_has_not_one_operation_more": 0,
+        "test_a_loss_with_a_backward_rule_has_its_first_derivative": 0,
+        "test_a_residual_is_relative": 0,
         "test_in_hyperparameters_and_data_by_every_solver": 2,
         "test_the_divergence_of_the_lasso_is_the_size_of_its_support": 0,
     },
-    "library/test_default_flags.py": {"test_what_only_default_flags_can_show": 0},
-    "library/test_docs.py": {"test_python_blocks_run": 3},
-    "library/test_face.py": {"test_examples_run": 40},
+    "library/test_default_flags.py": {
+        "test_what_only_default_flags_can_show": 0,
+    },
+    "library/test_deploy.py": {
+        "test_the_value_belongs_to_what_is_deployed_with_the_hparams_before": 1,
+    },
+    "library/test_descend.py": {
+        "test_equals_a_python_loop": 1,
+    },
+    "library/test_docs.py": {
+        "test_python_blocks_run": 2,
+    },
+    "library/test_dynamic_lanczos.py": {
+        "test_trees_dtypes_and_lanes": 0,
+    },
+    "library/test_face.py": {
+        "test_examples_run": 20,
+    },
     "library/test_faults.py": {
         "test_a_killed_process_leaves_its_last_checkpoint_and_no_stale_lock": 0,
+        "test_an_interrupt_while_compiling_ends_cleanly": 0,
     },
     "library/test_finite_difference.py": {
-        "test_exact_where_the_hyperparameter_gradient_is_quadratic": 1,
         "test_a_radius_below_rounding_is_marked": 1,
+        "test_exact_where_the_hyperparameter_gradient_is_quadratic": 1,
     },
     "library/test_fit.py": {
+        "test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before": 1,
         "test_a_finished_run_goes_on_when_asked_for_more_steps": 1,
         "test_a_run_killed_three_times_ends_with_the_same_bits": 0,
-        "test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before": 1,
     },
-    "library/test_hypergrad.py": {"test_method_equals_its_closed_form": 80},
+    "library/test_hypergrad.py": {
+        "test_method_equals_its_closed_form": 48,
+    },
+    "library/test_loops.py": {
+        "test_a_loop_keeps_its_contract": 17,
+    },
     "library/test_maid.py": {
         "test_a_penalty_a_weight_keeps_both_guarantees": 1,
         "test_every_accepted_step_decreases_the_true_value_and_the_error_is_below_its_bound": 1,
     },
-    "library/test_odd_inputs.py": {"test_a_sample": 0},
+    "library/test_memory_report.py": {
+        "test_memory_of_fifty_steps_on_670k_weights": 0,
+        "test_memory_of_segments_grows_like_the_square_root": 0,
+        "test_report_of_all_modes": 0,
+    },
+    "library/test_minimize.py": {
+        "test_the_condition_of_a_proximal_solution": 1,
+    },
+    "library/test_mutants.py": {
+        "test_the_runner_tells_a_kill_from_a_survivor": 0,
+    },
+    "library/test_odd_inputs.py": {
+        "test_a_sample": 0,
+    },
     "library/test_optimizer.py": {
         "test_a_gradient_of_exactly_zero_has_the_derivative_of_the_limit": 4,
         "test_a_line_search_is_differentiated_forward_or_refused": 0,
         "test_optimizers_that_ask_for_the_loss": 2,
+        "test_roots_in_loops_branches_and_calls_are_flat_at_zero_and_else_unchanged": 0,
+        "test_the_loss_reaches_one_step_and_evolution": 0,
     },
-    "library/test_optimizers.py": {"test_optimizers": 8},
+    "library/test_optimizers.py": {
+        "test_optimizers": 5,
+    },
     "library/test_outer_sharding.py": {
         "test_examples_and_columns_stay_where_they_are": 0,
     },
@@ -114,33 +185,63 @@ KEPT = {
         "test_any_tree_any_dtype_and_a_batch_of_one": 1,
         "test_jit_changes_rounding_only": 1,
     },
-    "library/test_recurrence.py": {"test_derivatives_are_those_of_the_plain_loop": 1},
+    "library/test_prox.py": {
+        "test_jacobians_are_symmetric_with_eigenvalues_from_zero_to_one": 1,
+    },
+    "library/test_recurrence.py": {
+        "test_derivatives_are_those_of_the_plain_loop": 1,
+    },
+    "library/test_regularizers.py": {
+        "test_the_two_right_ways_through_an_l1_penalty_and_the_wrong_one": 0,
+    },
     "library/test_single_loop.py": {
         "test_frozen_leaves_have_no_adjoint": 2,
         "test_half_precision_keeps_its_types_and_the_adjoint_is_wide": 2,
     },
     "library/test_sparse.py": {
         "test_a_sparse_design_gives_the_same_and_is_never_made_dense": 2,
+        "test_tools_read_sparse_designs": 0,
     },
     "library/test_strengths.py": {
         "test_half_precision_rounds_once_at_the_end": 1,
-        "test_traced_strengths_that_are_impossible_give_nan_and_no_plausible_number": 20,
+        "test_traced_strengths_that_are_impossible_give_nan_and_no_plausible_number": 10,
     },
     "library/test_training_step.py": {
         "test_a_lone_key_is_split_by_step_in_every_loop": 2,
         "test_inner_optimizers_get_the_loss_that_they_ask_for": 1,
         "test_outer_optimizers_get_the_value_of_the_outer_loss": 1,
     },
+    "library/test_transforms.py": {
+        "test_sharded_equals_replicated_on_eight_devices": 0,
+        "test_with_response_accepts_a_solver_in_plain_python": 0,
+        "test_with_response_is_differentiable_everywhere": 0,
+    },
     "library/test_unroll.py": {
         "test_all_modes_agree_on_a_network_with_keyed_noise": 0,
         "test_optimizer_settings_equal_central_differences": 3,
         "test_quadratic_equals_its_closed_form": 4,
+        "test_truncation_at_a_stationary_point_is_neumann": 1,
     },
-    "library/test_unroll_in_jax.py": {"test_batch_norm_equals_central_differences": 1},
+    "library/test_unroll_in_jax.py": {
+        "test_a_derivative_of_the_hypergradient_through_a_closed_over_value": 0,
+        "test_batch_norm_equals_central_differences": 1,
+        "test_learned_initialisation": 1,
+        "test_low_precision_parameters_and_wide_hyperparameters": 1,
+        "test_too_many_steps_in_half_precision_are_marked_and_float32_masters_are_right": 0,
+    },
     "library/test_with_response.py": {
+        "test_a_leaf_that_does_not_respond_is_no_flat_direction": 1,
+        "test_a_whole_hessian_over_three_decays": 0,
+        "test_an_eager_call_far_from_a_minimum_warns": 0,
         "test_derivatives_in_anything_else_are_refused_in_both_modes": 1,
         "test_every_order_and_mode_is_right_with_every_solver": 3,
+        "test_flat_directions_are_nan_only_where_they_matter": 1,
+        "test_forward_mode_of_the_solution_and_one_leaf_alone": 0,
+        "test_mixed_derivatives_in_what_only_the_outer_loss_reads": 0,
+        "test_numpy_float64_from_a_library_is_accepted_in_float32": 0,
         "test_second_derivatives_under_vmap_and_scan_with_a_closure_over_tracers": 0,
+        "test_status_is_an_array_without_derivative_under_every_transformation": 0,
+        "test_the_reported_second_derivative": 0,
     },
 }
 

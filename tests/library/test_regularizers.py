@@ -74,7 +74,7 @@ def test_a_rate_outside_its_range_is_refused(rate):
 
 
 def test_a_rate_of_the_wrong_length_is_refused():
-    with pytest.raises(ValueError, match="one value an example"):
+    with pytest.raises(ValueError, match="one value per example"):
         reg.dropout(KEY, jnp.ones((2, 3)), jnp.array([0.1, 0.2, 0.3]))
 
 

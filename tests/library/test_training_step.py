@@ -154,7 +154,7 @@ def test_a_lone_key_is_split_by_step_in_every_loop(name):
                   {"x": x, "key": jax.random.split(key, 2)}, {"x": x, "key": key, "y": x[0]},
                   {"x": x, "key": key, "y": 1.0}):  # fmt: skip
         with pytest.raises(
-            ValueError, match=r"inner_batches\[.*leading axis of 3.*Stack the batch"
+            ValueError, match=r"inner_batches\[.*leading axis of 3.*Stack a list of batches"
         ):
             trace(**wrong)
 

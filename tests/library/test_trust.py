@@ -217,7 +217,7 @@ def test_a_spent_budget_is_not_convergence(solver):
 
 def test_thresholds_replace_the_judgement():
     w = ridge_solution()
-    rough = solve(ridge, w, STRENGTH, Implicit(Neumann(1)))
+    rough = solve(ridge, w, STRENGTH, Implicit(Neumann(1, step_size=0.1)))
     assert status(rough) == Status.truncated and 0.1 < part(rough) < 1
     with pytest.raises(bilevel.HypergradientError, match="truncated: .*spent its budget"):
         bilevel.raise_for_status(rough)
