@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Params, Scalar, Stats, Vector
-from bilevel.ground.status import STATIONARITY, Status, code, worst
+from bilevel.ground.aliases import Hparams, Params, Scalar, Stats, Vector
+from bilevel.ground.status import STATIONARITY, Status, code, status_of, worst
 from bilevel.inner.descend import StepInfo
 
 LOST = 0.2
@@ -52,6 +52,23 @@ def stationarity_stats(
         "relative_stationarity": jnp.where(length > 0, length / scale, 0),
         "predicted_change": -tree.vdot(q, inner_grad),
     }
+
+
+def judged(
+    value: Scalar, g: Vector, params: Params, grads: Hparams, result: jax.Array, stats: Stats
+) -> jax.Array:
+    """``result``, made worse where the point is not a minimum or a number is not finite."""
+    finite = jnp.isfinite(value) & tree.all_finite(g)
+    if "stationarity" in stats:
+        finite &= jnp.isfinite(stats["stationarity"])
+    if "predicted_change" in stats:
+        far = not_stationary(value, g, params, stats)
+        result = worst(result, status_of(Status.ok, (far, Status.not_stationary)))
+    return status_of(
+        result,
+        (~finite, Status.nonfinite_input),
+        (~tree.all_finite(grads), Status.nonfinite_output),
+    )
 
 
 def not_stationary(value: Scalar, g: Vector, params: Params, stats: Stats) -> jax.Array:

@@ -7,15 +7,13 @@ r"""The heart of the library: one hypergradient, from a problem and a response.
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params
 from bilevel.ground.keys import check_key
 from bilevel.ground.settings import check_settings_used, out_of_range
 from bilevel.ground.status import Status, status_of, worst
 from bilevel.hypergradient.base import Hypergradient, Response
-from bilevel.hypergradient.judge import not_stationary
+from bilevel.hypergradient.judge import judged
 from bilevel.problem.two_losses import Point, Problem
 from bilevel.problem.validate import check_problem
 
@@ -45,18 +43,8 @@ def solve(
         "direct_norm": tree.norm(direct),
         "indirect_norm": tree.norm(indirect),
     }
-    finite_in = jnp.isfinite(value) & tree.all_finite(g)
-    if "stationarity" in stats:
-        finite_in &= jnp.isfinite(stats["stationarity"])
-    if "predicted_change" in stats:
-        far = not_stationary(value, g, params, stats)
-        result = worst(result, status_of(Status.ok, (far, Status.not_stationary)))
     result = worst(result, status_of(Status.ok, (out_of_range(response), Status.invalid_setting)))
-    result = status_of(
-        result,
-        (~finite_in, Status.nonfinite_input),
-        (~tree.all_finite(grads), Status.nonfinite_output),
-    )
+    result = judged(value, g, params, grads, result, stats)
     w = w.params if isinstance(w, Point) else w
     return Hypergradient(value, aux, w, grads, direct, indirect, state, result, stats)
 

@@ -75,7 +75,7 @@ def minimize(
 
     With ``curvatures`` :math:`(\mu, L)` by Nesterov's accelerated gradient steps of length
     :math:`1/L`, whose momentum is that of a loss whose Hessian has all eigenvalues between the two:
-    a gradient a step and no search, and from :math:`\|\nabla h\| = \delta` to tol in about
+    one gradient per step and no search, and from :math:`\|\nabla h\| = \delta` to tol in about
     :math:`\sqrt{L/\mu}\,\log(\delta L/(\mu\,\text{tol}))` steps.
 
     Args:

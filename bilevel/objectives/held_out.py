@@ -29,8 +29,8 @@ class HeldOut:
     * ``each(solve)``: a solver of ``inner`` from one of a single fit.
 
     Raises:
-      TypeError, ValueError: for a split that is none or has a common example, and losses that
-        cannot be called; in ``inner_batch``, for arrays of fewer examples.
+      TypeError, ValueError: for what is not a split, or has an example in both parts, and for
+        losses that cannot be called; in ``inner_batch``, for arrays of fewer examples.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, bilevel

@@ -78,13 +78,7 @@ class LeaveOneOut:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if (self.predict is None) != (self.inner is None):
-            raise ValueError(
-                "`predict` and `inner` go together: pass both for `outer`, or none for "
-                "`risk(estimate, y)`."
-            )
-        if self.predict is not None:
-            check_solution(self.inner, self.predict, self.observed, self.response)
+        check_solution(self.inner, self.predict, self.observed, self.response)
 
     def outer(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
         """The leave-one-out error of the fit at ``params``, an outer loss."""

@@ -67,7 +67,14 @@ def push_solution(
 
 
 def check_solution(inner: Any, predict: Any, observed: Any, response: Any) -> None:
-    """Refuse what :func:`push_solution` cannot use."""
+    """Refuse what :func:`push_solution` cannot use; without both functions it is not used."""
+    if (predict is None) != (inner is None):
+        raise ValueError(
+            "`predict` and `inner` go together: pass both for `outer`, or none for "
+            "`risk(estimate, y)`."
+        )
+    if predict is None:
+        return
     check_inner_problem(inner)
     if not is_function(predict):
         raise TypeError(

@@ -109,13 +109,7 @@ class SURE:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if (self.predict is None) != (self.inner is None):
-            raise ValueError(
-                "`predict` and `inner` go together: pass both for `outer`, or none for "
-                "`risk(estimate, y)`."
-            )
-        if self.predict is not None:
-            check_solution(self.inner, self.predict, self.observed, self.response)
+        check_solution(self.inner, self.predict, self.observed, self.response)
         if concrete(self.forward) and np.ndim(self.forward) != 2:
             raise ValueError(
                 f"`forward` has shape {np.shape(self.forward)}, expected a matrix (observations, "

@@ -19,7 +19,7 @@ from bilevel.inner.descend import InnerState
 from bilevel.inner.mixed import is_float
 from bilevel.inner.optimizer import InnerTx, check_inner_tx
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inexact, check_inner, check_losses
+from bilevel.problem.validate import SPLIT_MODEL, check_inexact, check_inner, check_losses
 from bilevel.run import arguments
 from bilevel.run.interrupt import deferred_interrupts
 from bilevel.run.lock import locked
@@ -204,7 +204,7 @@ def _checked(
     check_flag("has_state", has_state)
     check_losses(inner=inner, **({} if outer is None else {"outer": outer}))
     check_inner_tx(inner_tx)
-    check_inexact(params, "params", "Split the model into its trainable floats.")
+    check_inexact(params, "params", SPLIT_MODEL)
     check_inexact(hparams, "hparams", "An integer has no derivative: keep it out of `hparams`.")
     if outer is None and cotangent is None:
         raise ValueError(

@@ -5,20 +5,28 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Key, Params, Stats
 from bilevel.ground.batches import check_batch, check_entries
 from bilevel.ground.keys import check_key
-from bilevel.ground.settings import check_count, check_flag, check_settings_used, check_takes
-from bilevel.ground.status import Status, status_of, worst
+from bilevel.ground.settings import (
+    check_count,
+    check_flag,
+    check_settings_used,
+    check_takes,
+    concrete,
+)
+from bilevel.ground.status import worst
 from bilevel.ground.tree import paths
 from bilevel.hypergradient.base import Response
+from bilevel.hypergradient.judge import judged
 from bilevel.hypergradient.unroll import Unroll
 from bilevel.inner.descend import descend, start
 from bilevel.inner.optimizer import build_tx
 from bilevel.problem.two_losses import Point, Problem
-from bilevel.problem.validate import check_inexact, check_response
+from bilevel.problem.validate import SPLIT_MODEL, check_inexact, check_response
 
 Losses: TypeAlias = Callable[[Params, Batch], jax.Array]
 """``losses(params, batch) -> (n,)``: one loss per example of the batch."""
@@ -126,22 +134,23 @@ def influence(
     w, pullback = response.vjp(problem, params, weights, batches, None, key=key)
     at = w.params if isinstance(w, Point) else w
 
-    def one(g: Params) -> Any:
+    def one(value: jax.Array, g: Params) -> Any:
         grads, _, result, stats = pullback(g)
-        finite = tree.all_finite(grads)
-        return grads, status_of(result, (~finite, Status.nonfinite_output)), stats
+        result = judged(value, g, params, grads, result, stats)
+        return grads, result, stats
 
     if not per_query:
         value, g = jax.value_and_grad(lambda p: jnp.mean(query(p, queries)))(at)
-        scores, result, stats = one(g)
+        scores, result, stats = one(value, g)
         return Influence(scores, value, at, result, stats)
     value, pull = jax.vjp(lambda p: query(p, queries), at)
 
-    def row(cotangent: jax.Array) -> Any:
-        return one(pull(cotangent)[0])
+    def row(one_query: tuple[jax.Array, jax.Array]) -> Any:
+        cotangent, value = one_query
+        return one(value, pull(cotangent)[0])
 
-    eye = jnp.eye(len(value), dtype=value.dtype)
-    scores, results, stats = jax.lax.map(row, eye, batch_size=min(at_once, len(value)))
+    rows = jnp.eye(len(value), dtype=value.dtype), value
+    scores, results, stats = jax.lax.map(row, rows, batch_size=min(at_once, len(value)))
     return Influence(scores, value, at, worst(*results), stats)
 
 
@@ -185,7 +194,7 @@ def _weighted(
     batches: jax.Array | None,
 ) -> tuple[jax.Array, Problem, Any]:
     """Weights one, the problem with a weight per example, and what its inner loss reads."""
-    check_inexact(params, "params", "Split the model into its trainable floats.")
+    check_inexact(params, "params", SPLIT_MODEL)
     dtype = check_examples("losses", losses, params, data, "data")
     n = len(jax.tree.leaves(data)[0])
     if penalty is not None:
@@ -194,7 +203,9 @@ def _weighted(
     def inner(params: Params, weights: jax.Array, index: Any) -> jax.Array:
         here, batch = weights, data
         if index is not None:
-            here, batch = weights[index], jax.tree.map(lambda x: x[index], data)
+            # A row beyond the data makes the run NaN; as an index it would be clamped.
+            here = weights.at[index].get(mode="fill", fill_value=jnp.nan)
+            batch = jax.tree.map(lambda x: x[index], data)
         value = jnp.mean(here * losses(params, batch))
         return value if penalty is None else value + penalty(params)
 
@@ -225,6 +236,14 @@ def _stack(batches: Any, steps: int, n: int) -> jax.Array:
         raise ValueError(
             f"`batches` has {len(batches)} rows, expected one for each of the {steps} `steps`."
         )
+    if concrete(batches) and batches.size:
+        rows = np.asarray(batches)  # an operation of JAX would be traced under `jit`
+        low, high = rows.min(), rows.max()
+        if low < 0 or high >= n:
+            raise ValueError(
+                f"`batches` has the rows {low} to {high}, expected 0 to {n - 1}: they count the "
+                "examples of `data`."
+            )
     return batches
 
 

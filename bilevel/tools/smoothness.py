@@ -18,7 +18,7 @@ class Metasmoothness(NamedTuple):
 
     Attributes:
       score: in [-1, 1]: the share of the first difference, in absolute value, whose sign the
-        second one has, minus the share whose sign it has not. Near 1: smooth; near 0: noise.
+        second one shares, minus the rest. Near 1: smooth; near 0: noise.
       first, second: norms of the two differences, divided by the step.
     """
 

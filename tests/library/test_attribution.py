@@ -127,6 +127,10 @@ def test_metasmoothness_weighs_signs_by_size():
          "`batches` has 3 rows, expected one for each of the 60"),
         (lambda: bilevel.influence(losses, RUN, W0, DATA, QUERIES, batches=jnp.zeros((60, 2))),
          "`batches` must hold integers"),
+        (lambda: bilevel.influence(losses, RUN, W0, DATA, QUERIES, batches=jnp.full((60, 2), N)),
+         "`batches` has the rows 24 to 24, expected 0 to 23"),
+        (lambda: bilevel.influence(losses, RUN, W0, DATA, QUERIES, batches=jnp.full((60, 2), -1)),
+         "`batches` has the rows -1 to -1"),
         (lambda: bilevel.influence(
             losses, Implicit(), W0, DATA, QUERIES, batches=jnp.zeros((60, 2), int)),
          "only `Unroll` makes steps"),
@@ -142,3 +146,17 @@ def test_metasmoothness_weighs_signs_by_size():
 def test_what_is_refused(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_untrained_parameters_and_rows_beyond_the_data_are_told():
+    """An implicit influence away from the minimum, each query by itself; a traced index."""
+    for per_query in (False, True):
+        call = dict(penalty=penalty, per_query=per_query)
+        right = bilevel.influence(losses, Implicit(Dense()), trained(jnp.ones(N)), DATA, QUERIES,
+                                  **call)  # fmt: skip
+        off = bilevel.influence(losses, Implicit(Dense()), 20 + W0, DATA, QUERIES, **call)
+        told = [bilevel.Status(int(found.result)) for found in (right, off)]
+        assert told == [bilevel.Status.ok, bilevel.Status.not_stationary]
+    beyond = jax.jit(lambda rows: bilevel.influence(
+        losses, RUN, W0, DATA, QUERIES, batches=rows).result)(jnp.full((60, 2), N))  # fmt: skip
+    assert bilevel.Status(int(beyond)) == bilevel.Status.nonfinite_input

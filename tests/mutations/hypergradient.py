@@ -194,9 +194,9 @@ MUTANTS = [
     ),
     Mutant(
         "nonfinite_value_is_ok",
-        "hypergradient/solve.py",
-        "finite_in = jnp.isfinite(value) & tree.all_finite(g)",
-        "finite_in = jnp.asarray(True)",
+        "hypergradient/judge.py",
+        "finite = jnp.isfinite(value) & tree.all_finite(g)",
+        "finite = jnp.asarray(True)",
         "a NaN loss is reported as a problem of the solve",
         ("test_hypergrad.py::test_nonfinite_batches_are_said_and_not_replaced",),
     ),

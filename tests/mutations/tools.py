@@ -129,8 +129,8 @@ MUTANTS = [
     Mutant(
         "scores_of_the_wrong_rows",
         "tools/attribution.py",
-        "here, batch = weights[index], ",
-        "here, batch = weights[: len(index)], ",
+        "here = weights.at[index].get(",
+        "here = weights.at[jnp.arange(len(index))].get(",
         "a score belongs to another example",
         ("test_attribution.py::test_batches_of_a_run_are_indices",),
     ),

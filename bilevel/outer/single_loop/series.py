@@ -21,7 +21,7 @@ class Series:
     r"""Reads :math:`\nabla_w h` and a Neumann hypergradient, with a fresh batch per product.
 
     Args:
-      solver: the series; its residual is not recomputed, which would cost a product.
+      solver: the series; its residual is not recomputed, which would take one more product.
     """
 
     solver: Neumann
