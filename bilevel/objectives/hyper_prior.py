@@ -188,7 +188,9 @@ class HyperPrior:
 
     def _spread(self, dtype: Any) -> jax.Array:
         r""":math:`1 / \sqrt{1 + \tau}`, which is 0 at infinity."""
-        return 1 / jnp.sqrt(1 + jnp.asarray(self.strength, dtype))
+        strength = jnp.asarray(self.strength, dtype)
+        # A traced strength below zero gives no number that looks like one.
+        return 1 / jnp.sqrt(1 + jnp.where(strength >= 0, strength, jnp.nan))
 
     def _split(self, hparams: Hparams) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         found, chosen = paths(hparams, ""), {path for path, _ in select(self.like, self.leaves)}

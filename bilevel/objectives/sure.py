@@ -146,7 +146,9 @@ class SURE:
         )
 
     def _of(self, y: jax.Array, fit: jax.Array, push: Push) -> Scalar:
-        variance = jnp.asarray(self.sigma, y.dtype) ** 2
+        sigma = jnp.asarray(self.sigma, y.dtype)
+        # A traced noise that cannot be gives no number that looks like one.
+        variance = jnp.where(sigma > 0, sigma, jnp.nan) ** 2
         residual, weight = fit - y, self._weight(y)
         if weight is None:
             size, total = jnp.sum(residual**2), float(y.size)

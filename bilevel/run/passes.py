@@ -91,14 +91,14 @@ class Passes:
             self._bar.close()
 
     def forward(self, begun: InnerState) -> tuple[InnerState, np.ndarray]:
-        """The state after the last step, and the loss before each."""
-        state, losses, step = begun, [], self._first
+        """The state after the last step, and what each told, (steps, 3): see ``Steps``."""
+        state, told, step = begun, [], self._first
         saved = self._saved
         if saved is not None:
             found = saved.states.restore(begun)
             if found is not None:
                 state, step = found.tree, self._first + found.step
-                losses = list(found.notes["losses"])
+                told = list(found.notes["told"])
                 self._batches.seen.update({int(k): v for k, v in found.notes["seen"].items()})
         resumed = step
         last = self._segments[-1]
@@ -106,24 +106,24 @@ class Passes:
             self._check_interrupt()
             done = step - self._first
             if saved is not None and done % saved.every == 0 and (done == 0 or step > resumed):
-                losses = self._save(done, state, losses)
+                told = self._save(done, state, told)
             if step >= last.first:
                 last.pass_by(step, state)
-            state, loss = self._run.advance(state, self._hparams, self._batches(step))
-            losses.append(loss)
+            state, seen = self._run.advance(state, self._hparams, self._batches(step))
+            told.append(seen)
             step += 1
             self._told("forward", step - self._first)
         if saved is not None and resumed < self._end:
-            losses = self._save(self._end - self._first, state, losses)
-        return state, np.asarray(jax.device_get(losses), np.float64)
+            told = self._save(self._end - self._first, state, told)
+        return state, np.asarray(jax.device_get(told), np.float64)
 
-    def _save(self, done: int, state: InnerState, losses: list[Any]) -> list[Any]:
-        losses = [float(x) for x in jax.device_get(losses)]
+    def _save(self, done: int, state: InnerState, told: list[Any]) -> list[Any]:
+        told = [[float(x) for x in row] for row in jax.device_get(told)]
         if self._saved is not None and done not in self._saved.states.steps():
             seen = {str(step): found for step, found in self._batches.seen.items()}
-            notes = {"losses": losses, "seen": seen}  # as JSON gives them back
+            notes = {"told": told, "seen": seen}  # as JSON gives them back
             self._saved.states.save(done, state, notes)
-        return losses
+        return told
 
     def backward(self, given: list[Any], begun: InnerState) -> tuple[list[Any], Hparams]:
         """Cotangents of the state before the first step, and the gradient through the run."""

@@ -14,8 +14,9 @@ from bilevel.ground.aliases import Batch, Hparams, Loss, ModelState, Params
 from bilevel.ground.loops import strong_types
 from bilevel.ground.settings import check_flag, check_takes, is_function
 from bilevel.ground.status import Status, status_of
-from bilevel.hypergradient.unroll import Advanced
-from bilevel.inner.descend import InnerState
+from bilevel.hypergradient.judge import status_of_rounding
+from bilevel.hypergradient.unroll import Advanced, Unroll
+from bilevel.inner.descend import InnerState, StepInfo
 from bilevel.inner.mixed import is_float
 from bilevel.inner.optimizer import InnerTx, check_inner_tx
 from bilevel.problem.two_losses import Problem
@@ -43,7 +44,7 @@ class Metagradient(NamedTuple):
         ``cotangent`` of an earlier run that ended there. Its ``opt_state`` is ``None`` where
         the run began with a fresh one; integers have the empty dtype ``float0``.
       losses: (steps,), the training loss before each step, as a NumPy array.
-      result: int32 :class:`~bilevel.Status`.
+      result: int32 :class:`~bilevel.Status`; ``rounding`` where half precision lost too much.
     """
 
     value: Any
@@ -160,7 +161,13 @@ def metagradient(
     model_state = strong_types(model_state)
     run = compiled_steps(problem, inner_tx)
     begun = run.begin(params, hparams, model_state, opt_state)
-    check_inner(problem.at(model_state), params, hparams, batches(first))
+    one = batches(first)
+    check_inner(problem.at(model_state), params, hparams, one)
+    if outer is not None and cotangent is None:  # of a part, another may read what this does not
+        stack = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
+        Unroll(inner_tx, 1).check(
+            problem.at(model_state), params, hparams, stack, outer_batch, None
+        )
     if max_states is None:
         one = sum(x.nbytes for x in jax.tree.leaves(begun))
         max_states = int(max(32, min(steps + 3, ROOM // max(one, 1))))
@@ -175,7 +182,7 @@ def metagradient(
         passes = Passes(run, source, hparams, first, steps,
                         max_states - 3, saved, progress, check_interrupt)  # fmt: skip
         stack.enter_context(contextlib.closing(passes))
-        end, losses = passes.forward(begun)
+        end, told = passes.forward(begun)
         value, aux, given, direct = _at_the_end(run, problem, end, hparams, outer_batch, cotangent)
         given, indirect = passes.backward(given, begun)
     of_params, more = run.pull_begin(params, hparams, model_state, opt_state, given)
@@ -184,8 +191,12 @@ def metagradient(
         through = through._replace(opt_state=None)
     indirect = tree.add(indirect, more)
     grads = tree.add(direct, indirect)
+    losses = told[:, 0]
     finite = jnp.isfinite(losses).all() & tree.all_finite(end.params)
-    result = status_of(Status.ok, (~finite, Status.nonfinite_input),
+    half = any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(params))
+    rounded = (jnp.asarray(told[:, 1]), jnp.asarray(told[:, 2])) if half else None
+    info = StepInfo(jnp.asarray(losses), jnp.asarray(losses), rounded)
+    result = status_of(status_of_rounding([info], params), (~finite, Status.nonfinite_input),
                        (~tree.all_finite(grads), Status.nonfinite_output))  # fmt: skip
     return Metagradient(value, aux, grads, direct, indirect, end, through, losses, result)
 

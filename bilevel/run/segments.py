@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Batch, Hparams, Params, Scalar
+from bilevel.ground.aliases import Batch, Hparams, Params
 from bilevel.ground.loops import strong_types
 from bilevel.inner.descend import InnerState, descend, start
 from bilevel.inner.mixed import is_float
@@ -25,7 +25,8 @@ class Steps(NamedTuple):
 
     Attributes:
       begin: ``(params, hparams, model_state, opt_state) -> state``; ``opt_state`` may be None.
-      advance: ``(state, hparams, batch) -> (state, loss)``.
+      advance: ``(state, hparams, batch) -> (state, told)``: the loss, and the two numbers of
+        ``StepInfo.rounded``, zeros where no parameter has a half precision.
       end: ``(point, hparams, batch, model_state)``: the outer loss and its gradients.
       pull: ``(state, hparams, batch, cotangents, found) -> (cotangents, found)``: through the
         step that begins at ``state``; cotangents are those of its floats, in a list, and
@@ -35,7 +36,7 @@ class Steps(NamedTuple):
     """
 
     begin: Callable[..., InnerState]
-    advance: Callable[..., tuple[InnerState, Scalar]]
+    advance: Callable[..., tuple[InnerState, jax.Array]]
     end: Callable[..., Any]
     pull: Callable[..., tuple[list[Any], Hparams]]
     pull_begin: Callable[..., tuple[Params, Hparams]]
@@ -61,7 +62,9 @@ def _compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
         stack = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
         tx = build_tx(inner_tx, hparams)
         state, info = descend(problem, tx, state, hparams, stack, steps=1, mixed=mixed, unroll=True)
-        return state, info.loss[0]
+        dtype = jnp.result_type(jnp.float32, info.loss)
+        rounded = (jnp.zeros(1), jnp.zeros(1)) if info.rounded is None else info.rounded
+        return state, jnp.stack([x[0].astype(dtype) for x in (info.loss, *rounded)])
 
     def end(point: Any, hparams: Hparams, batch: Batch, model_state: Any) -> Any:
         return problem.at(model_state).outer_grads(point, hparams, batch)

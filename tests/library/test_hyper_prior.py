@@ -256,3 +256,9 @@ def test_examples_of_objectives_run(name):
         for test in doctest.DocTestFinder(recurse=False).find(value, name, globs={}):
             runner.run(test)
     assert runner.failures == 0
+
+
+def test_a_traced_strength_below_zero_gives_nan():
+    moved = HyperPrior(jnp.zeros(2), 1.0).init(jnp.arange(2.0))
+    read = jax.jit(lambda strength: HyperPrior(jnp.zeros(2), strength).hparams(moved))
+    assert jnp.isfinite(read(jnp.inf)).all() and jnp.isnan(read(-0.5)).all()

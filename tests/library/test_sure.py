@@ -241,3 +241,9 @@ def test_leave_one_out_is_n_folds():
 def test_bad_settings_are_refused_in_words(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_a_traced_noise_that_cannot_be_gives_nan():
+    y = jnp.arange(3.0)
+    risk = jax.jit(lambda sigma: SURE(sigma).risk(lambda y: 0.5 * y, y))
+    assert jnp.isfinite(risk(1.0)) and jnp.isnan(risk(0.0)) and jnp.isnan(risk(-1.0))

@@ -351,3 +351,27 @@ def test_what_is_refused(change, message):
         bilevel.metagradient(
             **(call | dict(steps=STEPS, outer_batch=OUTER_BATCH, progress=False) | change())
         )
+
+
+def test_half_precision_is_marked_and_what_nothing_reads_refused():
+    """As `Unroll` does: 100 steps in bfloat16 lose too much, ten do not."""
+
+    def loss(w, lam, batch):
+        return 0.5 * jnp.sum((w - batch) ** 2) + lam * jnp.sum(w**2)
+
+    one = jnp.ones(2, jnp.bfloat16)
+    call = functools.partial(
+        bilevel.metagradient, loss, loss, optax.sgd(0.1), 0 * one, jnp.float32(0.1), lambda t: one,
+        outer_batch=one, progress=False,
+    )  # fmt: skip
+    told = [bilevel.Status(int(call(steps=steps).result)) for steps in (10, 100)]
+    assert told == [bilevel.Status.ok, bilevel.Status.rounding]
+
+    def unread(w, lam, batch):
+        return loss(w, 0.0, batch)
+
+    with pytest.raises(ValueError, match="No derivative reaches hparams"):
+        bilevel.metagradient(
+            unread, unread, optax.sgd(0.1), jnp.zeros(2), 0.1, lambda t: jnp.ones(2), steps=3,
+            outer_batch=jnp.ones(2), progress=False,
+        )  # fmt: skip
