@@ -161,6 +161,7 @@ class DataEmphasizedELBO:
             return value
 
         kappa = tree.size(params.mean) / self.num_examples if self.kappa is None else self.kappa
+        kappa = jnp.where(jnp.asarray(kappa) > 0, kappa, jnp.nan)  # a traced one may be anything
         return jnp.mean(jax.vmap(one)(noise)) + self.kl(params) / (kappa * self.num_examples)
 
     def kl(self, params: Variational) -> Scalar:

@@ -434,3 +434,12 @@ def test_the_plain_bound_underfits_where_there_are_many_parameters():
         np.testing.assert_allclose(errors[-1], np.sqrt(np.mean((y - phi @ m) ** 2)), rtol=1e-5)
     assert errors[0] > 1.05 * errors[1]
     assert likelihoods[1] < likelihoods[0]
+
+
+def test_a_traced_kappa_that_cannot_be_gives_nan():
+    def value(kappa):
+        elbo = DataEmphasizedELBO(lambda w, hparams, batch: jnp.sum(w**2), 4, kappa)
+        return elbo.outer(q, (), ((), jax.random.key(0)))
+
+    q = DataEmphasizedELBO(lambda w, hparams, batch: jnp.sum(w**2), 4).init(jnp.ones(2), 0.1)
+    assert jnp.isfinite(jax.jit(value)(1.0)) and jnp.isnan(jax.jit(value)(-1.0))
