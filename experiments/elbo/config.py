@@ -20,24 +20,28 @@ class Config:
       decays: grid of the search, prior precisions per example (the decay of the mean loss).
       folds: of the search on the head; `whole` holds out one fifth, once.
       samples: of the weights in each step of the variational runs.
+      scale, scale_rate: first standard deviation of these weights, and the rate of its logarithm.
+      draws: of the weights that a variational prediction averages.
+      head_std: standard deviation of the first weights of the head.
     """
 
     sources: tuple[str, ...] = ("mnist", "fashion_mnist")
     arms: tuple[str, ...] = ("head", "whole")
     examples: int = 50
     test: int = 4_000
-    hidden: tuple[int, int] = (128, 64)
-    pretrain: int = 10_000
-    source_steps: int = 600
+    hidden: tuple[int, int] = (64, 32)
+    pretrain: int = 4_000
+    source_steps: int = 400
     source_batch: int = 100
-    steps: int = 400
+    steps: int = 300
     rate_head: float = 0.03
     rate_whole: float = 0.001
-    decays: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    decays: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     folds: int = 5
     samples: int = 1
-    scale: float = 0.1
-    scale_rate: float = 0.05
+    scale: float = 0.05
+    scale_rate: float = 0.03
+    draws: int = 30
     head_std: float = 0.1
 
 

@@ -72,19 +72,20 @@ def source(name: str, config: Config, seed: int) -> tuple[Any, data.Dataset]:
     x, y = jnp.asarray(x[chosen]), jnp.asarray(y[chosen])
     keys = jax.random.split(jax.random.key(seed), 2)
     w = initial(keys[0], (x.shape[1], *config.hidden, CLASSES))
-    tx = optax.adam(1e-3)
     shape = (config.source_steps, config.source_batch)
     rows = jax.random.randint(keys[1], shape, 0, len(y))
+    return _pretrained(w, (x, y), rows), full
 
-    @jax.jit
-    def train(w: Any) -> Any:
-        def body(state: Any, rows: jax.Array) -> Any:
-            batch = jax.tree.map(lambda leaf: leaf[rows][None], (x, y))
-            return bilevel.descend(nll, tx, state, (), batch, steps=1)[0], None
 
-        return jax.lax.scan(body, bilevel.InnerState(w, tx.init(w)), rows)[0].params
+@jax.jit
+def _pretrained(w: Any, data: Any, rows: jax.Array) -> Any:
+    tx = optax.adam(1e-3)
 
-    return train(w), full
+    def body(state: Any, rows: jax.Array) -> Any:
+        batch = jax.tree.map(lambda leaf: leaf[rows][None], data)
+        return bilevel.descend(nll, tx, state, (), batch, steps=1)[0], None
+
+    return jax.lax.scan(body, bilevel.InnerState(w, tx.init(w)), rows)[0].params
 
 
 def task(arm: str, w: Any, full: data.Dataset, config: Config, seed: int) -> Task:

@@ -36,14 +36,19 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
 
 
 @jax.jit
-def _judged(w: Any, test: Any) -> tuple[jax.Array, jax.Array]:
-    wrong = jnp.argmax(problem.outputs(w, test[0]), 1) != test[1]
-    return problem.nll(w, (), test), jnp.mean(wrong)
+def _judged(several: Any, test: Any) -> tuple[jax.Array, jax.Array]:
+    def one(w: Any) -> jax.Array:
+        return jax.nn.log_softmax(problem.outputs(w, test[0]))
+
+    count = jax.tree.leaves(several)[0].shape[0]
+    logs = jax.nn.logsumexp(jax.lax.map(one, several), axis=0) - jnp.log(count)
+    loss = -jnp.mean(jnp.take_along_axis(logs, test[1][:, None], 1))
+    return loss, jnp.mean(jnp.argmax(logs, 1) != test[1])
 
 
-def judged(w: Any, test: Any) -> dict[str, float]:
-    """Loss and error on test examples."""
-    loss, wrong = _judged(w, test)
+def judged(several: Any, test: Any) -> dict[str, float]:
+    """Loss and error on test examples of the mean prediction of several parameters, stacked."""
+    loss, wrong = _judged(several, test)
     return {"test_loss": float(loss), "test_error": float(wrong)}
 
 
@@ -78,9 +83,7 @@ def grid(
     arm: str, task: problem.Task, config: Config, seed: int
 ) -> tuple[Any, float, dict[str, Any]]:
     """Maximum a posteriori with the decays of least validation loss, refitted on all examples."""
-    loss, tx = problem.penalized(task.center), optimizer(arm, config)
-    x, y = task.train
-    count = len(y)
+    count = len(task.train[1])
     folds = k_folds(count, config.folds, seed=seed)
     folds = folds if arm == "head" else folds[:1]
     kept = np.ones((len(folds), count), np.float32)
@@ -88,42 +91,80 @@ def grid(
         row[np.asarray(held)] = 0
     several = config.decays if arm == "whole" else (0.0,)
     points = jnp.asarray([(h, b) for h in config.decays for b in several], jnp.float32)
-
-    def fit(point: jax.Array, weights: jax.Array) -> Any:
-        decays = {"head": point[0], "body": point[1]}
-        return trained(loss, tx, task.start, decays, (x, y, weights), config)
-
-    @jax.jit
-    def score(point: jax.Array) -> jax.Array:
-        def one(weights: jax.Array) -> jax.Array:
-            return problem.nll(fit(point, weights), (), (x, y, 1 - weights))
-
-        return jnp.mean(jax.vmap(one)(jnp.asarray(kept)))
-
-    scores = jax.lax.map(score, points) if arm == "whole" else jax.vmap(score)(points)
-    best = points[jnp.argmin(scores)]
-    w = jax.jit(fit)(best, jnp.ones(count))
+    score, fit = _searched(arm, config)
+    best = points[jnp.argmin(score(points, kept, task))]
+    w = fit(best, jnp.ones(count), task)
     runs = len(points) * len(folds) + 1
-    return w, float(runs * config.steps), {"decay": float(best[0]), "body": float(best[1])}
+    told = {"decay": float(best[0]), "body": float(best[1])}
+    return _alone(w), float(runs * config.steps), told
+
+
+@functools.cache
+def _searched(arm: str, config: Config) -> tuple[Any, Any]:
+    """The validation losses of many decays, and the fit of one; compiled once for all seeds."""
+    tx = optimizer(arm, config)
+
+    def fit(point: jax.Array, weights: jax.Array, task: problem.Task) -> Any:
+        decays = {"head": point[0], "body": point[1]}
+        batch = (*task.train, weights)
+        return trained(problem.penalized(task.center), tx, task.start, decays, batch, config)
+
+    def score(points: jax.Array, kept: jax.Array, task: problem.Task) -> jax.Array:
+        def one(point: jax.Array) -> jax.Array:
+            losses = jax.vmap(
+                lambda weights: problem.nll(
+                    fit(point, weights, task), (), (*task.train, 1 - weights)
+                )
+            )(kept)
+            return jnp.mean(losses)
+
+        return jax.lax.map(one, points) if arm == "whole" else jax.vmap(one)(points)
+
+    return jax.jit(score), jax.jit(fit)
 
 
 def variational(
     arm: str, task: problem.Task, config: Config, seed: int, kappa: float | None = None
 ) -> tuple[Any, float, dict[str, Any]]:
-    """The mean of one variational run on all examples."""
-    separate = "head" if arm == "whole" else ()
-    elbo = DataEmphasizedELBO(
-        problem.nll, len(task.train[1]), kappa, separate, task.center, samples=config.samples
-    )
+    """Draws from the Gaussian of one variational run on all examples."""
+    q, variances = _fitted(arm, config, kappa)(task, jax.random.key(seed))
+    precision = float(1 / (variances[0] * len(task.train[1])))
+    told = {"decay": precision, "scale": float(q.scale)}
+    told |= {f"mean_{name}": x for name, x in judged(_alone(q.mean), task.test).items()}
+    return drawn(q, config.draws, seed), float(config.steps * config.samples), told
+
+
+@functools.cache
+def _fitted(arm: str, config: Config, kappa: float | None) -> Any:
+    """The variational run, compiled once for all seeds."""
     tx = optax.multi_transform(
         {"mean": optimizer(arm, config), "scale": optimizer(arm, config, config.scale_rate)},
         lambda q: Variational(jax.tree.map(lambda _: "mean", q.mean), "scale"),
     )
-    fit = jax.jit(lambda q, key: trained(elbo.inner, tx, q, (), (task.train, key), config))
-    q = fit(elbo.init(task.start, config.scale), jax.random.key(seed))
-    variances = np.asarray(elbo.prior_variances(q)) * len(task.train[1])
-    told = {"decay": float(1 / variances[0]), "scale": float(q.scale)}
-    return q.mean, float(config.steps * config.samples), told
+
+    def fit(task: problem.Task, key: jax.Array) -> tuple[Variational, jax.Array]:
+        separate = "head" if arm == "whole" else ()
+        elbo = DataEmphasizedELBO(
+            problem.nll, len(task.train[1]), kappa, separate, task.center, samples=config.samples
+        )
+        start = elbo.init(task.start, config.scale)
+        q = trained(elbo.inner, tx, start, (), (task.train, key), config)
+        return q, elbo.prior_variances(q)
+
+    return jax.jit(fit)
+
+
+def _alone(w: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], w)
+
+
+def drawn(q: Variational, count: int, seed: int) -> Any:
+    """Parameters drawn from a Gaussian, stacked."""
+    keys = jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(q.mean)))
+    keys = jax.tree.unflatten(jax.tree.structure(q.mean), list(keys))
+    return jax.tree.map(
+        lambda m, key: m[None] + q.scale * jax.random.normal(key, (count, *m.shape)), q.mean, keys
+    )
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:

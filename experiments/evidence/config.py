@@ -19,14 +19,14 @@ class Config:
       moved: how far an image of `_shifted` may be moved, in pooled pixels.
       rate, rate_hparams: of Adam, for weights and for logarithms of precisions.
       inner_steps: training steps before each outer step.
-      budget: what a method may pay, in gradients of N examples.
+      budget, reference: what a method may pay, in gradients of N examples, and the reference.
       outer_batch: examples of a stochastic evidence gradient.
       terms: of the Neumann series of hold-out and cross-validation.
       folds: of cross-validation; hold-out holds out one of as many parts.
       retrain: training steps with the chosen hyperparameters, on all examples.
       draws, draws_judged: transformed copies that a prediction averages, in training and in test.
-      augmented_batch, augmented_steps: examples of a training step with transformations, and outer
-        steps there.
+      augmented_batch, augmented_steps: examples of a training step and of an evidence gradient with
+        transformations, and outer steps there.
       bounds: examples whose full kernel is compared with its bounds.
     """
 
@@ -39,22 +39,23 @@ class Config:
     )
     examples: int = 1_000
     more: int = 5_000
-    test: int = 5_000
+    test: int = 3_000
     hidden: tuple[int, int] = (50, 30)
     pooled: int = 2
     moved: float = 2.0
     rate: float = 0.005
-    rate_hparams: float = 0.1
+    rate_hparams: float = 0.2
     inner_steps: int = 10
-    budget: int = 2_000
+    budget: int = 1_000
+    reference: int = 2_000
     outer_batch: int = 200
     terms: int = 3
     folds: int = 5
-    retrain: int = 800
-    draws: int = 6
-    draws_judged: int = 20
-    augmented_batch: int = 200
-    augmented_steps: int = 250
+    retrain: int = 500
+    draws: int = 4
+    draws_judged: int = 16
+    augmented_batch: int = 100
+    augmented_steps: int = 150
     bounds: int = 100
 
 
@@ -62,8 +63,8 @@ def smoke() -> Config:
     """Seconds, and nothing to download: does everything run?"""
     return Config(
         decays=("digits",), ranges=("digits_rotated",), examples=100, more=200, test=200,
-        hidden=(12, 8), pooled=1, budget=60, outer_batch=20, retrain=20, draws=2, draws_judged=2,
-        augmented_batch=20, augmented_steps=3, bounds=20,
+        hidden=(12, 8), pooled=1, budget=100, reference=100, terms=1, outer_batch=20, retrain=20,
+        draws=2, draws_judged=2, augmented_batch=20, augmented_steps=3, bounds=20,
     )  # fmt: skip
 
 

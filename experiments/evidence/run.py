@@ -64,29 +64,47 @@ def tuned(
     arm: str, w: Any, start: Any, task: problem.Task, config: Config, seed: int
 ) -> tuple[Any, float, Any]:
     """Decays by one way to choose them, at the same cost; what was paid, and the parameters."""
-    evidence, valid, n = losses(config, 1, outputs="single"), mean_nll(1), config.examples
-    steps, inner, first = config.inner_steps, evidence.inner, w
-    held = task.train[1].size // config.folds
-    series = bilevel.Implicit(bilevel.Neumann(config.terms), certify=False)
+    state = _tuned(arm, config, w, start, task, jax.random.key(seed + 1))
+    return state.hparams, _steps(arm, config) * _price(arm, config), state.params
+
+
+def _steps(arm: str, config: Config) -> int:
+    """Outer steps that the budget of an arm pays for."""
+    budget = config.reference if arm == "oracle" else config.budget
+    return int(budget / _price(arm, config))
+
+
+def _price(arm: str, config: Config) -> float:
+    """Of one outer step, in gradients of N examples."""
     products = 2.5 * (config.terms + 1)
     if arm == "evidence":
+        rows = EVIDENCE_COST * config.outer_batch / config.examples
+        return config.inner_steps + 2.5 + rows
+    steps = config.inner_steps + products
+    if arm == "cross_validation":
+        return (config.folds - 1) * steps + 1
+    if arm == "holdout":
+        return steps * (1 - 1 / config.folds) + 1 / config.folds
+    return steps + config.more / config.examples
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _tuned(arm: str, config: Config, w: Any, start: Any, task: problem.Task, key: jax.Array) -> Any:
+    evidence, valid, n = losses(config, 1, outputs="single"), mean_nll(1), config.examples
+    steps, inner, first = config.inner_steps, evidence.inner, w
+    held = n // config.folds
+    # The reference validates on many further examples.
+    outer, train, checked = valid, task.train, task.more
+    response = bilevel.Implicit(bilevel.Neumann(config.terms), certify=False)
+    if arm == "evidence":
         outer, response = evidence.outer, bilevel.Implicit(bilevel.Identity(1e-3), certify=False)
-        train, price = task.train, steps + 2.5 + EVIDENCE_COST * config.outer_batch / n
     elif arm == "cross_validation":
-        cv = CrossValidation(k_folds(n, config.folds, seed=seed), valid, inner)
-        outer, inner, response, first = cv.outer, cv.inner, series, cv.init(w)
+        cv = CrossValidation(k_folds(n, config.folds), valid, inner)
+        outer, inner, first = cv.outer, cv.inner, cv.init(w)
         train, checked = cv.inner_batch(task.train), cv.outer_batch(task.train)
-        price = (config.folds - 1) * (steps + products) + 1
     elif arm == "holdout":
-        train, checked = (
-            jax.tree.map(lambda x: x[held:], task.train),
-            jax.tree.map(lambda x: x[:held], task.train),
-        )
-        outer, response = valid, series
-        price = (steps + products) * (1 - 1 / config.folds) + 1 / config.folds
-    else:  # the reference: many further examples to validate on
-        outer, response, train, checked = valid, series, task.train, task.more
-        price = steps + products + len(task.more[1]) / n
+        train = jax.tree.map(lambda x: x[held:], task.train)
+        checked = jax.tree.map(lambda x: x[:held], task.train)
 
     def sample(key: jax.Array) -> Any:
         stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps, *x.shape)), train)
@@ -95,40 +113,34 @@ def tuned(
         rows = jax.random.permutation(key, n)[: config.outer_batch]
         return stack, (jax.tree.map(lambda x: x[rows], task.train), key)
 
-    count = int(config.budget / price)
     alg = bilevel.alternate(
         outer, inner, response, optax.adam(config.rate), optax.adam(config.rate_hparams), steps
     )
-    go = jax.jit(lambda state, key: bilevel.scan_run(alg, state, sample, count, key=key).state)
-    state = go(alg.init(first, start), jax.random.key(seed + 1))
-    return state.hparams, count * price, state.params
+    start = alg.init(first, start)
+    return bilevel.scan_run(alg, start, sample, _steps(arm, config), key=key).state
 
 
-def retrained(
-    hparams: Any, task: problem.Task, config: Config, seed: int, batch: int | None = None
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _retrained(
+    config: Config, batch: int | None, w: Any, hparams: Any, train: Any, key: jax.Array
 ) -> Any:
     """Parameters of a fresh run on all examples with the chosen hyperparameters."""
     draws = config.draws if "rotation" in hparams else 1
     inner, n = losses(config, draws).inner, config.examples
-    w = problem.initial(jax.random.key(seed + 2), task.train[0][0].size, config)
     tx = optax.adam(optax.cosine_decay_schedule(config.rate, config.retrain))
 
-    @jax.jit
-    def train(w: Any, hparams: Any) -> Any:
-        def body(state: Any, key: jax.Array) -> Any:
-            rows = task.train
-            if batch is not None:
-                chosen = jax.random.permutation(key, n)[:batch]
-                rows = jax.tree.map(lambda x: x[chosen], rows)
-            if "rotation" in hparams:
-                rows = (*rows, key)
-            rows = jax.tree.map(lambda x: x[None], rows)
-            return bilevel.descend(inner, tx, state, hparams, rows, steps=1)[0], None
+    def body(state: Any, key: jax.Array) -> Any:
+        rows = train
+        if batch is not None:
+            chosen = jax.random.permutation(key, n)[:batch]
+            rows = jax.tree.map(lambda x: x[chosen], rows)
+        if "rotation" in hparams:
+            rows = (*rows, key)
+        rows = jax.tree.map(lambda x: x[None], rows)
+        return bilevel.descend(inner, tx, state, hparams, rows, steps=1)[0], None
 
-        keys = jax.random.split(jax.random.key(seed + 3), config.retrain)
-        return jax.lax.scan(body, bilevel.InnerState(w, tx.init(w)), keys)[0].params
-
-    return train(w, hparams)
+    keys = jax.random.split(key, config.retrain)
+    return jax.lax.scan(body, bilevel.InnerState(w, tx.init(w)), keys)[0].params
 
 
 def _finish(
@@ -141,7 +153,8 @@ def _finish(
     records: record.Records,
     batch: int | None = None,
 ) -> None:
-    w = retrained(hparams, task, config, seed, batch)
+    w = problem.initial(jax.random.key(seed + 2), task.train[0][0].size, config)
+    w = _retrained(config, batch, w, hparams, task.train, jax.random.key(seed + 3))
     told: dict[str, Any] = {
         "log_precision": [float(x) for x in jax.tree.leaves(hparams["log_precision"])]
     }
@@ -153,20 +166,41 @@ def _finish(
 
 def judged(w: Any, hparams: Any, test: Any, config: Config) -> dict[str, float]:
     """Loss and error on test examples, in parts."""
-    model = problem.model(config.draws_judged)
-
-    @jax.jit
-    def part(rows: Any) -> Any:
-        f = model(w, hparams, rows)
-        return problem.likelihood(f, hparams, rows), jnp.argmax(f, 1) != rows[1]
-
     told, size = [], 500
     for i in range(0, len(test[1]), size):
         rows = jax.tree.map(lambda x, i=i: x[i : i + size], test)
-        told.append(part((*rows, jax.random.key(i)) if "rotation" in hparams else rows))
+        rows = (*rows, jax.random.key(i)) if "rotation" in hparams else rows
+        told.append(_judged(config, w, hparams, rows))
     columns = zip(*told, strict=True)
     loss, wrong = (np.concatenate([np.asarray(x) for x in column]) for column in columns)
     return {"test_loss": float(loss.mean()), "test_error": float(wrong.mean())}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judged(config: Config, w: Any, hparams: Any, rows: Any) -> Any:
+    f = problem.model(config.draws_judged)(w, hparams, rows)
+    return problem.likelihood(f, hparams, rows), jnp.argmax(f, 1) != rows[1]
+
+
+def _labels(batch: Any) -> jax.Array:
+    return batch[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _bound(cut: str, config: Config, w: Any, hparams: Any, batch: Any) -> jax.Array:
+    """The negative log evidence per example with a kernel that is cut."""
+    block = config.bounds // 5
+    settings: dict[str, Any] = {
+        "full": {},
+        "groups": {"groups": _labels},
+        "block": {"block": block},
+        "independent": {"outputs": "independent"},
+        "independent_groups": {"outputs": "independent", "groups": _labels},
+        "independent_block": {"outputs": "independent", "block": block},
+        "diagonal": {"outputs": "independent", "block": 1},
+        "single": {"outputs": "single"},
+    }
+    return losses(config, 1, **settings[cut]).outer(w, hparams, batch)
 
 
 def _bounds(
@@ -175,29 +209,16 @@ def _bounds(
 ) -> None:  # fmt: skip
     """The negative log evidence per example of a trained network, in float64, cut more and more."""
     rows = jax.tree.map(lambda x: x[: config.bounds], task.train)
-    block = config.bounds // 5
-    cuts = {
-        "full": {},
-        "groups": {"groups": lambda batch: batch[1]},
-        "block": {"block": block},
-        "independent": {"outputs": "independent"},
-        "independent_groups": {"outputs": "independent", "groups": lambda batch: batch[1]},
-        "independent_block": {"outputs": "independent", "block": block},
-        "diagonal": {"outputs": "independent", "block": 1},
-    }
     with jax.enable_x64(True):
         w, hparams, rows = jax.tree.map(
             lambda x: jnp.asarray(x, jnp.float64) if x.dtype == jnp.float32 else x,
             (w, hparams, rows),
         )
-        values = {
-            key: float(jax.jit(losses(config, 1, **cut).outer)(w, hparams, rows))
-            for key, cut in cuts.items()
-        }
-        single = jax.jit(losses(config, 1, outputs="single").outer)
-        drawn = [
-            float(single(w, hparams, (rows, k))) for k in jax.random.split(jax.random.key(seed), 40)
-        ]
+        names = ("full", "groups", "block", "independent", "independent_groups",
+                 "independent_block", "diagonal")  # fmt: skip
+        values = {cut: float(_bound(cut, config, w, hparams, rows)) for cut in names}
+        keys = jax.random.split(jax.random.key(seed), 40)
+        drawn = [float(_bound("single", config, w, hparams, (rows, k))) for k in keys]
     gaps = {
         "full_to_groups": values["groups"] - values["full"],
         "full_to_block": values["block"] - values["full"],
@@ -225,35 +246,38 @@ def _ranges(name: str, config: Config, seed: int, records: record.Records) -> No
         _finish(f"{name}_{arm}", hparams, cost, task, config, seed, records, batch)
 
 
-def learned(
-    w: Any, start: Any, task: problem.Task, config: Config, seed: int,
-    records: record.Records, path: str,
-) -> tuple[Any, float]:  # fmt: skip
-    """Decays, and ranges if ``start`` has them, by the stochastic evidence."""
+@functools.partial(jax.jit, static_argnums=0)
+def _learned(config: Config, w: Any, start: Any, train: Any, key: jax.Array) -> bilevel.WholeRun:
     draws = config.draws if "rotation" in start else 1
     evidence = losses(config, draws, outputs="single")
     k, b, n = config.inner_steps, config.augmented_batch, config.examples
 
     def taken(key: jax.Array, size: int) -> Any:
         rows = jax.random.permutation(key, n)[:size]
-        rows = jax.tree.map(lambda x: x[rows], task.train)
+        rows = jax.tree.map(lambda x: x[rows], train)
         return (*rows, key) if "rotation" in start else rows
 
     def sample(key: jax.Array) -> Any:
         keys = jax.random.split(key, k + 1)
-        return jax.vmap(lambda key: taken(key, b))(keys[1:]), (
-            taken(keys[0], config.outer_batch),
-            key,
-        )
+        outer = taken(keys[0], b), key
+        return jax.vmap(lambda key: taken(key, b))(keys[1:]), outer
 
     alg = bilevel.alternate(
         evidence.outer, evidence.inner, bilevel.Implicit(bilevel.Identity(1e-3), certify=False),
         optax.adam(config.rate), optax.adam(config.rate_hparams), k,
     )  # fmt: skip
+    return bilevel.scan_run(alg, alg.init(w, start), sample, config.augmented_steps, key=key)
+
+
+def learned(
+    w: Any, start: Any, task: problem.Task, config: Config, seed: int,
+    records: record.Records, path: str,
+) -> tuple[Any, float]:  # fmt: skip
+    """Decays, and ranges if ``start`` has them, by the stochastic evidence."""
+    found = _learned(config, w, start, task.train, jax.random.key(seed + 1))
+    k, b, n = config.inner_steps, config.augmented_batch, config.examples
     steps = config.augmented_steps
-    go = jax.jit(lambda state, key: bilevel.scan_run(alg, state, sample, steps, key=key))
-    found = go(alg.init(w, start), jax.random.key(seed + 1))
-    price = (k + 2.5) * b / n + EVIDENCE_COST * config.outer_batch / n
+    price = (k + 2.5 + EVIDENCE_COST) * b / n
     side = task.train[0].shape[1]
     for i in range(0, steps, max(1, steps // 25)):
         now = jax.tree.map(lambda x, i=i: x[i], found.infos.hparams)

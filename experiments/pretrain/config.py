@@ -29,10 +29,10 @@ class Config:
     useless: int = 10
     classes: int = 5
     labels: int = 50
-    test: int = 5_000
+    test: int = 3_000
     hidden: int = 16
     decay: float = 1e-3
-    pre_steps: int = 1_500
+    pre_steps: int = 1_000
     pre_rate: float = 0.01
     fine_steps: int = 40
     fine_rate: float = 0.02

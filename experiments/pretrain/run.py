@@ -37,7 +37,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
             "useless": float(values[config.useful :].mean()),
             "weights": values.tolist(),
         }
-        body = pretrained(w, chosen, task, config)
+        body = pretrained(config, w, chosen, task.pre)
         paid += config.pre_steps + config.fine_steps
         records.append(arm, 0, paid, **judged(body, task, config), **told)
     records.append("scratch", 0, config.fine_steps, **judged(w, task, config))
@@ -47,6 +47,21 @@ def tuned(
     task: problem.Task, config: Config, seed: int, records: record.Records
 ) -> tuple[jax.Array, float]:
     """Log weights of the tasks: implicit through pre-training, unrolled through fine-tuning."""
+    w = problem.initial(jax.random.key(seed), task.pre[0].shape[1], config)
+    found = _tuned(config, w, task, jax.random.key(seed + 1))
+    # A fine-tuning step reads few images, its derivative costs about three times as much.
+    fine_price = 3 * config.fine_steps * (len(task.fine[1]) // 2) / config.examples
+    price = config.inner_steps + 2.5 * (config.terms + 1) + fine_price
+    for i in range(0, config.outer_steps, max(1, config.outer_steps // 25)):
+        values = np.asarray(problem.weights(found.infos.hparams[i]))
+        records.append(
+            "path", i, i * price, value=float(found.infos.value[i]), weights=values.tolist()
+        )
+    return found.state.hparams, config.outer_steps * price
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tuned(config: Config, w: Any, task: problem.Task, key: jax.Array) -> bilevel.WholeRun:
     fine = FineTuned(
         problem.fine_loss, problem.fine_loss, optax.adam(config.fine_rate), config.fine_steps,
         problem.copied(config.classes),
@@ -73,31 +88,25 @@ def tuned(
         outer = (repeated(train, config.fine_steps), valid)
         return repeated(task.pre, config.inner_steps), outer
 
-    w = problem.initial(jax.random.key(seed), task.pre[0].shape[1], config)
-    go = jax.jit(
-        lambda state, key: bilevel.scan_run(alg, state, sample, config.outer_steps, key=key)
-    )
-    found = go(alg.init(w, jnp.zeros(config.useful + config.useless)), jax.random.key(seed + 1))
-    # A fine-tuning step reads few images, its derivative costs about three times as much.
-    fine_price = 3 * config.fine_steps * half / config.examples
-    price = config.inner_steps + 2.5 * (config.terms + 1) + fine_price
-    for i in range(0, config.outer_steps, max(1, config.outer_steps // 25)):
-        values = np.asarray(problem.weights(found.infos.hparams[i]))
-        records.append(
-            "path", i, i * price, value=float(found.infos.value[i]), weights=values.tolist()
-        )
-    return found.state.hparams, config.outer_steps * price
+    first = alg.init(w, jnp.zeros(config.useful + config.useless))
+    return bilevel.scan_run(alg, first, sample, config.outer_steps, key=key)
 
 
-def pretrained(w: Any, log_weights: jax.Array, task: problem.Task, config: Config) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def pretrained(config: Config, w: Any, log_weights: jax.Array, batch: Any) -> Any:
     """Pre-training from the start with fixed weights of tasks."""
-    tx = optax.adam(config.pre_rate)
-    loss = problem.pre_loss(config.decay)
-    return _train(loss, tx, w, log_weights, task.pre, config.pre_steps)
+    loss, tx = problem.pre_loss(config.decay), optax.adam(config.pre_rate)
+    return _trained(loss, tx, w, log_weights, batch, config.pre_steps)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5))
-def _train(loss: Any, tx: Any, w: Any, hparams: Any, batch: Any, steps: int) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def fine_tuned(config: Config, w: Any, batch: Any) -> Any:
+    """Fine-tuning of a pre-trained encoder on all labels."""
+    start, tx = problem.copied(config.classes)(w, None), optax.adam(config.fine_rate)
+    return _trained(problem.fine_loss, tx, start, (), batch, config.fine_steps)
+
+
+def _trained(loss: Any, tx: Any, w: Any, hparams: Any, batch: Any, steps: int) -> Any:
     def body(state: Any, _: None) -> Any:
         stack = jax.tree.map(lambda x: x[None], batch)
         return bilevel.descend(loss, tx, state, hparams, stack, steps=1)[0], None
@@ -107,9 +116,7 @@ def _train(loss: Any, tx: Any, w: Any, hparams: Any, batch: Any, steps: int) -> 
 
 def judged(w: Any, task: problem.Task, config: Config) -> dict[str, float]:
     """Test loss and error after fine-tuning on all labels."""
-    start = problem.copied(config.classes)(w, None)
-    tx = optax.adam(config.fine_rate)
-    tuned = _train(problem.fine_loss, tx, start, (), task.fine, config.fine_steps)
+    tuned = fine_tuned(config, w, task.fine)
     wrong = jnp.argmax(problem.fine_outputs(tuned, task.test[0]), 1) != task.test[1]
     loss = problem.fine_loss(tuned, (), task.test)
     return {"test_loss": float(loss), "test_error": float(jnp.mean(wrong))}
