@@ -8,8 +8,8 @@ class Config:
     """Every number of the experiment.
 
     Attributes:
-      sources: image sets; a network learns classes 0 to 4 of each, and is transferred to 5 to 9.
-      arms: `head` trains a linear head on frozen features, `whole` all weights from the
+      tasks: image set and arm. A network learns classes 0 to 4 of the set, and is transferred to
+        5 to 9: `head` trains a linear head on frozen features, `whole` all weights from the
         pre-trained ones.
       examples: N, of all five classes.
       test: most test examples.
@@ -25,18 +25,21 @@ class Config:
       head_std: standard deviation of the first weights of the head.
     """
 
-    sources: tuple[str, ...] = ("mnist", "fashion_mnist")
-    arms: tuple[str, ...] = ("head", "whole")
+    tasks: tuple[tuple[str, str], ...] = (
+        ("mnist", "head"),
+        ("mnist", "whole"),
+        ("fashion_mnist", "head"),
+    )
     examples: int = 50
     test: int = 4_000
     hidden: tuple[int, int] = (64, 32)
     pretrain: int = 4_000
     source_steps: int = 400
     source_batch: int = 100
-    steps: int = 300
+    steps: int = 200
     rate_head: float = 0.03
     rate_whole: float = 0.001
-    decays: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    decays: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     folds: int = 5
     samples: int = 1
     scale: float = 0.05
@@ -48,8 +51,8 @@ class Config:
 def smoke() -> Config:
     """Seconds, and nothing to download: does everything run?"""
     return Config(
-        sources=("digits",), test=300, hidden=(16, 8), pretrain=300, source_steps=100,
-        steps=60, decays=(1e-3, 1e-1),
+        tasks=(("digits", "head"), ("digits", "whole")), test=300, hidden=(16, 8), pretrain=300,
+        source_steps=100, steps=60, decays=(1e-3, 1e-1),
     )  # fmt: skip
 
 

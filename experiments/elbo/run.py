@@ -22,17 +22,14 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     """All sources and arms on one seed; a resumed run measures the seed again."""
     records = record.Records(out, seed)
     records.rewind()
-    for name in config.sources:
-        w, full = problem.source(name, config, seed)
-        for arm in config.arms:
-            task = problem.task(arm, w, full, config, seed)
-            for method, call in (("grid", grid), ("elbo", variational)):
-                found, cost, told = call(arm, task, config, seed)
-                records.append(
-                    f"{name}_{arm}_{method}", 0, cost, **judged(found, task.test), **told
-                )
-            found, cost, told = variational(arm, task, config, seed, kappa=1.0)
-            records.append(f"{name}_{arm}_plain", 0, cost, **judged(found, task.test), **told)
+    names = dict.fromkeys(name for name, _ in config.tasks)
+    sources = {name: problem.source(name, config, seed) for name in names}
+    for name, arm in config.tasks:
+        task = problem.task(arm, *sources[name], config, seed)
+        plain = functools.partial(variational, kappa=1.0)
+        for method, call in (("grid", grid), ("elbo", variational), ("plain", plain)):
+            found, cost, told = call(arm, task, config, seed)
+            records.append(f"{name}_{arm}_{method}", 0, cost, **judged(found, task.test), **told)
 
 
 @jax.jit

@@ -24,18 +24,24 @@ def task(config: Config, seed: int) -> Task:
     full = {"mnist": data.mnist, "digits": data.digits}[config.source](seed=seed)
     draw = np.random.default_rng((seed, 3))
     x, y = _pooled(full.train.x), full.train.y
+    patterns = config.amplitude * draw.choice([-1.0, 1.0], (config.useless, x.shape[1]))
+
+    def marked(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        coins = draw.integers(0, 2, (len(x), config.useless))
+        return (x + (2 * coins - 1) @ patterns).astype(np.float32), coins
+
     order = draw.permutation(len(y))
     first, rest = order[: config.examples], order[config.examples :]
     kinds = [(y[first] == c).astype(np.float32) for c in range(config.useful)]
-    coins = [draw.integers(0, 2, config.examples) for _ in range(config.useless)]
-    targets = np.stack([*kinds, *coins], 1).astype(np.float32)
+    images, coins = marked(x[first])
+    targets = np.concatenate([np.stack(kinds, 1), coins], 1).astype(np.float32)
     each = config.labels // config.classes
     few = np.concatenate([rest[y[rest] == c][:each] for c in range(config.classes)])
     there = np.flatnonzero(full.test.y < config.classes)[: config.test]
-    tested = _pooled(full.test.x[there])
+    tested, _ = marked(_pooled(full.test.x[there]))
     return Task(
-        (jnp.asarray(x[first]), jnp.asarray(targets)),
-        (jnp.asarray(x[few]), jnp.asarray(y[few])),
+        (jnp.asarray(images), jnp.asarray(targets)),
+        (jnp.asarray(marked(x[few])[0]), jnp.asarray(y[few])),
         (jnp.asarray(tested), jnp.asarray(full.test.y[there])),
     )
 

@@ -60,10 +60,16 @@ def tuned(
     return found.state.hparams, config.outer_steps * price
 
 
+def fine_optimizer(config: Config) -> Any:
+    """Adam for the new head, and at a smaller rate for the encoder."""
+    rates = {"head": optax.adam(config.fine_rate), "body": optax.adam(config.body_rate)}
+    return optax.multi_transform(rates, {"head": "head", "body": "body"})
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _tuned(config: Config, w: Any, task: problem.Task, key: jax.Array) -> bilevel.WholeRun:
     fine = FineTuned(
-        problem.fine_loss, problem.fine_loss, optax.adam(config.fine_rate), config.fine_steps,
+        problem.fine_loss, problem.fine_loss, fine_optimizer(config), config.fine_steps,
         problem.copied(config.classes),
     )  # fmt: skip
     alg = bilevel.alternate(
@@ -102,7 +108,7 @@ def pretrained(config: Config, w: Any, log_weights: jax.Array, batch: Any) -> An
 @functools.partial(jax.jit, static_argnums=0)
 def fine_tuned(config: Config, w: Any, batch: Any) -> Any:
     """Fine-tuning of a pre-trained encoder on all labels."""
-    start, tx = problem.copied(config.classes)(w, None), optax.adam(config.fine_rate)
+    start, tx = problem.copied(config.classes)(w, None), fine_optimizer(config)
     return _trained(problem.fine_loss, tx, start, (), batch, config.fine_steps)
 
 
