@@ -48,7 +48,7 @@ class Config:
     inner_steps: int = 10
     budget: int = 1_000
     reference: int = 2_000
-    outer_batch: int = 200
+    outer_batch: int = 1_000
     terms: int = 3
     folds: int = 5
     retrain: int = 500

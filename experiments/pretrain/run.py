@@ -48,16 +48,22 @@ def tuned(
 ) -> tuple[jax.Array, float]:
     """Log weights of the tasks: implicit through pre-training, unrolled through fine-tuning."""
     w = problem.initial(jax.random.key(seed), task.pre[0].shape[1], config)
-    found = _tuned(config, w, task, jax.random.key(seed + 1))
+    # Far from a minimum of pre-training the hypergradient means nothing.
+    warm = pretrained(config, w, jnp.zeros(config.useful + config.useless), task.pre)
+    found = _tuned(config, warm, task, jax.random.key(seed + 1))
     # A fine-tuning step reads few images, its derivative costs about three times as much.
     fine_price = 3 * config.fine_steps * (len(task.fine[1]) // 2) / config.examples
     price = config.inner_steps + 2.5 * (config.terms + 1) + fine_price
     for i in range(0, config.outer_steps, max(1, config.outer_steps // 25)):
         values = np.asarray(problem.weights(found.infos.hparams[i]))
         records.append(
-            "path", i, i * price, value=float(found.infos.value[i]), weights=values.tolist()
+            "path",
+            i,
+            config.pre_steps + i * price,
+            value=float(found.infos.value[i]),
+            weights=values.tolist(),
         )
-    return found.state.hparams, config.outer_steps * price
+    return found.state.hparams, config.pre_steps + config.outer_steps * price
 
 
 def fine_optimizer(config: Config) -> Any:
