@@ -54,7 +54,7 @@ def outputs(w: dict[str, Any], x: jax.Array) -> jax.Array:
     return x @ w["head"]["kernel"] + w["head"]["bias"][None]
 
 
-def nll(w: Any, hparams: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+def nll(w: Any, hparams: Any, batch: Any) -> jax.Array:
     """Mean cross-entropy; a third entry of the batch weighs its examples."""
     x, y, *weights = batch
     each = optax.softmax_cross_entropy_with_integer_labels(outputs(w, x), y)

@@ -55,14 +55,9 @@ def tuned(
     fine_price = 3 * config.fine_steps * (len(task.fine[1]) // 2) / config.examples
     price = config.inner_steps + 2.5 * (config.terms + 1) + fine_price
     for i in range(0, config.outer_steps, max(1, config.outer_steps // 25)):
-        values = np.asarray(problem.weights(found.infos.hparams[i]))
-        records.append(
-            "path",
-            i,
-            config.pre_steps + i * price,
-            value=float(found.infos.value[i]),
-            weights=values.tolist(),
-        )
+        values = np.asarray(problem.weights(found.infos.hparams[i])).tolist()
+        cost, value = config.pre_steps + i * price, float(found.infos.value[i])
+        records.append("path", i, cost, value=value, weights=values)
     return found.state.hparams, config.pre_steps + config.outer_steps * price
 
 

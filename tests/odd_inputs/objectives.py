@@ -22,7 +22,7 @@ def _likelihood(f: Any, hparams: Any, batch: Any) -> Any:
 
 
 def _evidence(*, batch: Any = p.TRAIN, params: Any = p.W, hparams: Any = LAM, **settings: Any):
-    given = dict(model=p.model, likelihood=_likelihood, num_examples=p.M) | settings
+    given: dict[str, Any] = dict(model=p.model, likelihood=_likelihood, num_examples=p.M) | settings
     objective = o.LaplaceEvidence(**given)
     if given.get("outputs") == "single" and batch is p.TRAIN:
         batch = (batch, p.KEY)
@@ -30,7 +30,7 @@ def _evidence(*, batch: Any = p.TRAIN, params: Any = p.W, hparams: Any = LAM, **
 
 
 def _elbo(*, batch: Any = (p.TRAIN, p.KEY), params: Any = Q, **settings: Any):
-    given = dict(loss=p.inner, num_examples=p.M) | settings
+    given: dict[str, Any] = dict(loss=p.inner, num_examples=p.M) | settings
     objective = o.DataEmphasizedELBO(**given)
     return Number(evaluate(lambda: (objective.outer(params, p.LAM, batch), 0))[0])
 
@@ -40,14 +40,16 @@ def _width(scale: Any) -> Number:
 
 
 def _fine(*, batch: Any = None, **settings: Any):
-    given = dict(outer_loss=p.outer, fine_loss=p.inner, tx=optax.sgd(p.RATE), steps=2) | settings
+    given: dict[str, Any] = (
+        dict(outer_loss=p.outer, fine_loss=p.inner, tx=optax.sgd(p.RATE), steps=2) | settings
+    )
     batch = (p.stacked(2), p.VALID) if batch is None else batch
     objective = o.FineTuned(**given)
     return Number(evaluate(lambda: (objective.outer(jnp.asarray(p.W), p.LAM, batch), 0))[0])
 
 
 def _sure(**settings: Any) -> Number:
-    given = dict(sigma=0.5) | settings
+    given: dict[str, Any] = dict(sigma=0.5) | settings
     objective = o.SURE(**given)
     return Number(evaluate(lambda: (objective.risk(lambda y: 0.5 * y, jnp.asarray(p.Y)), 0))[0])
 
