@@ -41,9 +41,9 @@ class Config:
     fine_steps: int = 40
     fine_rate: float = 0.05
     body_rate: float = 0.001
-    outer_steps: int = 250
+    outer_steps: int = 500
     inner_steps: int = 10
-    outer_rate: float = 0.05
+    outer_rate: float = 0.1
     terms: int = 10
     step_size: float = 0.1
 
