@@ -242,8 +242,8 @@ class LaplaceEvidence:
                 root = jax.lax.dynamic_slice_in_dim(root, chosen, 1)
             return jax.vmap(lambda r: pull(r)[0])(root)
 
-        count = self._outputs(params, hparams, batch)
         leaves = jax.tree.leaves(per_example(rows, batch))  # (examples, outputs, *leaf)
+        count = self._outputs(params, hparams, batch)
         ids = None if self.groups is None else jnp.asarray(self.groups(batch))
         if self.outputs == "full":
             return self._blocks(leaves, scales, ids)
