@@ -1,5 +1,6 @@
 """Runs `pes`: the scalar system with a closed form, then learning rates tuned online."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,25 @@ from experiments.pes import problem, scalar, tune
 from experiments.pes.config import Config
 
 LOW, HIGH, POINTS = -6.0, 1.0, 12
+METHODS = ("scalar_pes", "scalar_truncated_es", "none", *tune.METHODS)
 TABLE = ("sum_of_losses", "final_loss", "log_rate_start", "log_rate_end", "error_in_se")
 
 
-def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+def run(
+    config: Config, seed: int, out: Path, resume: bool, methods: Sequence[str] = METHODS
+) -> None:
     """Everything on one seed; a resumed run skips the methods that had finished."""
     records = record.Records(out, seed)
-    for persistent in (True, False):
-        _scalar(config, seed, records, persistent)
+    for method in ("scalar_pes", "scalar_truncated_es"):
+        if method in methods:
+            _scalar(config, seed, records, method == "scalar_pes")
     for name in config.sets:
         train = problem.images(name, config, seed)
         if not (out / "arrays" / f"landscape_{name}.npz").exists():
             _landscape(name, config, seed, train, out)
-        for method in ("none", *tune.METHODS):
+        for method in methods:
+            if method.startswith("scalar"):
+                continue
             _tune(name, method, config, seed, train, records)
 
 

@@ -146,34 +146,23 @@ def _search(method: str, config: Config, params: Any, sets: Any, records: record
     """Random search or TPE over the three rates; each trial trains a network to its end."""
     steps = config.budget // config.trials
     trial_run = train.trained(config, steps, config.points)
-    before = record.read(records.out, seed=records.seed, method=method)
-    best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
-    measured: dict[str, float] = {}
-    calls = len(before)
     keys = _keys(records.seed, "search", config.trials)
 
-    def objective(setting: dict[str, Any]) -> float:
-        nonlocal calls
+    def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
         schedule = _constant({p: [setting[p]] for p in problem.PLACES})
-        measured.update(_row(_best(trial_run(params, schedule, keys[calls : calls + 1], sets)), -1))
-        calls += 1
-        return measured["validation_loss"]
+        key = keys[number : number + 1]
+        measured = _row(_best(trial_run(params, schedule, key, sets)), -1)
+        return baselines.Tried(measured["validation_loss"], lambda: measured)
 
-    def log(trial: baselines.Trial) -> None:
-        nonlocal best
-        if trial.value < best["validation_loss"]:
-            best = {**measured, **{f"rate_{p}": trial.hparams[p] for p in problem.PLACES}}
-        records.append(method, trial.number, trial.cost, **{**best, "trial_loss": trial.value})
-
-    baselines.search(
+    baselines.recorded(
         objective,
         {p: (0.0, config.high) for p in problem.PLACES},
-        budget=steps * config.trials,
+        records=records,
+        method=method,
+        trials=config.trials,
         cost=steps,
         sampler=BLACK_BOX[method],
-        seed=records.seed,
-        done=[r.metrics["trial_loss"] for r in before],
-        log=log,
+        prefix="rate_",
     )
 
 

@@ -1,12 +1,15 @@
 """The runner of the experiments, on toy experiments written into a temporary folder."""
 
+import dataclasses
 import itertools
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -16,7 +19,17 @@ pytest.importorskip("matplotlib", reason="needs bilevel[experiments]")
 
 import bilevel
 from bilevel.run.lock import locked
-from experiments.common import baselines, budget, catalog, cli, expected, figures, record, report
+from experiments.common import (
+    baselines,
+    budget,
+    catalog,
+    cli,
+    expected,
+    figures,
+    record,
+    report,
+    settings,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 numbers = itertools.count()
@@ -159,10 +172,108 @@ def test_mistakes_are_told_with_what_there_is(package, capsys, arguments, messag
     assert message in capsys.readouterr().err
 
 
-def test_seeds_must_be_a_count(package, capsys):
-    with pytest.raises(SystemExit):
-        run(package, "--seeds", "0")
-    assert "at least 1, got '0'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seeds", "0"), "at least 1, or seeds such as 3-12 or 0,4,100-102"),
+        (("--seeds", "3-x"), "got '3-x'"),
+        (("--seeds", "5-3"), "got '5-3'"),
+        (("--set", "rate"), "`--set` must be key=value, got 'rate'"),
+        (("--set", "rats=1"), "there is no setting 'rats'; did you mean 'rate'? there are: steps"),
+        (("--set", "rate=fast"), "'rate' must be float such as 0.5, got 'fast'"),
+        (("--set", "steps=2.5"), "'steps' must be int such as 4, got '2.5'"),
+        (("--methods", "cg"), "toy runs its methods together; its run() takes no `methods`"),
+        (("--set", "steps=2", "--commit-summary"), "keeps a preset as it is"),
+        (("--format", "png,gif"), "of png, pdf, svg, with commas between, got 'gif'"),
+    ],
+)
+def test_options_are_checked_before_anything_runs(package, capsys, arguments, message):
+    assert run(package, *arguments) == 2
+    assert message in capsys.readouterr().err and not Path("results").exists()
+
+
+def test_settings_have_the_types_of_the_dataclass():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        rate: float = 0.5
+        sizes: tuple[int, ...] = (1, 2)
+        ends: tuple[float, float] = (0.0, 1.0)
+        words: int | None = None
+        kind: Literal["a", "b"] = "a"
+        names: tuple[str, ...] = ()
+        on: bool = True
+
+    written = ["rate=2", "sizes=7", "ends=(1, 2)", "words=3", "kind=b", "names=x,y", "on=False"]
+    found = settings.changed(Config(), written)
+    assert found == Config(2.0, (7,), (1.0, 2.0), 3, "b", ("x", "y"), False)
+    assert isinstance(found.rate, float) and isinstance(found.ends[0], float)
+    assert settings.changed(found, ["words=None"]).words is None
+    for wrong in ("kind=c", "ends=1,2,3", "on=1", "words=x", "names=1"):
+        with pytest.raises(cli.RunnerError, match="must be"):
+            settings.changed(Config(), [wrong])
+    assert settings.seeds("0,4,100-102") == [0, 4, 100, 101, 102]
+    assert settings.seeds("7-7") == [7] and settings.seeds("3") == [0, 1, 2]
+
+
+def test_settings_and_seeds_of_ones_own_make_another_run(package):
+    more = ("--preset", "smoke", "--set", "steps=3", "--seeds", "3-4", "--format", "svg,pdf")
+    assert run(package, *more, "--out", "here") == 0
+    told = record.read_json(Path("here/run.json"))
+    assert told["config"]["steps"] == 3 and told["changed"] == ["steps=3"]
+    assert told["seeds"] == told["done"] == [3, 4]
+    assert {path.suffix for path in Path("here/figures").iterdir()} == {".png", ".svg", ".pdf"}
+    values = record.read_json(Path("here/summary.json"))["statistics"]["tpe"]["loss"]["values"]
+    assert values == {"3": 4.0, "4": 5.0}
+    assert '"values": { "3": 4.0, "4": 5.0 }' in Path("here/summary.json").read_text()
+    assert report.collect(Path("here"), package) == []  # a preset that was changed is not one
+
+
+def test_a_new_experiment_runs_is_judged_and_knows_its_methods(package, capsys):
+    assert cli.main(["new", "mine"], package) == 0
+    folder = catalog.folder_of(package) / "mine"
+    assert sum(len(path.read_text().splitlines()) for path in folder.iterdir()) <= 100
+    assert cli.main(["new", "mine"], package) == 2
+    assert cli.main(["new", "Mine"], package) == 2
+    short = ["--preset", "smoke", "--set", "steps=2"]
+    with jax.enable_x64(False):
+        assert cli.main(["run", "mine", *short, "--methods", "tuned"], package) == 0
+    assert {r.method for r in record.read(Path("results/mine/smoke"))} == {"tuned"}
+    assert cli.main(["run", "mine", "--methods", "tuned,best", "--out", "x"], package) == 2
+    said = capsys.readouterr().err
+    assert "exists already" in said and "lower case" in said
+    assert "mine has no method 'best'; it has: untuned, tuned" in said
+
+
+def test_claims_are_met_not_met_or_within_noise_by_the_paired_interval():
+    def table(*values):
+        return {"loss": expected.statistics(dict(enumerate(values)))}
+
+    # Far apart from seed to seed, but always in the same order: pairing tells.
+    summary = {"a": table(1.0, 2.0, 3.0), "b": table(1.1, 2.1, 3.2), "c": table(1.1, 1.9, 3.1)}
+
+    def verdict(expression, relation="<=", bound=0.0, told=summary):
+        entry = {"name": "x", "expression": expression, "relation": relation, "bound": bound}
+        return expected.judge([{**entry, "source": "ours"}], told, "cpu")[0]
+
+    less = verdict("a.loss.mean - b.loss.mean")
+    usual = expected.interval([-0.1, -0.1, -0.2])
+    assert less.word == "met" and less.how == "paired over seeds"
+    assert (less.low, less.high) == pytest.approx((usual["low"], usual["high"]), rel=1e-9)
+    assert verdict("b.loss.mean - a.loss.mean").word == "not met"
+    noisy = verdict("a.loss.mean - c.loss.mean")
+    assert noisy.word == "within noise" and noisy.met
+    assert verdict("a.loss.mean / c.loss.mean", bound=1).word == "within noise"
+    # The worst seed is one number: nothing to pair.
+    assert verdict("a.loss.max", ">", 2).word == "met" and verdict("a.loss.max", ">", 2).low is None
+    ends = {"a": {"d": expected.interval([0.9, 1.0, 1.2])}}
+    assert verdict("a.d.high", "<=", 1.0, ends).word == "within noise"
+    assert verdict("a.d.high", "<=", 2.0, ends).word == "met"
+    assert verdict("a.d.high", "<=", 0.5, ends).word == "not met"
+    # Without the values of seeds the deviations are all there is, and the order is lost.
+    for method in summary.values():
+        del method["loss"]["values"]
+    old = verdict("a.loss.mean - b.loss.mean")
+    assert old.word == "within noise" and old.how.startswith("from deviations")
 
 
 def test_a_folder_that_holds_another_run_is_refused(package, capsys):
@@ -237,8 +348,10 @@ def test_report_puts_the_published_figure_beside_ours(package):
     assert Path("beside/experiments.md").is_file() and not Path("docs").exists()
     assert cli.main(["report", "--results", "nowhere", "--commit"], package) == 0
     page = Path("docs/experiments.md").read_text()
-    assert "| toy | cpu | cg beats TPE | 0.8 | 0.0625 | <= 0.9 | 2 | " in page
-    assert "**not met**" in page and "not judged" in page
+    # Over TPE's 1 and 2, and by 1/16 on both seeds: the interval is that number.
+    assert "| toy | A loss that halves. | 0.0938 ± 0.044 | 1.5 ± 0.71 | 0.8 | – | met: " in page
+    assert "| toy | cpu | cg beats TPE | 0.8 | 0.0625 [0.0625, 0.0625] | <= 0.9 | 2 | met" in page
+    assert "1 met, 1 not met, 0 within noise" in page and "not judged" in page
     assert Path("docs/figures/report.png").stat().st_size > 5_000
 
 
