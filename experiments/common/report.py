@@ -127,7 +127,12 @@ def _cell(value: Any) -> str:
 def _plus_minus(told: dict[str, Any] | None) -> str:
     if told is None:
         return "–"
-    return f"{told['mean']:.3g} ± {told['std']:.2g}" if told["seeds"] > 1 else f"{told['mean']:.3g}"
+    mean, std = told["mean"], told["std"]
+    if told["seeds"] == 1 or not (0 < std < math.inf):
+        return f"{mean:.4g}" + (" ± 0" if told["seeds"] > 1 and std == 0 else "")
+    # As many digits of the mean as the deviation lets stand.
+    digits = 1 - math.floor(math.log10(std))
+    return f"{mean:.{max(digits, 0)}f} ± {std:.2g}"
 
 
 def _interval(verdict: expected.Verdict) -> str:
@@ -248,8 +253,10 @@ def picture(rows: list[Row], path: Path) -> None:
             against = "" if row.opponent else " (bound)"
             labels.append(f"{row.run['experiment']}{preset}{against}")
         axes.set_xscale("symlog", linthresh=10.0)
-        ticks = [-100, -30, -10, -3, 0, 3, 10, 30, 100, 300]
-        axes.set_xticks(ticks, [f"{tick:+d} %" if tick else "0" for tick in ticks])
+        ticks = [-100, -30, -10, -3, 0, 3, 10, 30, 100]
+        axes.set_xticks(
+            ticks, [f"{tick:+d} %".replace("-", "−") if tick else "0" for tick in ticks]
+        )
         axes.set(
             xlim=(-EDGE * 1.1, EDGE * 1.1),
             xlabel="better than the opponent, or than the bound, by",
