@@ -1,15 +1,11 @@
 """The runner of the experiments, on toy experiments written into a temporary folder."""
 
-import dataclasses
-import itertools
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -19,99 +15,9 @@ pytest.importorskip("matplotlib", reason="needs bilevel[experiments]")
 
 import bilevel
 from bilevel.run.lock import locked
-from experiments.common import (
-    baselines,
-    budget,
-    catalog,
-    cli,
-    expected,
-    figures,
-    record,
-    report,
-    settings,
-)
+from experiments.common import budget, catalog, cli, expected, figures, record, report
 
 ROOT = Path(__file__).resolve().parents[2]
-numbers = itertools.count()
-
-CONFIG = """
-from dataclasses import dataclass
-
-@dataclass(frozen=True)
-class Config:
-    steps: int = 4
-    rate: float = 0.5
-
-def smoke():
-    return Config(steps=2)
-
-def cpu():
-    return Config()
-"""
-RUN = """
-import os
-from experiments.common.record import Records, read
-
-def run(config, seed, out, resume):
-    records = Records(out, seed)
-    done = len(read(out, seed=seed)) if resume else 0
-    records.rewind(step=done)
-    for step in range(done + 1, config.steps + 1):
-        if (seed, step) == (1, 3) and "TOY_FAILS" in os.environ:
-            raise KeyboardInterrupt
-        records.append("cg", step, cost=10.0 * step, loss=(1 + seed) * config.rate**step)
-    records.append("tpe", 1, cost=10.0, loss=1.0 + seed)
-"""
-FIGURE = """
-from experiments.common import record
-from experiments.common.figures import band, cost_axes, figure
-
-def figures(out):
-    path = out / "figures" / "loss.png"
-    with figure(path) as (_, axes):
-        band(axes, record.read(out), "cg", "loss")
-        cost_axes(axes, "loss")
-    return [path]
-"""
-EXPECTED = [
-    {
-        "name": "cg beats TPE",
-        "expression": "cg.loss.mean / tpe.loss.mean",
-        "relation": "<=",
-        "bound": 0.9,
-        "source": "ours",
-        "published": 0.8,
-    },
-    {"name": "too good", "expression": "cg.loss.max", "bound": 1e-9, "source": "ours"},
-    {
-        "name": "paper only",
-        "expression": "cg.loss.max",
-        "bound": 1.0,
-        "source": "ours",
-        "presets": ["paper"],
-    },
-]
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A package with one toy experiment, and the working directory in an empty folder."""
-    name = f"toys_{next(numbers)}"
-    folder = tmp_path / name / "toy"
-    folder.mkdir(parents=True)
-    (tmp_path / name / "__init__.py").touch()
-    (tmp_path / name / "not_an_experiment").mkdir()
-    (folder / "__init__.py").touch()
-    (folder / "config.py").write_text(CONFIG)
-    (folder / "run.py").write_text(RUN)
-    (folder / "figure.py").write_text(FIGURE)
-    (folder / "expected.json").write_text(json.dumps(EXPECTED))
-    (folder / "README.md").write_text("# toy\n\nA loss that halves.\n")
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.chdir(work)
-    return name
 
 
 def run(package, *arguments):
@@ -156,124 +62,6 @@ def test_check_turns_an_unmet_claim_into_an_exit_status(package):
 def test_default_seeds_depend_on_the_preset(package):
     assert run(package, "--preset", "smoke") == 0
     assert record.read_json(Path("results/toy/smoke/run.json"))["seeds"] == [0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["run", "toi"], "there is no experiment 'toi'; there are: toy"),
-        (["run", "toy", "--preset", "paper"], "no preset 'paper'; it has: smoke, cpu"),
-        (["run", "toy", "--resume"], "holds no run to resume; leave out --resume"),
-        (["report"], "no finished run under results and no committed summary"),
-    ],
-)
-def test_mistakes_are_told_with_what_there_is(package, capsys, arguments, message):
-    assert cli.main(arguments, package) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--seeds", "0"), "at least 1, or seeds such as 3-12 or 0,4,100-102"),
-        (("--seeds", "3-x"), "got '3-x'"),
-        (("--seeds", "5-3"), "got '5-3'"),
-        (("--set", "rate"), "`--set` must be key=value, got 'rate'"),
-        (("--set", "rats=1"), "there is no setting 'rats'; did you mean 'rate'? there are: steps"),
-        (("--set", "rate=fast"), "'rate' must be float such as 0.5, got 'fast'"),
-        (("--set", "steps=2.5"), "'steps' must be int such as 4, got '2.5'"),
-        (("--methods", "cg"), "toy runs its methods together; its run() takes no `methods`"),
-        (("--set", "steps=2", "--commit-summary"), "keeps a preset as it is"),
-        (("--format", "png,gif"), "of png, pdf, svg, with commas between, got 'gif'"),
-    ],
-)
-def test_options_are_checked_before_anything_runs(package, capsys, arguments, message):
-    assert run(package, *arguments) == 2
-    assert message in capsys.readouterr().err and not Path("results").exists()
-
-
-def test_settings_have_the_types_of_the_dataclass():
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        rate: float = 0.5
-        sizes: tuple[int, ...] = (1, 2)
-        ends: tuple[float, float] = (0.0, 1.0)
-        words: int | None = None
-        kind: Literal["a", "b"] = "a"
-        names: tuple[str, ...] = ()
-        on: bool = True
-
-    written = ["rate=2", "sizes=7", "ends=(1, 2)", "words=3", "kind=b", "names=x,y", "on=False"]
-    found = settings.changed(Config(), written)
-    assert found == Config(2.0, (7,), (1.0, 2.0), 3, "b", ("x", "y"), False)
-    assert isinstance(found.rate, float) and isinstance(found.ends[0], float)
-    assert settings.changed(found, ["words=None"]).words is None
-    for wrong in ("kind=c", "ends=1,2,3", "on=1", "words=x", "names=1"):
-        with pytest.raises(cli.RunnerError, match="must be"):
-            settings.changed(Config(), [wrong])
-    assert settings.seeds("0,4,100-102") == [0, 4, 100, 101, 102]
-    assert settings.seeds("7-7") == [7] and settings.seeds("3") == [0, 1, 2]
-
-
-def test_settings_and_seeds_of_ones_own_make_another_run(package):
-    more = ("--preset", "smoke", "--set", "steps=3", "--seeds", "3-4", "--format", "svg,pdf")
-    assert run(package, *more, "--out", "here") == 0
-    told = record.read_json(Path("here/run.json"))
-    assert told["config"]["steps"] == 3 and told["changed"] == ["steps=3"]
-    assert told["seeds"] == told["done"] == [3, 4]
-    assert {path.suffix for path in Path("here/figures").iterdir()} == {".png", ".svg", ".pdf"}
-    values = record.read_json(Path("here/summary.json"))["statistics"]["tpe"]["loss"]["values"]
-    assert values == {"3": 4.0, "4": 5.0}
-    assert '"values": { "3": 4.0, "4": 5.0 }' in Path("here/summary.json").read_text()
-    assert report.collect(Path("here"), package) == []  # a preset that was changed is not one
-
-
-def test_a_new_experiment_runs_is_judged_and_knows_its_methods(package, capsys):
-    assert cli.main(["new", "mine"], package) == 0
-    folder = catalog.folder_of(package) / "mine"
-    assert sum(len(path.read_text().splitlines()) for path in folder.iterdir()) <= 100
-    assert cli.main(["new", "mine"], package) == 2
-    assert cli.main(["new", "Mine"], package) == 2
-    short = ["--preset", "smoke", "--set", "steps=2"]
-    with jax.enable_x64(False):
-        assert cli.main(["run", "mine", *short, "--methods", "tuned"], package) == 0
-    assert {r.method for r in record.read(Path("results/mine/smoke"))} == {"tuned"}
-    assert cli.main(["run", "mine", "--methods", "tuned,best", "--out", "x"], package) == 2
-    said = capsys.readouterr().err
-    assert "exists already" in said and "lower case" in said
-    assert "mine has no method 'best'; it has: untuned, tuned" in said
-
-
-def test_claims_are_met_not_met_or_within_noise_by_the_paired_interval():
-    def table(*values):
-        return {"loss": expected.statistics(dict(enumerate(values)))}
-
-    # Far apart from seed to seed, but always in the same order: pairing tells.
-    summary = {"a": table(1.0, 2.0, 3.0), "b": table(1.1, 2.1, 3.2), "c": table(1.1, 1.9, 3.1)}
-
-    def verdict(expression, relation="<=", bound=0.0, told=summary):
-        entry = {"name": "x", "expression": expression, "relation": relation, "bound": bound}
-        return expected.judge([{**entry, "source": "ours"}], told, "cpu")[0]
-
-    less = verdict("a.loss.mean - b.loss.mean")
-    usual = expected.interval([-0.1, -0.1, -0.2])
-    assert less.word == "met" and less.how == "paired over seeds"
-    assert (less.low, less.high) == pytest.approx((usual["low"], usual["high"]), rel=1e-9)
-    assert verdict("b.loss.mean - a.loss.mean").word == "not met"
-    noisy = verdict("a.loss.mean - c.loss.mean")
-    assert noisy.word == "within noise" and noisy.met
-    assert verdict("a.loss.mean / c.loss.mean", bound=1).word == "within noise"
-    # The worst seed is one number: nothing to pair.
-    assert verdict("a.loss.max", ">", 2).word == "met" and verdict("a.loss.max", ">", 2).low is None
-    ends = {"a": {"d": expected.interval([0.9, 1.0, 1.2])}}
-    assert verdict("a.d.high", "<=", 1.0, ends).word == "within noise"
-    assert verdict("a.d.high", "<=", 2.0, ends).word == "met"
-    assert verdict("a.d.high", "<=", 0.5, ends).word == "not met"
-    # Without the values of seeds the deviations are all there is, and the order is lost.
-    for method in summary.values():
-        del method["loss"]["values"]
-    old = verdict("a.loss.mean - b.loss.mean")
-    assert old.word == "within noise" and old.how.startswith("from deviations")
 
 
 def test_a_folder_that_holds_another_run_is_refused(package, capsys):
@@ -381,37 +169,6 @@ def test_records_keep_values_exactly_and_refuse_what_json_cannot_hold(tmp_path):
     np.testing.assert_array_equal(record.load_arrays(tmp_path, "decay")["map"], np.eye(2))
 
 
-def test_expressions_are_arithmetic_and_nothing_else():
-    summary = {"cg": {"loss": {"mean": 0.5, "max": 2.0}}}
-    assert expected.evaluate("-cg.loss.mean * 4 + max(cg.loss.max, 1) ** 3", summary) == 6.0
-    assert math.isnan(expected.evaluate("1 / (cg.loss.mean - 0.5)", summary))
-    for text, message in (
-        ("cg.los.mean", "asks for 'los', but there is only: loss"),
-        ("cg.loss", "stops short of a number"),
-        ("__import__('os').getcwd()", "may hold numbers"),
-        ("cg.loss.mean <= 1", "may hold numbers"),
-        ("cg.loss.mean +", "is not arithmetic"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            expected.evaluate(text, summary)
-
-
-def test_what_cannot_be_evaluated_is_not_met():
-    entries = [
-        {"name": "typing error", "expression": "cg.los.mean", "bound": 1, "source": ""},
-        {"name": "diverged", "expression": "cg.loss.mean", "bound": 1, "source": ""},
-    ]
-    verdicts = expected.judge(entries, {"cg": {"loss": {"mean": math.nan}}}, "cpu")
-    assert [verdict.met for verdict in verdicts] == [False, False]
-    assert "asks for 'los'" in verdicts[0].reason
-
-
-def test_expected_json_is_checked(tmp_path):
-    (tmp_path / "expected.json").write_text('[{"name": "x", "expression": "1", "bond": 1}]')
-    with pytest.raises(ValueError, match=r"missing: \['bound', 'source'\], unknown: \['bond'\]"):
-        expected.load(tmp_path / "expected.json")
-
-
 def test_costs_follow_the_one_convention():
     step = budget.training(20).plus(budget.implicit_hypergradient(num_matvecs=10))
     assert step.total == 20 + 10 * 2.5 + 2.5 + 1
@@ -420,39 +177,6 @@ def test_costs_follow_the_one_convention():
     assert budget.hypergradient(unroll).total == 4 + 4 * 2.5 + 1
     # An outer gradient on four times the examples of a training step is four.
     assert budget.hypergradient(unroll, outer=budget.weight(64, 16)).total == 4 + 4 * 2.5 + 4
-
-
-@pytest.mark.parametrize("sampler", baselines.SAMPLERS)
-def test_search_spends_the_budget_and_resumes_to_the_same_trials(sampler):
-    asked, logged = [], []
-
-    def objective(hparams):
-        asked.append(hparams)
-        return math.nan if len(asked) == 3 else (hparams["log_decay"] - 1.0) ** 2
-
-    settings = dict(budget=165.0, cost=10.0, sampler=sampler, seed=5)
-    space = {"log_decay": (-5.0, 5.0)}
-    trials = baselines.search(objective, space, log=logged.append, **settings)
-    assert len(trials) == len(asked) == 16 and logged == trials
-    assert trials[-1].cost == 160.0 and math.isnan(trials[2].value)
-    smallest = min(trial.value for trial in trials if math.isfinite(trial.value))
-    assert baselines.best(trials).value == trials[-1].best == smallest
-
-    done = [trial.value for trial in trials[:12]]
-    again = baselines.search(objective, space, done=done, **settings)
-    assert [trial.hparams for trial in again] == [trial.hparams for trial in trials]
-    assert len(asked) == 16 + 4
-    other = baselines.search(objective, space, **{**settings, "seed": 6})
-    assert other[0].hparams != trials[0].hparams
-
-
-def test_search_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="does not pay for one trial"):
-        baselines.search(sum, {}, budget=1.0, cost=2.0, sampler="tpe", seed=0)
-    with pytest.raises(ValueError, match="random, tpe, got 'grid'"):
-        baselines.search(sum, {}, budget=2.0, cost=1.0, sampler="grid", seed=0)
-    with pytest.raises(ValueError, match="none of the 1 trials"):
-        baselines.best([baselines.Trial(0, {}, math.inf, 1.0, math.inf)])
 
 
 def test_curves_put_all_seeds_on_one_grid_of_costs():
