@@ -99,7 +99,7 @@ class Tried(NamedTuple):
     """
 
     value: float
-    measure: Callable[[], Mapping[str, float]]
+    measure: Callable[[], Mapping[str, Any]]
 
 
 def recorded(
