@@ -17,6 +17,7 @@ from experiments.common import expected, outputs, record, report, settings, temp
 from experiments.common.catalog import claim_of, configuration, discover, folder_of, part
 from experiments.common.files import DataMissing, HashMismatch
 from experiments.common.outputs import RunnerError
+from experiments.common.protocol import FIRST_TUNING
 
 SEEDS = {"smoke": 1, "cpu": 3, "paper": 3}
 SHADES = {"met": "green", "not met": "red", "within noise": "yellow", "not judged": "dim"}
@@ -98,7 +99,7 @@ def _execute(
             run["begun"].append(seed)
             outputs.save(out, run)
         start = time.monotonic()
-        chosen = {} if run["methods"] is None else {"methods": tuple(run["methods"])}
+        chosen = {"methods": tuple(run["methods"])} if run.get("methods") else {}
         module.run(config, seed, out, resume and begun, **chosen)
         run["done"].append(seed)
         run["minutes"] += (time.monotonic() - start) / 60
@@ -119,7 +120,7 @@ def summarise(name: str, out: Path, package: str = "experiments") -> dict[str, A
     if own is not None:
         statistics = {**statistics, **own(records)}
     entries = expected.load(folder_of(package) / name / "expected.json")
-    partial = run["methods"] is not None
+    partial = bool(run.get("methods"))
     verdicts = expected.judge(entries, statistics, run["preset"], partial=partial)
     figures: list[Path] = []
     try:
@@ -185,13 +186,19 @@ def _run(options: argparse.Namespace, package: str) -> int:
     changes, methods = options.set or [], options.methods
     if options.commit_summary and (changes or methods):
         raise RunnerError("`--commit-summary` keeps a preset as it is: leave out --set, --methods")
+    seeds = None if options.seeds is None else settings.seeds(options.seeds)
+    if options.commit_summary and seeds and max(seeds) >= FIRST_TUNING:
+        raise RunnerError(
+            f"`--commit-summary`: seeds of {FIRST_TUNING} and more are for choosing settings, and "
+            f"are not reported; got --seeds {options.seeds}"
+        )
     from experiments.common import figures
 
     with figures.formats(options.format.split(",")):
         out, summary = execute(
             options.name,
             preset=options.preset,
-            seeds=None if options.seeds is None else settings.seeds(options.seeds),
+            seeds=seeds,
             out=options.out,
             resume=options.resume,
             changes=changes,

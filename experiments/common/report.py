@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from experiments.common import expected, record, uncertainty
 from experiments.common.catalog import claim_of, discover, folder_of
 from experiments.common.outputs import RunnerError
+from experiments.common.protocol import FIRST_TUNING
 
 BOLD = {"met": "met", "not met": "**not met**", "within noise": "within noise"}
 EDGE = 300.0  # per cent: what lies outside is drawn at the edge of the picture
@@ -29,7 +30,7 @@ class Row(NamedTuple):
 def collect(results: Path, package: str = "experiments") -> list[dict[str, Any]]:
     """The summaries of all finished runs: those under `results`, else the committed ones.
 
-    A run of some methods, or with settings of its own, is not its preset's.
+    A run of some methods, with settings of its own, or on seeds for tuning, is not its preset's.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     committed = [folder_of(package) / name / "results/summary.json" for name in discover(package)]
@@ -37,7 +38,8 @@ def collect(results: Path, package: str = "experiments") -> list[dict[str, Any]]
     for path in [*(path for path in committed if path.exists()), *fresh]:
         summary = record.read_json(path)
         run = summary["run"]
-        if run["status"] != "finished" or run.get("methods") or run.get("changed"):
+        own = run.get("methods") or run.get("changed") or max(run["seeds"]) >= FIRST_TUNING
+        if run["status"] != "finished" or own:
             continue
         key = (run["experiment"], run["preset"])
         # Two finished runs of one preset: the one that ended last is the current one.

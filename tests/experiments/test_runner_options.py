@@ -43,6 +43,7 @@ def test_mistakes_are_told_with_what_there_is(package, capsys, arguments, messag
         (("--set", "steps=2.5"), "'steps' must be int such as 4, got '2.5'"),
         (("--methods", "cg"), "toy runs its methods together; its run() takes no `methods`"),
         (("--set", "steps=2", "--commit-summary"), "keeps a preset as it is"),
+        (("--seeds", "99-100", "--commit-summary"), "seeds of 100 and more are for choosing"),
         (("--format", "png,gif"), "of png, pdf, svg, with commas between, got 'gif'"),
     ],
 )
