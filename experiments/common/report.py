@@ -241,13 +241,12 @@ def picture(rows: list[Row], path: Path) -> None:
     from experiments.common import figures
 
     shades = {"met": figures.BLUE, "not met": figures.ORANGE, "within noise": figures.GREY}
-    drawn = [row for row in rows if row.gain is not None]
+    drawn = [(row, row.gain) for row in rows if row.gain is not None]
     with figures.figure(path, width=9.0, height=1.6 + 0.32 * len(drawn)) as (_, axes):
         axes.axvline(0.0, color=figures.BLACK, linewidth=1)
         labels = []
-        for height, row in enumerate(drawn):
-            assert row.gain is not None
-            middle, low, high = (min(max(x, -EDGE), EDGE) for x in row.gain)
+        for height, (row, gain) in enumerate(drawn):
+            middle, low, high = (min(max(x, -EDGE), EDGE) for x in gain)
             shade = shades.get(row.verdict.word, figures.GREY)
             axes.plot([low, high], [height, height], color=shade, linewidth=2.5, alpha=0.6)
             axes.plot(middle, height, marker="o", markersize=7, color=shade)
