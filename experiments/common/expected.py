@@ -108,7 +108,8 @@ def judge(
 ) -> list[Verdict]:
     """Evaluates every inequality; one that cannot be evaluated, or is NaN, is not met.
 
-    `partial` is for a run of some methods only: what cannot be evaluated then is not judged.
+    `partial` is for a run of some methods only, or from before a claim was made: what cannot be
+    evaluated then is not judged.
     """
     verdicts = []
     for entry in entries:
