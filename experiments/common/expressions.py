@@ -58,6 +58,12 @@ def evaluate(expression: str, summary: dict[str, Any]) -> float:
     return float(value)
 
 
+def is_ratio(expression: str) -> bool:
+    """Whether the last thing that an expression does is to divide."""
+    body = ast.parse(expression, mode="eval").body
+    return isinstance(body, ast.BinOp) and isinstance(body.op, ast.Div)
+
+
 def leaves(expression: str) -> list[tuple[str, ...]]:
     """The statistics that an expression reads, as paths: `("cg", "loss", "mean")`."""
     found: dict[tuple[str, ...], None] = {}

@@ -2,7 +2,8 @@
 
 All intervals are at 95 %, by Student's t over seeds. That of an expression on means is the
 jackknife's: the expression is computed anew without each seed. For a difference of two methods
-that is the usual paired interval, and the same seed's luck, which both methods share, cancels.
+that is the usual paired interval, and the same seed's luck, which both methods share, cancels. A
+ratio is treated on a logarithmic scale, as ratios are: its interval is never negative.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.common.expressions import evaluate, leaves
+from experiments.common.expressions import evaluate, is_ratio, leaves
 
 LEVEL = 0.95
 PAIRED = "paired over seeds"
@@ -88,6 +89,15 @@ def _finite(low: float, high: float, how: str) -> Spread | None:
     return Spread(low, high, how) if math.isfinite(low) and math.isfinite(high) else None
 
 
+def _around(middle: float, half: float, how: str, logarithmic: bool) -> Spread | None:
+    if not (math.isfinite(middle) and math.isfinite(half)):
+        return None
+    low, high = middle - half, middle + half
+    if logarithmic:  # a half width of hundreds says nothing, and overflows
+        low, high = math.exp(max(low, -700.0)), math.exp(min(high, 700.0))
+    return _finite(low, high, how)
+
+
 def _table(summary: Any, path: tuple[str, ...]) -> dict[str, Any]:
     for key in path:
         summary = summary[key]
@@ -127,9 +137,11 @@ def _jackknife(
 
     whole = at(shared)
     without = [at([other for other in shared if other != seed]) for seed in shared]
-    pseudo = count * whole - (count - 1) * np.asarray(without)
+    logarithmic = is_ratio(expression) and min(whole, *without) > 0
+    points = np.log([whole, *without]) if logarithmic else np.asarray([whole, *without])
+    pseudo = count * points[0] - (count - 1) * points[1:]
     half = quantile(count - 1) * float(pseudo.std(ddof=1)) / math.sqrt(count)
-    return _finite(whole - half, whole + half, PAIRED)
+    return _around(float(points[0]), half, PAIRED, logarithmic)
 
 
 def _independent(
@@ -147,4 +159,6 @@ def _independent(
         variance += ((next(ends) - next(ends)) / 2) ** 2
     whole = evaluate(expression, _with(summary, means))
     half = quantile(min(table["seeds"] for table in tables.values()) - 1) * math.sqrt(variance)
-    return _finite(whole - half, whole + half, INDEPENDENT)
+    if is_ratio(expression) and whole > 0:
+        return _around(math.log(whole), half / whole, INDEPENDENT, True)
+    return _around(whole, half, INDEPENDENT, False)

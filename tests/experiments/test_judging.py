@@ -30,6 +30,10 @@ def test_claims_are_met_not_met_or_within_noise_by_the_paired_interval():
     noisy = verdict("a.loss.mean - c.loss.mean")
     assert noisy.word == "within noise" and noisy.met
     assert verdict("a.loss.mean / c.loss.mean", bound=1).word == "within noise"
+    # A ratio is positive, also where its divisor is small and differs much from seed to seed.
+    small = {"a": table(1.0, 1.1, 1.2), "b": table(0.01, 0.05, 0.09)}
+    ratio = verdict("a.loss.mean / b.loss.mean", ">=", 2, small)
+    assert ratio.word == "met" and 2 < ratio.low < 22 < ratio.high
     # The worst seed is one number: nothing to pair.
     assert verdict("a.loss.max", ">", 2).word == "met" and verdict("a.loss.max", ">", 2).low is None
     ends = {"a": {"d": expected.interval([0.9, 1.0, 1.2])}}
