@@ -34,7 +34,7 @@ class Response(Protocol):
     specific to the response. ``num_inner_batches() -> int | None`` tells outer loops the length
     of the leading axis of ``inner_batch``; None, or no such method, means one single batch.
     ``cost(hparams, stats) -> Cost`` tells them what a call costs besides its outer gradient.
-    One whose ``needs_inner`` is False takes None for the inner problem.
+    Where ``needs_inner`` is False, callers may pass None for the inner problem.
     A response that trains while it differentiates keeps the model state it has advanced in
     ``state.model_state``, where outer loops take it from.
     """

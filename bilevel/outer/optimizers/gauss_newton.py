@@ -177,7 +177,7 @@ def gauss_newton(
         if not fixed:
             after = _moved(value_fn, params, step) if after is None else after
             predicted = -tree.vdot(grads, step) - 0.5 * tree.vdot(step, mv.undamped(step))
-            at = _adapted(at, (value - after) / predicted, adaptation, min_damping)
+            at = _adapted(at, value - after, predicted, adaptation, min_damping)
         new = GaussNewtonState(
             count,
             mean,
@@ -192,7 +192,10 @@ def gauss_newton(
 def solved(mv: LinearMap, grads: Vector, solver: LinearSolver) -> Vector:
     r""":math:`A^{-1} g`, whose derivative is that of the exact solution, by the same solver."""
     return jax.lax.custom_linear_solve(
-        mv, grads, lambda _, g: solver.solve(mv, g, None, certify=False).value, symmetric=True
+        lambda v: mv(v),
+        grads,
+        lambda _, g: solver.solve(mv, g, None, certify=False).value,
+        symmetric=True,
     )
 
 
@@ -233,8 +236,10 @@ def _search(
     return length, after
 
 
-def _adapted(damping: Any, ratio: Scalar, factor: Any, least: Any) -> jax.Array:
-    """The damping after a step whose decrease was ``ratio`` times that predicted."""
+def _adapted(damping: Any, actual: Scalar, predicted: Scalar, factor: Any, least: Any) -> jax.Array:
+    """The damping after a step that lowered the loss by ``actual``; the model had ``predicted``."""
+    # A step so long that the model itself predicts a rise is a bad one, whatever came of it.
+    ratio = jnp.where(predicted > 0, actual / predicted, -1.0)
     change = jnp.where(ratio > GOOD, 1 / factor, jnp.where(ratio >= BAD, 1.0, factor))
     # A damping that was chosen below the least stays where it is.
     return jnp.maximum(damping * change, jnp.minimum(damping, least))
