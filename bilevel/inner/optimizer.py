@@ -155,23 +155,25 @@ def _update(
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         return tx.update(grads, opt_state, params)
     accepted = inspect.signature(tx.update).parameters.values()
-    taken = extra
-    if not any(p.kind is p.VAR_KEYWORD for p in accepted):
-        taken = {p.name: extra[p.name] for p in accepted if p.name in extra}
-    try:
-        return tx.update(grads, opt_state, params, **taken)
-    except (TypeError, ValueError) as error:
-        if not any(words in str(error) for words in ("keyword-only argument", "must be provided")):
-            raise
-        # Not at once: a line search refuses arguments that it does not know.
-        if given:
-            return _update(tx, grads, opt_state, params, {**extra, **given}, {}, name)
-        raise TypeError(
-            f"`{name}` needs an argument that steps do not have: they pass `value`, "
-            "`grad` and `value_fn`, and those of training on a loss (`descend`, `alternate`, "
-            "`Unroll`) `hparams` and `batch`. Use an optimizer that needs the gradient alone, or "
-            f"bind the argument in a transformation of your own. ({error})"
-        ) from error
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted)
+    names = {p.name for p in accepted}
+    failure = None
+    # What is given not at once: a line search refuses arguments that it does not know.
+    for arguments in (extra, {**extra, **given}):
+        taken = {k: v for k, v in arguments.items() if takes_any or k in names}
+        try:
+            return tx.update(grads, opt_state, params, **taken)
+        except (TypeError, ValueError) as error:
+            words = ("keyword-only argument", "must be provided")
+            if not any(word in str(error) for word in words):
+                raise
+            failure = error
+    raise TypeError(
+        f"`{name}` needs an argument that steps do not have: they pass `value`, "
+        "`grad` and `value_fn`, and those of training on a loss (`descend`, `alternate`, "
+        "`Unroll`) `hparams` and `batch`. Use an optimizer that needs the gradient alone, or "
+        f"bind the argument in a transformation of your own. ({failure})"
+    ) from failure
 
 
 def _gradient_of_fast(grads: Vector, opt_state: Any, params: Params) -> Vector:

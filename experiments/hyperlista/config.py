@@ -26,12 +26,12 @@ class Config:
     shifted: float = 0.15
     layers: int = 16
     batch: int = 128
-    steps: int = 200
-    network_steps: int = 2000
+    steps: int = 100
+    network_steps: int = 1000
     rate: float = 0.05
     network_rate: float = 1e-3
-    test: int = 2048
-    grid: tuple[int, int, int] = (7, 7, 9)
+    test: int = 1024
+    grid: tuple[int, int, int] = (6, 6, 6)
     sharpness: float = 0.02
 
 
