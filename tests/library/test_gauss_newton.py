@@ -157,13 +157,13 @@ def test_an_uphill_step_raises_the_damping():
 
 def test_the_search_reaches_armijo():
     """From a length that raises the loss; the next search begins half as long again."""
-    tx = gauss_newton(model, squares, 40.0, damping=1e-3, line_search=True)
+    tx = gauss_newton(model, squares, 4.0, damping=1e-3, line_search=True)
     step, state = updated(tx, "squares")
     loss = functools.partial(train("squares"), lam=LAM, batch=BATCHES["squares"])
     start, g = jax.value_and_grad(lambda w: loss(w))(PARAMS)
     direction = -dense("squares", 1e-3, None)
     length = float(state.length)
-    assert length in [pytest.approx(40.0 * 0.8**k) for k in range(1, 15)]
+    assert length in [pytest.approx(4.0 * 0.8**k) for k in range(1, 15)]
     np.testing.assert_allclose(ravel_pytree(step)[0], length * direction, rtol=1e-6, atol=1e-8)
     unravel = ravel_pytree(PARAMS)[1]
 
@@ -196,7 +196,7 @@ def test_training_with_it_and_tuning_through_it():
         return bilevel.descend(loss, tx, state, lam, stacked("softmax", 3), steps=3)
 
     end, info = jax.jit(run)(LAM)
-    assert info.loss[-1] < 0.7 * info.loss[0]
+    assert info.loss[2] < info.loss[1] < info.loss[0]
 
     def outer(w, lam, batch):
         return softmax(model(w, lam, batch), lam, batch)
