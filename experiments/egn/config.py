@@ -22,8 +22,8 @@ class Task:
     train: int
     test: int
     batch: int
-    epochs: dict[str, int]
-    settings: dict[str, dict[str, Any]]
+    epochs: dict[str, int] = dataclasses.field(hash=False)
+    settings: dict[str, dict[str, Any]] = dataclasses.field(hash=False)
 
 
 DIGITS = Task(

@@ -36,7 +36,7 @@ def _curves(axes: Any, records: list[record.Record], task: str, time: bool) -> N
         rows = [r for r in records if r.method == f"{task}_{method}_path"]
         for i, seed in enumerate(sorted({r.seed for r in rows})):
             mine = [r for r in rows if r.seed == seed]
-            along = [r.cost if time else r.step for r in mine]
+            along = [r.cost if time else r.metrics["epoch"] for r in mine]
             losses = [np.maximum(r.metrics["loss"], 1e-8) for r in mine]
             axes.plot(along, losses, color=shade, alpha=0.5, label=text if i == 0 else None)
     axes.set_xscale("log")

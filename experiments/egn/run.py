@@ -24,48 +24,42 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     for task in config.tasks:
         for method in config.methods:
             losses, told = trained(method, task, config, seed, task.settings[method])
-            name, epochs = f"{task.name}_{method}", len(losses)
-            for part in np.array_split(np.arange(epochs), min(POINTS, epochs)):
-                at = int(part[-1]) + 1
-                records.append(
-                    f"{name}_path", at, at * told["seconds"] / epochs, loss=losses[part].mean()
-                )
-            reached = np.flatnonzero(losses <= config.target)
-            records.append(
-                name, epochs, told["seconds"], **told,
-                epochs_to_target=float(reached[0] + 1 if reached.size else np.inf),
-            )  # fmt: skip
+            name, epochs = f"{task.name}_{method}", task.epochs[method]
+            each = len(losses) // epochs
+            edges = np.unique(np.geomspace(1, len(losses), POINTS + 1).astype(int))
+            for first, last in zip(edges[:-1], edges[1:], strict=True):
+                seconds = last / len(losses) * told["seconds"]
+                mean = losses[first:last].mean()
+                records.append(f"{name}_path", last, seconds, loss=mean, epoch=last / each)
+            told["epochs_to_target"] = epochs_to(config.target, losses, each)
+            records.append(name, epochs, told["seconds"], **told)
+
+
+def epochs_to(target: float, losses: np.ndarray, each: int) -> float:
+    """Epochs after which the mean loss of ten batches is below the target; infinite if never."""
+    width = min(10, each)
+    means = np.convolve(losses, np.ones(width) / width, "valid")
+    below = np.flatnonzero(means <= target)
+    return float((below[0] + width) / each if below.size else np.inf)
 
 
 def trained(
     method: str, task: Task, config: Config, seed: int, settings: dict[str, Any]
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """The mean loss that each epoch saw; losses at the end, and the seconds that training took."""
+    """The loss that each step saw; losses at the end, and the seconds that training took."""
     train, test = problem.rows(task, seed)
-    tx = problem.optimizer(method, task, config, settings)
     w = problem.params(task, train.x.shape[1], seed)
-    loss = problem.loss(task)
     keys = jax.random.split(jax.random.key(seed), task.epochs[method])
-
-    def epoch(state: Any, key: Any) -> tuple[Any, jax.Array]:
-        if method == "lbfgs":
-            batches = jax.tree.map(lambda x: x[None], train)
-        else:
-            steps = len(train.y) // task.batch
-            order = jax.random.permutation(key, len(train.y))[: steps * task.batch]
-            batches = jax.tree.map(
-                lambda x: x[order].reshape(steps, task.batch, *x.shape[1:]), train
-            )
-        steps = len(batches.y)
-        state, info = bilevel.descend(loss, tx, state, None, batches, steps=steps)
-        return state, jnp.mean(info.loss)
-
-    state = bilevel.InnerState(w, tx.init(w))
-    go = jax.jit(functools.partial(jax.lax.scan, epoch)).lower(state, keys).compile()
-    begun = time.perf_counter()
-    state, losses = jax.block_until_ready(go(state, keys))
+    begin, epoch = _trainer(method, task, config, tuple(settings.items()))
+    state = jax.block_until_ready(begin(w))
+    jax.block_until_ready(epoch(state, keys[0], train))  # compiles
+    begun, losses = time.perf_counter(), []
+    for key in keys:
+        state, loss = epoch(state, key, train)
+        losses.append(loss)
+    losses = np.concatenate(jax.device_get(losses))
     seconds = time.perf_counter() - begun
-    whole = jax.jit(loss)
+    whole = jax.jit(problem.loss(task))
     told = {
         "train_loss": float(whole(state.params, None, train)),
         "test_loss": float(whole(state.params, None, test)),
@@ -74,7 +68,28 @@ def trained(
     if task.name == "digits":
         right = jnp.argmax(problem.model(state.params, None, test), 1) == test.y
         told["test_error"] = 100 * float(1 - jnp.mean(right))
-    return np.asarray(losses), told
+    return losses, told
+
+
+@functools.cache
+def _trainer(method: str, task: Task, config: Config, settings: tuple[Any, ...]) -> Any:
+    """Jitted first state of some parameters, and one epoch of it with the losses of its steps."""
+    tx, loss = problem.optimizer(method, task, config, dict(settings)), problem.loss(task)
+
+    @jax.jit
+    def epoch(state: Any, key: Any, train: problem.Rows) -> tuple[Any, jax.Array]:
+        batches = jax.tree.map(lambda x: x[None], train)
+        if method != "lbfgs":
+            steps = len(train.y) // task.batch
+            order = jax.random.permutation(key, len(train.y))[: steps * task.batch]
+            batches = jax.tree.map(
+                lambda x: x[order].reshape(steps, task.batch, *x.shape[1:]), train
+            )
+        steps = len(batches.y)
+        state, info = bilevel.descend(loss, tx, state, None, batches, steps=steps)
+        return state, info.loss
+
+    return jax.jit(lambda w: bilevel.InnerState(w, tx.init(w))), epoch
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:

@@ -4,8 +4,6 @@ import itertools
 import sys
 from typing import Any
 
-import numpy as np
-
 from experiments.egn import config, run
 
 SEED = 100
@@ -27,9 +25,10 @@ def main(methods: list[str]) -> None:
         for method in methods:
             for chosen in GRIDS[method]:
                 losses, told = run.trained(method, task, settings, SEED, chosen)
-                reached = np.flatnonzero(losses <= settings.target)
+                each = len(losses) // task.epochs[method]
+                reached = run.epochs_to(settings.target, losses, each)
                 row = {**chosen, **{k: round(v, 5) for k, v in told.items()}}
-                sys.stdout.write(f"{task.name} {method} {row} {reached[:1] + 1}\n")
+                sys.stdout.write(f"{task.name} {method} {row} {reached:.2f}\n")
                 sys.stdout.flush()
 
 

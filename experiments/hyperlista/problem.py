@@ -13,12 +13,13 @@ TINY = 1e-6
 
 
 class Dictionary(NamedTuple):
-    """A, its columns of length one; W, as incoherent to A as can be; the pseudo-inverse of A."""
+    """A, its columns of length one; W, as incoherent to A as can be; the pseudo-inverse of A; and
+    the largest eigenvalue of ``A'A``."""
 
     a: jax.Array
     w: jax.Array
     inverse: jax.Array
-    largest: float
+    largest: jax.Array
 
 
 def dictionary(config: Config, seed: int) -> Dictionary:
@@ -27,8 +28,8 @@ def dictionary(config: Config, seed: int) -> Dictionary:
     a /= np.linalg.norm(a, axis=0)
     w = np.linalg.solve(a @ a.T, a)
     w /= np.sum(w * a, 0)
-    arrays = (jnp.asarray(x, jnp.float32) for x in (a, w, np.linalg.pinv(a)))
-    return Dictionary(*arrays, float(np.linalg.norm(a, 2) ** 2))
+    largest = np.linalg.norm(a, 2) ** 2
+    return Dictionary(*(jnp.asarray(x, jnp.float32) for x in (a, w, np.linalg.pinv(a), largest)))
 
 
 def draw(key: Any, a: jax.Array, count: int, density: float) -> tuple[jax.Array, jax.Array]:
@@ -133,5 +134,5 @@ def lista(d: Dictionary, layers: int) -> tuple[Step, Any]:
     return step, {
         "in": rate * d.a,
         "again": jnp.eye(d.a.shape[1]) - rate * d.a.T @ d.a,
-        "threshold": jnp.full(layers, 0.1 * rate, jnp.float32),
+        "threshold": jnp.broadcast_to(0.1 * rate, (layers,)),
     }

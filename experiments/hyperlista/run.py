@@ -65,33 +65,45 @@ def tuned(
     records: record.Records | None,
 ) -> Any:
     """Hyperparameters after Adam on hypergradients, each on codes drawn anew."""
-    step, lam = solver(method, d, config, soft=True)
+    lam, values = _learned(method, config, density)(d, jax.random.key(seed))
+    steps = len(values)
+    if records is not None:
+        for i, part in enumerate(np.array_split(np.asarray(values), 10)):
+            at = (i + 1) * steps // 10
+            records.append(f"{method}_path", at, at, nmse_db=10 * part.mean() / np.log(10))
+    return lam
+
+
+@functools.cache
+def _learned(method: str, config: Config, density: float) -> Any:
+    """Jitted ``(dictionary, key) -> (hyperparameters, losses)``, for all seeds."""
     network = method == "lista"
     steps = config.network_steps if network else config.steps
     rate = config.network_rate if network else config.rate
     tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    learn = bilevel.value_and_hypergrad(problem.error, None, response(step, config))
     state = blank(config, config.batch)
 
-    def advance(carry: Any, key: Any) -> Any:
-        lam, opt = carry
-        codes, seen = problem.draw(key, d.a, config.batch, density)
-        value, grads = learn(state, lam, inner_batch=seen, outer_batch=codes)
-        updates, opt = tx.update(grads, opt)
-        return (optax.apply_updates(lam, updates), opt), value
+    @jax.jit
+    def learn(d: problem.Dictionary, key: Any) -> Any:
+        step, lam = solver(method, d, config, soft=True)
+        gradient = bilevel.value_and_hypergrad(problem.error, None, response(step, config))
 
-    keys = jax.random.split(jax.random.key(seed), steps)
-    (lam, _), values = jax.jit(lambda c: jax.lax.scan(advance, c, keys))((lam, tx.init(lam)))
-    if records is not None:
-        means = np.asarray(values)[: steps // 10 * 10].reshape(10, -1).mean(1)
-        for i, mean in enumerate(means):
-            at = (i + 1) * steps // 10
-            records.append(f"{method}_path", at, at, nmse_db=10 * mean / np.log(10))
-    return lam
+        def advance(carry: Any, key: Any) -> Any:
+            lam, opt = carry
+            codes, seen = problem.draw(key, d.a, config.batch, density)
+            value, grads = gradient(state, lam, inner_batch=seen, outer_batch=codes)
+            updates, opt = tx.update(grads, opt)
+            return (optax.apply_updates(lam, updates), opt), value
+
+        (lam, _), values = jax.lax.scan(advance, (lam, tx.init(lam)), jax.random.split(key, steps))
+        return lam, values
+
+    return learn
 
 
+@functools.partial(jax.jit, static_argnames=("method", "config", "density", "soft"))
 def nmse(
-    method: str, lam: Any, d: Any, config: Config, key: Any, density: float, soft: bool
+    lam: Any, d: Any, key: Any, *, method: str, config: Config, density: float, soft: bool
 ) -> jax.Array:
     """In dB, on codes that no tuning saw; of the iteration as it is, or with relaxed selection."""
     step, _ = solver(method, d, config, soft=soft)
@@ -114,8 +126,8 @@ def _judge(
     for name, (key, density, soft) in looks.items():
         if soft and not base.startswith("hyperlista"):
             continue
-        judge = functools.partial(nmse, base, d=d, config=config, density=density, soft=soft)
-        told[name] = float(jax.jit(judge)(lam=lam, key=key))
+        where = dict(method=base, config=config, density=density, soft=soft)
+        told[name] = float(nmse(lam, d, key, **where))
     if base == "hyperlista":
         told |= {name: float(jnp.exp(x)) for name, x in lam.items()}
     records.append(method, config.layers, calls, **told)
@@ -127,16 +139,27 @@ def grid(d: problem.Dictionary, config: Config, seed: int) -> tuple[Any, int]:
     axes = [np.geomspace(a, b, n) for a, b, n in zip(lows, highs, config.grid, strict=True)]
     points = np.log(np.array(list(itertools.product(*axes)), np.float32))
     table = dict(zip(problem.FIRST, jnp.asarray(points).T, strict=True))
-    step, _ = solver("hyperlista", d, config, soft=False)
-    codes, seen = problem.draw(jax.random.key(seed), d.a, config.batch, config.density)
-
-    def value(lam: Any) -> jax.Array:
-        state = response(step, config).run(blank(config, config.batch), lam, seen)
-        return problem.error(state, lam, codes)
-
-    values = jax.jit(lambda table: jax.lax.map(value, table))(table)
+    values = _searched(config)(table, d, jax.random.key(seed))
     best = int(jnp.argmin(values))
     return jax.tree.map(lambda x: x[best], table), len(points)
+
+
+@functools.cache
+def _searched(config: Config) -> Any:
+    """Jitted ``(table, dictionary, key) -> losses`` of all points of a grid, on one batch."""
+
+    @jax.jit
+    def values(table: Any, d: problem.Dictionary, key: Any) -> jax.Array:
+        step, _ = solver("hyperlista", d, config, soft=False)
+        codes, seen = problem.draw(key, d.a, config.batch, config.density)
+
+        def value(lam: Any) -> jax.Array:
+            state = response(step, config).run(blank(config, config.batch), lam, seen)
+            return problem.error(state, lam, codes)
+
+        return jax.lax.map(value, table)
+
+    return values
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Runs `unem`: coefficients of a clustering, one for all steps or one for each."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,14 @@ def response(config: Config) -> bilevel.UnrollMap:
     return bilevel.UnrollMap(problem.step(config.shots), config.layers, initial=problem.start)
 
 
-def _judge(config: Config, test: problem.Episodes) -> Any:
-    @jax.jit
-    def accuracy(lam: Any) -> jax.Array:
-        return problem.accuracy(response(config).run(problem.blank(test), lam, test), test)
+def _judge(config: Config, episodes: problem.Episodes) -> Any:
+    return lambda lam: float(_accuracy(lam, episodes, config))
 
-    return lambda lam: float(accuracy(lam))
+
+@functools.partial(jax.jit, static_argnums=2)
+def _accuracy(lam: Any, episodes: problem.Episodes, config: Config) -> jax.Array:
+    state = response(config).run(problem.blank(episodes), lam, episodes)
+    return problem.accuracy(state, episodes)
 
 
 def grid(config: Config, valid: problem.Episodes) -> float:
@@ -71,32 +74,41 @@ def tuned(
     method: str, config: Config, valid: problem.Episodes, seed: int
 ) -> tuple[Any, np.ndarray]:
     """Coefficients after Adam on hypergradients of validation episodes, and the losses met."""
+    lam, values = _learned(method, config)(valid, jax.random.key(seed))
+    return lam, np.array([part.mean() for part in np.array_split(np.asarray(values), 10)])
+
+
+@functools.cache
+def _learned(method: str, config: Config) -> Any:
+    """Jitted ``(episodes, key) -> (coefficients, losses)``, for all seeds."""
     shape = () if method == "shared" else (config.layers,)
-    learned = {"gamma": jnp.ones(shape)}
-    if method == "layers_temperatures":
-        learned["temperature"] = jnp.zeros(shape)
     fixed = {"gamma": jnp.ones(shape), "temperature": jnp.zeros(())}
+    first = {"gamma": jnp.ones(shape)}
+    if method == "layers_temperatures":
+        first["temperature"] = jnp.zeros(shape)
 
     def step(state: Any, lam: Any, batch: Any, t: Any) -> Any:
         return problem.step(config.shots)(state, {**fixed, **lam}, batch, t)
 
     through = bilevel.UnrollMap(step, config.layers, initial=problem.start)
-    learn = bilevel.value_and_hypergrad(problem.cross_entropy, None, through)
+    gradient = bilevel.value_and_hypergrad(problem.cross_entropy, None, through)
     tx = optax.adam(optax.cosine_decay_schedule(config.rate, config.steps))
 
-    def advance(carry: Any, key: Any) -> Any:
-        lam, opt = carry
-        chosen = jax.random.choice(key, config.valid, (config.batch,), replace=False)
-        batch = jax.tree.map(lambda x: x[chosen], valid)
-        value, grads = learn(problem.blank(batch), lam, inner_batch=batch, outer_batch=batch)
-        updates, opt = tx.update(grads, opt)
-        return (optax.apply_updates(lam, updates), opt), value
+    @jax.jit
+    def learn(valid: problem.Episodes, key: Any) -> Any:
+        def advance(carry: Any, key: Any) -> Any:
+            lam, opt = carry
+            chosen = jax.random.choice(key, config.valid, (config.batch,), replace=False)
+            batch = jax.tree.map(lambda x: x[chosen], valid)
+            value, grads = gradient(problem.blank(batch), lam, inner_batch=batch, outer_batch=batch)
+            updates, opt = tx.update(grads, opt)
+            return (optax.apply_updates(lam, updates), opt), value
 
-    keys = jax.random.split(jax.random.key(seed), config.steps)
-    scan = jax.jit(lambda c: jax.lax.scan(advance, c, keys))
-    (lam, _), values = scan((learned, tx.init(learned)))
-    parts = np.array_split(np.asarray(values), 10)
-    return {**fixed, **lam}, np.array([p.mean() for p in parts])
+        keys = jax.random.split(key, config.steps)
+        (lam, _), values = jax.lax.scan(advance, (first, tx.init(first)), keys)
+        return {**fixed, **lam}, values
+
+    return learn
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:
