@@ -28,9 +28,10 @@ class Task:
 
 DIGITS = Task(
     "digits", 16, 1280, 500, 64,
-    {"sgd": 400, "adam": 400, "lbfgs": 200, "sgn": 20, "egn": 10},
+    {"sgd": 20, "momentum": 20, "adam": 20, "lbfgs": 60, "sgn": 4, "egn": 3},
     {
-        "sgd": {"learning_rate": 0.3},
+        "sgd": {"learning_rate": 1.0},
+        "momentum": {"learning_rate": 0.3},
         "adam": {"learning_rate": 0.01},
         "lbfgs": {},
         "sgn": {"learning_rate": 0.5, "damping": 0.03},
@@ -39,9 +40,10 @@ DIGITS = Task(
 )  # fmt: skip
 HOUSING = Task(
     "housing", 32, 4096, 4000, 64,
-    {"sgd": 200, "adam": 200, "lbfgs": 200, "sgn": 40, "egn": 40},
+    {"sgd": 100, "momentum": 100, "adam": 100, "lbfgs": 500, "sgn": 10, "egn": 10},
     {
         "sgd": {"learning_rate": 0.1},
+        "momentum": {"learning_rate": 0.03},
         "adam": {"learning_rate": 0.01},
         "lbfgs": {},
         "sgn": {"learning_rate": 0.3, "damping": 0.03},
@@ -62,7 +64,7 @@ class Config:
     """
 
     tasks: tuple[Task, ...] = (DIGITS, HOUSING)
-    methods: tuple[str, ...] = ("sgd", "adam", "lbfgs", "sgn", "egn")
+    methods: tuple[str, ...] = ("sgd", "momentum", "adam", "lbfgs", "sgn", "egn")
     products: int = 10
     target: float = 0.1
 

@@ -9,7 +9,8 @@ from experiments.common import figures as draw
 from experiments.common import record
 
 METHODS = {
-    "sgd": ("SGD with momentum", draw.GREY),
+    "sgd": ("SGD", draw.GREY),
+    "momentum": ("SGD with momentum", draw.BLACK),
     "adam": ("Adam", draw.ORANGE),
     "lbfgs": ("L-BFGS, all rows", draw.BROWN),
     "sgn": ("Gauss–Newton by CG", draw.GREEN),

@@ -82,8 +82,8 @@ def loss(task: Task) -> Any:
 
 def optimizer(method: str, task: Task, config: Config, settings: dict[str, Any]) -> Any:
     """An optax transformation; Gauss–Newton by an exact solve, or by CG."""
-    if method == "sgd":
-        return optax.sgd(momentum=0.9, **settings)
+    if method in ("sgd", "momentum"):
+        return optax.sgd(momentum=0.9 if method == "momentum" else None, **settings)
     if method == "adam":
         return optax.adam(**settings)
     if method == "lbfgs":

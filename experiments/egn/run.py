@@ -97,12 +97,13 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     last = record.final(records)
     for task in sorted({name.removesuffix("_egn") for name, _ in last if name.endswith("_egn")}):
-        for other in ("sgd", "adam", "lbfgs", "sgn"):
+        for other in ("sgd", "momentum", "adam", "lbfgs", "sgn"):
             for metric in ("train_loss", "test_loss"):
                 told[f"{task}_{metric}_egn_over_{other}"] = expected.paired(
                     records, metric, f"{task}_egn", f"{task}_{other}", ratio=True
                 )
-    told["epochs_egn_over_sgd"] = expected.paired(
-        records, "epochs_to_target", "digits_egn", "digits_sgd", ratio=True
-    )
+    for other in ("sgd", "momentum", "adam", "sgn"):
+        told[f"epochs_egn_over_{other}"] = expected.paired(
+            records, "epochs_to_target", "digits_egn", f"digits_{other}", ratio=True
+        )
     return told

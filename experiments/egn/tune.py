@@ -8,11 +8,11 @@ from experiments.egn import config, run
 
 SEED = 100
 GRIDS: dict[str, list[dict[str, Any]]] = {
-    "sgd": [{"learning_rate": r} for r in (0.01, 0.03, 0.1, 0.3, 1.0)],
-    "adam": [{"learning_rate": r} for r in (0.001, 0.003, 0.01, 0.03, 0.1)],
+    "sgd": [{"learning_rate": r} for r in (0.1, 0.3, 1.0)],
+    "momentum": [{"learning_rate": r} for r in (0.03, 0.1, 0.3)],
+    "adam": [{"learning_rate": r} for r in (0.003, 0.01, 0.03)],
     "egn": [
-        {"learning_rate": r, "damping": d}
-        for r, d in itertools.product((0.3, 1.0), (0.003, 0.03, 0.3))
+        {"learning_rate": r, "damping": d} for r, d in itertools.product((0.3, 1.0), (0.03, 0.3))
     ],
 }
 GRIDS["sgn"] = GRIDS["egn"]
