@@ -181,6 +181,7 @@ def stacked(name, steps):
     return jax.tree.map(lambda x: jnp.stack([x] * steps), BATCHES[name])
 
 
+@pytest.mark.slow
 def test_training_with_it_and_tuning_through_it():
     """``descend`` hands it the batch; unrolled derivatives in all modes equal differences."""
     loss = train("softmax", decay)
