@@ -32,22 +32,22 @@ DIGITS = Task(
     {
         "sgd": {"learning_rate": 1.0},
         "momentum": {"learning_rate": 0.3},
-        "adam": {"learning_rate": 0.01},
+        "adam": {"learning_rate": 0.03},
         "lbfgs": {},
-        "sgn": {"learning_rate": 0.5, "damping": 0.03},
-        "egn": {"learning_rate": 0.5, "damping": 0.03},
+        "sgn": {"learning_rate": 0.3, "damping": 0.03},
+        "egn": {"learning_rate": 0.3, "damping": 0.03},
     },
 )  # fmt: skip
 HOUSING = Task(
     "housing", 32, 4096, 4000, 64,
-    {"sgd": 100, "momentum": 100, "adam": 100, "lbfgs": 500, "sgn": 10, "egn": 10},
+    {"sgd": 100, "momentum": 100, "adam": 80, "lbfgs": 300, "sgn": 25, "egn": 50},
     {
         "sgd": {"learning_rate": 0.1},
         "momentum": {"learning_rate": 0.03},
         "adam": {"learning_rate": 0.01},
         "lbfgs": {},
-        "sgn": {"learning_rate": 0.3, "damping": 0.03},
-        "egn": {"learning_rate": 0.3, "damping": 0.03},
+        "sgn": {"learning_rate": 0.3, "damping": 0.1},
+        "egn": {"learning_rate": 0.3, "damping": 0.1},
     },
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
 
 def rows(task: Task, seed: int) -> tuple[Rows, Rows]:
-    """Rows to train on and to judge on; features and a real target with mean 0 and variance 1."""
+    """Rows to train on and to judge on: pixels in [0, 1]; housing with mean 0 and variance 1."""
     if task.name == "digits":
         found = data.digits(valid=0, test=task.test, seed=seed)
         parts = [(p.x.reshape(len(p.y), -1), p.y) for p in (found.train, found.test)]
@@ -29,9 +29,9 @@ def rows(task: Task, seed: int) -> tuple[Rows, Rows]:
         parts = [(_skewed(p.x), p.y) for p in (found.train, found.test)]
     (x, y), (x_test, y_test) = parts
     x, y = x[: task.train], y[: task.train]
-    mean, scale = x.mean(0), x.std(0) + 1e-3
-    x, x_test = (x - mean) / scale, (x_test - mean) / scale
     if task.name != "digits":
+        mean, scale = x.mean(0), x.std(0)
+        x, x_test = (x - mean) / scale, (x_test - mean) / scale
         low, high = y.mean(), y.std()
         y, y_test = (y[:, None] - low) / high, (y_test[:, None] - low) / high
     kind = np.int32 if task.name == "digits" else np.float32
