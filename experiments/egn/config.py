@@ -28,14 +28,14 @@ class Task:
 
 DIGITS = Task(
     "digits", 16, 1280, 500, 64,
-    {"sgd": 20, "momentum": 20, "adam": 20, "lbfgs": 60, "sgn": 4, "egn": 3},
+    {"sgd": 20, "momentum": 20, "adam": 20, "lbfgs": 60, "sgn": 4, "egn": 4},
     {
         "sgd": {"learning_rate": 1.0},
         "momentum": {"learning_rate": 0.3},
         "adam": {"learning_rate": 0.03},
         "lbfgs": {},
-        "sgn": {"learning_rate": 0.3, "damping": 0.03},
-        "egn": {"learning_rate": 0.3, "damping": 0.03},
+        "sgn": {"learning_rate": 0.5, "damping": 0.03},
+        "egn": {"learning_rate": 0.5, "damping": 0.03},
     },
 )  # fmt: skip
 HOUSING = Task(
