@@ -53,8 +53,8 @@ class Config:
     inner_steps: int = 10
     penalty: float = 10.0
     passes: float = 0.5
-    timed: float = 0.2
-    rounds: int = 7
+    timed: float = 0.05
+    rounds: int = 21
 
 
 def smoke() -> Config:

@@ -8,7 +8,7 @@ three until neither of two further seeds diverges.
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -59,10 +59,13 @@ def reach(name: str, method: str) -> Reach:
     return functools.partial(reached, name, cost, follow)
 
 
-def tune(reach: Reach) -> tuple[Pair, float]:
+def tune(
+    reach: Reach, rates: Sequence[float] = RATES, outer: Sequence[float] = OUTER,
+    grown: int = GROWN, kept: int = KEPT,
+) -> tuple[Pair, float]:  # fmt: skip
     """The best pair and what it reaches, relative to the start."""
-    grid, found = [list(RATES), list(OUTER)], {}
-    for _ in range(GROWN + 1):
+    grid, found = [list(rates), list(outer)], {}
+    for _ in range(grown + 1):
         for pair in [(a, b) for a in grid[0] for b in grid[1]]:
             if pair not in found:
                 found[pair] = reach(pair, PART, SEEDS[0])
@@ -75,7 +78,7 @@ def tune(reach: Reach) -> tuple[Pair, float]:
                 values.append(_round(at / factor))
         if before == (len(grid[0]), len(grid[1])):
             break
-    last = sorted(found, key=lambda pair: found[pair])[:KEPT]
+    last = sorted(found, key=lambda pair: found[pair])[:kept]
     ends = {pair: reach(pair, 1.0, SEEDS[0]) for pair in last}
     return stable(reach, min(ends, key=lambda pair: ends[pair]))
 
