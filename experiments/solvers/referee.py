@@ -1,12 +1,12 @@
-"""The solvers of the public benchmark on our three problems: which of all is first?
+"""The solvers of the public benchmark beside our loops on our three problems: which is first?
 
     python -m experiments.solvers.referee CHECKOUT OUT [PROBLEM ...]
 
 `CHECKOUT` is a checkout of `benchopt/benchmark_bilevel`; benchopt must be installed. Its solvers
 run unchanged, on its own base classes and samplers, from the starting points, on the losses and for
-the budgets of `run.py`; both step sizes are found on seed 100 by the search of `tune.py`. Written
-are records as those of our loops, their methods named `PROBLEM_public_SOLVER`, and `referee.json`,
-with the step sizes found and what `run.summary` makes of these records.
+the budgets of `run.py`; both step sizes are found on seed 100 by the search of `tune.py`. Our
+loops run on the same seeds. Written are records, with its solvers as `PROBLEM_public_SOLVER`, and
+`referee.json`, with the step sizes found and what `run.summary` makes of these records.
 """
 
 import dataclasses
@@ -194,6 +194,14 @@ def compare(config: Config, name: str, solver: Solver, seed: int, rates: Any, ou
         )
 
 
+def ours(config: Config, name: str, out: Path) -> None:
+    """Our loops on the same problem and seeds, into the same records."""
+    budget = dict(zip(config.problems, config.budget, strict=True))[name]
+    only = dataclasses.replace(config, problems=(name,), budget=(budget,), timed=0.0)
+    for seed in SEEDS:
+        run.run(only, seed, out, resume=True)
+
+
 def main(checkout: str, out: Path, names: list[str]) -> None:
     """Search and runs of all its solvers."""
     sys.path.insert(0, checkout)
@@ -206,6 +214,7 @@ def main(checkout: str, out: Path, names: list[str]) -> None:
             for seed in SEEDS:
                 compare(config, name, solver, seed, pair, out)
             pairs[f"{name}_{solver.name}"] = pair
+        ours(config, name, out)
     told = {"step_sizes": pairs, **run.summary(record.read(out))}
     record.write_json(out / "referee.json", told)
 
