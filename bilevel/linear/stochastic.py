@@ -83,8 +83,9 @@ class Stochastic:
         else:
             # See `cg._start`: a zero start must not be a compile-time constant.
             x0 = jax.lax.optimization_barrier(tree.cast_like(x0, rhs))
-            # What an earlier solve spoilt must not spoil this one.
-            q = tree.where(tree.all_finite(x0), x0, jax.tree.map(jnp.zeros_like, x0))
+            # What an earlier solve spoilt must not spoil this one. Number by number: any start will
+            # do, and one flag for all would be two passes over them.
+            q = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), x0)
             opt_state = self.tx.init(q)
 
         def body(i, carry):

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from bilevel.ground.aliases import Loss
-from bilevel.ground.settings import check_flag
+from bilevel.ground.settings import check_flag, check_takes, is_function
 from bilevel.inner.optimizer import check_fixed_tx, check_tx
 from bilevel.outer.base import Algorithm
 from bilevel.outer.single_loop.adjoint import Adjoint
@@ -13,7 +13,7 @@ from bilevel.outer.single_loop.base import Estimator, Plain
 from bilevel.outer.single_loop.memory import Saga
 from bilevel.outer.single_loop.recursion import Page, Spider, Storm
 from bilevel.outer.single_loop.series import Series
-from bilevel.outer.single_loop.step import SingleLoop, deploy
+from bilevel.outer.single_loop.step import Schedule, SingleLoop, deploy
 from bilevel.outer.variable import Mover, check_space
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_losses
@@ -29,6 +29,7 @@ def single_loop(
     estimator: Saga | Storm | Spider | Page | None = None,
     *,
     independent: bool = False,
+    schedule: Schedule | None = None,
     constrain: Space | None = None,
     has_aux: bool = False,
     has_state: bool = False,
@@ -59,6 +60,9 @@ def single_loop(
         converge.
       independent: draw a batch of its own for each of :math:`\nabla_w h, Hq, B^\top q`; the
         products are then made one by one.
+      schedule: what all three updates are multiplied with, ``schedule(step) -> factor``, such as
+        ``lambda step: (1 + step) ** -0.5``. Papers let the three fall together; one schedule in
+        each optimizer says the same with three more counts.
       constrain: bounds; None leaves the hyperparameters free.
       has_aux: ``outer`` returns ``(scalar, aux)``.
       has_state: both losses are ``loss(params, hparams, batch, model_state) -> (scalar,
@@ -116,7 +120,7 @@ def single_loop(
     check_flag("independent", independent)
     return build(
         outer, inner, Adjoint(bool(independent)), inner_tx, linear_tx, outer_tx,
-        Plain() if estimator is None else estimator, constrain, has_aux, has_state,
+        Plain() if estimator is None else estimator, schedule, constrain, has_aux, has_state,
     )  # fmt: skip
 
 
@@ -128,6 +132,7 @@ def build(
     linear_tx: optax.GradientTransformation | None,
     outer_tx: optax.GradientTransformation,
     estimator: Estimator,
+    schedule: Any = None,
     constrain: Any = None,
     has_aux: Any = False,
     has_state: Any = False,
@@ -139,6 +144,13 @@ def build(
     check_flag("has_aux", has_aux)
     check_flag("has_state", has_state)
     check_space(constrain, "{'decay': Positive()}")
-    problem = Problem(outer, inner, has_aux, has_state)
-    loop = SingleLoop(problem, reader, inner_tx, linear_tx, Mover(outer_tx, constrain), estimator)
+    if schedule is not None:
+        if not is_function(schedule):
+            raise TypeError(
+                "`schedule` must be a function schedule(step) -> factor, such as "
+                f"`lambda step: (1 + step) ** -0.5`, or None, got {schedule!r}."
+            )
+        check_takes("schedule", schedule, "schedule(step)")
+    problem, mover = Problem(outer, inner, has_aux, has_state), Mover(outer_tx, constrain)
+    loop = SingleLoop(problem, reader, inner_tx, linear_tx, mover, estimator, schedule)
     return Algorithm(loop.init, loop.step, deploy)
