@@ -20,6 +20,30 @@ SECTION = re.compile(
 )
 ITEM = re.compile(r"([^\s:`][^:`]*): (.*)")
 TITLES = {"Args": "Arguments"}
+# What KaTeX typesets otherwise, or not at all; `tests/formulas.py` writes these symbols.
+TYPESET = {
+    "ᵀ": r"^\top ", "‖": r"\| ", "½": r"\tfrac12 ", "ϵ": r"\epsilon ", "ε": r"\varepsilon ",
+    "φ": r"\phi ", "…": r"\ldots ", "∣": r"\mid ", "⊥": r"\perp ", "⨁": r"\bigoplus ",
+}  # fmt: skip
+FUNCTIONS = ("log", "ln", "max", "min", "cos", "sin", "tanh", "exp")
+NAMED = re.compile(
+    r"\\(?:text|mathrm|operatorname|mathcal|begin|end)\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z]{3,}|tr)"
+)
+
+
+def typeset(formula: str) -> str:
+    """A formula of a docstring as LaTeX: wide gaps, names of functions and a few symbols."""
+
+    def named(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0]
+        if match[1] in FUNCTIONS:
+            return f"\\{match[1]} "
+        return rf"\operatorname{{{match[1]}}}"
+
+    formula = NAMED.sub(named, formula)
+    formula = re.sub(r"(?<=\S)[ ]{2,}(?=\S|$)", r" \\qquad ", formula)
+    return "".join(TYPESET.get(c, c) for c in formula)
 
 
 def markdown(text: str, public: frozenset[str]) -> str:
@@ -28,7 +52,11 @@ def markdown(text: str, public: frozenset[str]) -> str:
     def block(match: re.Match[str]) -> str:
         indent, rest = match["indent"], textwrap.dedent(match["rest"]).strip("\n")
         if match["kind"] == "math":
-            body = "\n".join(part for part in (match["first"].strip(), rest) if part.strip())
+            body = "\n".join(part for part in (match["first"].rstrip(), rest) if part.strip())
+            body = "\n".join(typeset(line) for line in body.splitlines())
+            body = re.sub(r",\n(?![ ]*(?:&|\\q))", ", \\\\qquad\n", body)
+            if r"\\" in body and r"\begin" not in body:
+                body = f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"
             lines = ["", "$$", *(line for line in body.splitlines() if line.strip()), "$$", ""]
         else:
             lines = ["", f"```{match['first'].strip()}", *rest.splitlines(), "```", ""]
@@ -40,7 +68,7 @@ def markdown(text: str, public: frozenset[str]) -> str:
         return f"[`{last}`][bilevel.{short}]" if short in public else f"`{last}`"
 
     text = BLOCK.sub(block, text + "\n")
-    text = MATH.sub(lambda m: f"${m[1].strip()}$", text)
+    text = MATH.sub(lambda m: f"${typeset(m[1].strip())}$", text)
     text = ROLE.sub(role, text)
     return SECTION.sub(_section, text).rstrip()
 
