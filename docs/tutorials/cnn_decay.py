@@ -123,10 +123,18 @@ print({name: round(float(value), 2) for name, value in state.hparams.items()})
 print(f"test loss {tuned[-1][1]:.3f}, error {tuned[-1][2]:.3f}")
 
 # %% [markdown]
-# May the numbers be trusted? Every step says how well its linear system was solved:
+# May the numbers be trusted? Every step says how well its linear system was solved, and how far
+# the parameters were from a minimum:
 
 # %%
-print(bilevel.Status(int(info.result)).name, {k: f"{v:.2g}" for k, v in info.stats.items()})
+relative = info.stats["residual_norm"] / info.stats["rhs_norm"]
+print(bilevel.Status(int(info.result)).name, f"residual {relative:.2f} of the right side")
+
+# %% [markdown]
+# A network in training is at no minimum, and ten steps of CG leave part of the system unsolved.
+# That is the price of tuning while training: directions are right and sizes are not, which Adam,
+# on the logarithms, does not mind ([how good the recipe
+# is](../networks.md#why-gaussnewton-and-why-damping-of-01)).
 
 # %% [markdown]
 # ## Beside fixed decays
@@ -173,13 +181,31 @@ curves = {
 }  # fmt: skip
 for name, history in curves.items():
     axes[0].plot(when, [record[1] for record in history], label=name)
-axes[0].set(xlabel="training step", ylabel="test loss", title="Test loss", yscale="log")
+axes[0].set(xlabel="training step", ylabel="test loss", title="Test loss", ylim=(0.6, 1.5))
 axes[0].legend()
-for name in hparams:
-    axes[1].plot(when, [record[3][name] for record in tuned], label=name)
+for name, line in zip(hparams, ("-", "-", "--"), strict=True):
+    axes[1].plot(when, [record[3][name] for record in tuned], line, label=name)
 axes[1].set(xlabel="training step", ylabel="log decay", title="The decays, while training")
 axes[1].legend()
 figure
 
+# %% [markdown]
+# One run ends near the loss of the best of six, and a third below that of the network without
+# decay. In the error all of them are within the noise of 1397 images (0.01), except the largest
+# decay: decay makes this network less sure of its mistakes, and does not make fewer.
+#
+# The picture on the right shows how. While the network still learns what is easy, decays fall,
+# because they are in its way; once it overfits, they rise by as much per step as Adam lets them.
+# The first layer, whose scale batch norm takes out again, turns back: its decay has nothing to
+# gain. Two things to know before you do this on your own network:
+#
+# - **The validation images are used up.** Three decays hardly overfit 250 images; thousands would.
+#   Keep a third split ([many hyperparameters](../objectives.md#many-hyperparameters)).
+# - **A schedule comes for free.** What was found is a path; `bilevel.HyperSchedule` replays it.
+
 # %% check
-assert tuned[-1][1] < fixed[log_decays[0]][-1][1]
+best_loss = float(fixed[best][-1][1])
+assert tuned[-1][1] < 0.75 * fixed[log_decays[0]][-1][1]
+assert tuned[-1][1] < 1.1 * best_loss
+assert 0.05 < relative < 0.5
+assert tuned[-1][3]["first"] < -7 < -5 < tuned[-1][3]["second"]
