@@ -100,10 +100,10 @@ def test_formulas_are_symbols_in_a_terminal_and_typeset_on_the_site(monkeypatch)
     source = (
         'def f():\n    r"""The slope :math:`\\tfrac{dF}{d\\lambda}`, of ``\\lambda``.\n\n'
         "    .. math:: q &= -\\Bigl(\\nabla^2 h\\Bigr)^{-1} g, \\qquad\\text{for}\\quad "
-        '\\|g\\| \\le \\log\\rho \\\\\n        s &= B^\\top q\n    """\n    return "\\lambda"\n'
+        '\\|g\\| \\le \\log\\rho \\\\\n        s &= B^\\top q\n    """\n    return r"\\lambda"\n'
     )
     plain = formulas.rewritten(source)
-    assert ":math:`dF/dλ`, of ``\\lambda``" in plain and 'return "\\lambda"' in plain
+    assert ":math:`dF/dλ`, of ``\\lambda``" in plain and 'return r"\\lambda"' in plain
     assert "q &= -(∇^2 h)^{-1} g,  for  ‖g‖ ≤ log ρ \\\\\n        s &= Bᵀ q\n" in plain
     assert formulas.rewritten(plain) == plain
     pytest.importorskip("griffe", reason="needs bilevel[docs]")
