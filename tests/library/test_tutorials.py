@@ -21,11 +21,11 @@ def name_of(path):
 @pytest.fixture(autouse=True)
 def as_a_reader_runs_it():
     pytest.importorskip("sklearn", reason="needs bilevel[experiments]")
-    matplotlib = pytest.importorskip("matplotlib", reason="needs bilevel[plot]")
-    matplotlib.use("agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs bilevel[plot]")
+    pyplot.switch_backend("agg")
     with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
         yield
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=name_of)
