@@ -115,12 +115,53 @@ def signature_of(node: Any) -> str:
     return f"```python\n{node.name}({body})\n```\n\n"
 
 
+def unshadow(pkg: Any) -> None:
+    """Functions that have the name of their module, as Python imports them.
+
+    After ``from bilevel.outer.alternate import alternate``, ``bilevel.outer.alternate`` is the
+    function; griffe takes the module. The module gets another name here.
+    """
+    modules = [pkg]
+    for module in modules:
+        modules += [m for m in module.members.values() if not m.is_alias and m.is_module]
+    where = [(module.path, module) for module in modules]  # before any has another name
+    meant: dict[str, Any] = {}
+    hidden = {}
+    for path, module in where:
+        for name, target in module.imports.items():
+            inner = module.members.get(name)
+            if inner in modules and target == f"{path}.{name}.{name}":
+                meant[f"{path}.{name}"] = inner.members[name]
+                hidden[f"{path}.{name}."] = inner
+    for prefix, inner in hidden.items():
+        name = inner.name
+        inner.name = f"{name}_module"
+        inner.parent.members[inner.name] = inner
+        inner.parent.members[name] = griffe.Alias(name, meant[prefix[:-1]], parent=inner.parent)
+    again = True
+    while again:  # an alias of an alias of a module
+        again = False
+        for path, module in where:
+            for name, member in list(module.members.items()):
+                target, place = member.target_path if member.is_alias else "", f"{path}.{name}"
+                if target in meant and place not in meant:  # it may have been resolved already
+                    meant[place] = meant[target]
+                    module.members[name] = griffe.Alias(name, meant[target], parent=module)
+                    again = True
+    for _, module in where:
+        for member in module.members.values():
+            for prefix, inner in hidden.items():
+                if member.is_alias and member.target_path.startswith(prefix):
+                    member.target_path = f"{inner.path}.{member.target_path.removeprefix(prefix)}"
+
+
 class Docstrings(griffe.Extension):
     """Rewrites every docstring once the package is read."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         spaces = {"objectives", "outer", "plot", "prox", "regularizers", "run", "testing"}
         public = frozenset(n for n in pkg.members if not n.startswith("_") and n not in spaces)
+        unshadow(pkg)
         self._walk(pkg, public, set())
 
     def _walk(self, node: Any, public: frozenset[str], seen: set[str]) -> None:

@@ -54,6 +54,19 @@ def test_what_the_pages_name_is_there():
         assert inspect.getdoc(value), name
 
 
+def test_the_api_shows_functions_and_not_the_modules_of_their_name(monkeypatch):
+    griffe = pytest.importorskip("griffe", reason="needs bilevel[docs]")
+    monkeypatch.syspath_prepend(ROOT / "docs/site")
+    docstrings = importlib.import_module("docstrings")
+    extensions = griffe.load_extensions(docstrings.Docstrings)
+    package = griffe.load("bilevel", search_paths=[str(ROOT)], extensions=extensions)
+    for name in sorted(hooks.listed() | hooks.api_names()):
+        shown = package
+        for part in name.split("."):
+            shown = shown.members[part]
+        assert not shown.is_module and shown.docstring is not None, name
+
+
 def test_the_gallery_has_every_committed_picture_and_its_command():
     page = hooks.gallery()
     pictures = sorted((ROOT / "experiments").glob("*/results/*.png"))
