@@ -72,11 +72,11 @@ REFUSED = {
     "tuning, shared": (tuning(shared=(1,)), TypeError, "`shared` must be parts of the names"),
     "linen, no params": (lambda: bilevel.split_linen({"x": 1}), TypeError, "`variables` must be"),
     "SURE, numbers": (
-        lambda: objectives.SURE(0.5, jnp.ones(2), loss), TypeError, "`predict` must be a function"
+        lambda: objectives.SURE(0.5, jnp.ones(2), loss), TypeError, "`predict` must be callable"
     ),
     "SURE, observed": (
         lambda: objectives.SURE(0.5, loss, loss, observed=jnp.ones(2)), TypeError,
-        "`observed` must be a function",
+        "`observed` must be callable",
     ),
     "report, a row": (
         lambda: bilevel.MemoryReport(()).row("mixed"), KeyError, "no row 'mixed'"
