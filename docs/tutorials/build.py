@@ -105,7 +105,8 @@ def _render(path: Path, smoke: bool, figures: Path | None) -> str:
 
 def shown(cell: Cell) -> str:
     """A cell of code as it is on the page."""
-    return "```python\n" + SMOKE.sub(r"\1\2", cell.source) + "\n```"
+    source = SMOKE.sub(r"\1\2", cell.source).replace("  # fmt: skip", "")
+    return f"```python\n{source}\n```"
 
 
 def without_outputs(page: str) -> str:
