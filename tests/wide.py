@@ -225,6 +225,9 @@ KEPT = {
         "test_with_response_accepts_a_solver_in_plain_python": 0,
         "test_with_response_is_differentiable_everywhere": 0,
     },
+    "library/test_tutorials.py": {
+        "test_every_block_runs": 2,
+    },
     "library/test_unroll.py": {
         "test_all_modes_agree_on_a_network_with_keyed_noise": 0,
         "test_optimizer_settings_equal_central_differences": 3,

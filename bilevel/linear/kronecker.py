@@ -22,12 +22,12 @@ from bilevel.linear.precondition import Prepared
 class KFAC:
     r"""The preconditioner with one Kronecker product per layer, for a Gauss–Newton matrix.
 
-    .. math:: P = \bigoplus_l A_l \otimes G_l + \rho_l I
+    .. math:: P = ⨁_l A_l ⊗ G_l + ρ_l I
 
-    with :math:`A_l = \mathrm{E}[a a^\top]` of the layer's inputs (a one behind them for its bias)
-    and :math:`G_l = \mathrm{E}[\delta\delta^\top]` of the gradients at its outputs, drawn from the
+    with :math:`A_l = E[a aᵀ]` of the layer's inputs (a one behind them for its bias)
+    and :math:`G_l = E[δδᵀ]` of the gradients at its outputs, drawn from the
     Hessian of the output loss; a convolution counts each position as an example.
-    :math:`\rho_l` is the damping plus the mean of the penalty's diagonal in the layer. It is added
+    :math:`ρ_l` is the damping plus the mean of the penalty's diagonal in the layer. It is added
     as it is, through the eigenvectors of both factors; split between them, as is usual for cheaper
     inverses, it also multiplies what is large in one factor alone.
 
@@ -40,8 +40,8 @@ class KFAC:
       num_samples: backward passes for the :math:`G_l`, with random signs drawn from ``key``.
         ``None``: one for each output of an example, and nothing is drawn.
 
-    Cost: ``num_samples`` products, :math:`O(\sum_l d_l^3)` arithmetic for the eigenvectors of the
-    factors and :math:`O(\sum_l d_l n_l)` a step of CG, with d the width of the layer and
+    Cost: ``num_samples`` products, :math:`O(∑_l d_l^3)` arithmetic for the eigenvectors of the
+    factors and :math:`O(∑_l d_l n_l)` a step of CG, with d the width of the layer and
     n its parameters: on a small batch as much as a product itself. It pays for loose tolerances,
     small damping, and batch times outputs well above the widths of the layers. Products to a
     residual of 0.1, that of the sample included, of an MLP 784-512-512-10 on MNIST at damping
@@ -75,9 +75,9 @@ class KFAC:
 class EKFAC:
     r"""The inverse in the eigenbases of KFAC's factors, with the diagonal measured there.
 
-    .. math:: P = \bigoplus_l (U_l \otimes W_l)\,(\operatorname{diag}(s_l) + \rho_l)\,
-        (U_l \otimes W_l)^\top, \qquad
-        s_l = \operatorname{diag}\bigl((U_l \otimes W_l)^\top M_l\,(U_l \otimes W_l)\bigr)
+    .. math:: P = ⨁_l (U_l ⊗ W_l) (diag(s_l) + ρ_l)
+        (U_l ⊗ W_l)ᵀ,
+        s_l = diag((U_l ⊗ W_l)ᵀ M_l (U_l ⊗ W_l))
 
     with :math:`M_l` the layer's own block of the Gauss–Newton matrix. A solver of its own, which
     makes no products, and a preconditioner of CG. Of all matrices diagonal in these bases, P is

@@ -26,7 +26,7 @@ from bilevel.linear.base import (
 class Woodbury:
     r"""Solves :math:`(J^\top Q J + D)\,q = g` exactly by the push-through identity
 
-    .. math:: q = D^{-1}\bigl(g - J^\top (I + QJD^{-1}J^\top)^{-1} Q J D^{-1} g\bigr)
+    .. math:: q = D^{-1}\bigl(g - J^\top (I + Q J D^{-1}J^\top)^{-1} Q J D^{-1} g\bigr)
 
     with J (m x n) the Jacobian of the model's m = batch x outputs numbers, Q (m x m) the
     Hessian of the output loss, and D the damping plus the diagonal of a separable penalty.
@@ -41,7 +41,7 @@ class Woodbury:
     outputs
 
     .. math:: (J D^{-1} J^\top)_{nc,md} =
-        \sum_l (a_{ln}^\top a_{lm} + 1)\,\delta_{lnc}^\top\delta_{lmd} / \rho
+        \sum_l (a_{l n}^\top a_{l m} + 1)\,\delta_{l n c}^\top\delta_{l m d} / \rho
 
     with sums over positions for a convolution, and unit by unit where a penalty gives every
     weight its own D. Layers are read off the model's program; other leaves keep their rows, and

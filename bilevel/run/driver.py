@@ -63,10 +63,10 @@ def fit(
       log: a file for one JSON line per step: ``step``, ``outer_loss``, ``inner_loss``,
         ``hypergrad_norm``, ``status``, the response's stats, ``aux`` where it is scalar,
         ``hparams`` as the outer loss read them (of arrays with more than 16 entries ``norm``,
-        ``min``, ``mean`` and ``max``), ``evaluate``, ``seconds`` since this call began, and
-        ``nonfinite`` where a step was not finite. Lines at or after the first step of this call
-        are removed first, so the file equals that of an uninterrupted run but for ``seconds``;
-        damaged lines are left out with a warning.
+        ``min``, ``median``, ``mean`` and ``max``), ``evaluate``, ``seconds`` since this call
+        began, and ``nonfinite`` where a step was not finite. Lines at or after the first step of
+        this call are removed first, so the file equals that of an uninterrupted run but for
+        ``seconds``; damaged lines are left out with a warning.
       tensorboard: a folder for the same numbers.
       progress: a live progress bar, where there is a terminal.
       checkpoint_dir: a folder for checkpoints. If it holds one that is at least as far as
