@@ -59,8 +59,8 @@ def run(folder: Path, mesh: Any = None, decay: float = -3.0, **options: Any) -> 
     )
     state = alg.init({"a": a, "b": b}, {"decay": decay})
     if mesh is not None:
-        # Rows of `a` stay together, its columns are divided, and what is shaped like it.
-        state = jax.tree.map(lambda x: put(x, None, "d") if x.shape == a.shape else put(x), state)
+        # The columns of `a` are divided, and what is shaped like it; `fit` places the rest.
+        state = jax.tree.map(lambda x: put(x, None, "d") if x.shape == a.shape else x, state)
     return bilevel.fit(
         alg,
         state,

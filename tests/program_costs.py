@@ -123,18 +123,20 @@ def loop(algorithm: Any, inner: int | None, key: bool = False) -> Callable[..., 
     return make
 
 
-def pass_of_a_run(backward: bool) -> Callable[..., Any]:
+def pass_of_a_run(name: str) -> Callable[..., Any]:
     def make(s: dict[str, Any]) -> Any:
         run = compiled_steps(Problem(valid, train), optax.adam(1e-3))
         state = run.begin(s["w"], s["lam"], None, None)
         state = jax.device_put(state, s["batch"][0].sharding.update(spec=P()))
-        if not backward:
-            args = (state, s["lam"], s["batch"])
-            return run.advance, args, lambda args, out: (out[0], *args[1:])
-        given = [jnp.ones_like(x) for x in floats_of(state)]
-        found = jax.tree.map(jnp.zeros_like, s["lam"])
-        args = (state, s["lam"], s["batch"], given, found)
-        return run.pull, args, lambda args, out: (*args[:3], *out)
+        step = (state, s["lam"], s["batch"])
+        if name in ("advance", "link"):
+            return getattr(run, name), step, lambda args, out: (out[0], *args[1:])
+        carried = (
+            [jnp.ones_like(x) for x in floats_of(state)],
+            jax.tree.map(jnp.zeros_like, s["lam"]),
+        )
+        fixed = step if name == "pull" else (run.link(*step)[2],)
+        return getattr(run, name), (*fixed, *carried), lambda args, out: (*fixed, *out)
 
     return make
 
@@ -161,8 +163,10 @@ PROGRAMS = {
     ),
     "self_tuning": loop(bilevel.self_tuning(valid, train, SGD, SGD, 2), 2, key=True),
     "soba": loop(bilevel.soba(valid, train, SGD, SGD, SGD), 1),
-    "metagradient, forward": pass_of_a_run(False),
-    "metagradient, backward": pass_of_a_run(True),
+    **{
+        f"metagradient, {name}": pass_of_a_run(name)
+        for name in ("advance", "pull", "link", "follow")
+    },
 }
 
 

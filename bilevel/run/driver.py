@@ -17,7 +17,7 @@ from bilevel.run.interrupt import deferred_interrupts
 from bilevel.run.lock import locked
 from bilevel.run.log import JsonLog
 from bilevel.run.loop import Options, Run, begin
-from bilevel.run.processes import by_writer, check_global, check_same
+from bilevel.run.processes import by_writer, check_same, placed
 from bilevel.run.record import Record
 from bilevel.run.report import Report
 from bilevel.run.result import FitResult, nonfinite_error
@@ -102,9 +102,14 @@ def fit(
     effect at the end of a step, a second one at once. Whatever ends the run early, the finished
     steps are logged and saved if that is possible, and the error is raised on.
 
+    Several processes (``jax.distributed``) call it alike, each with what its own devices hold of
+    the batches. Arrays of ``state`` that one process holds alone are put on all devices. Process 0
+    writes logs and shows progress; each writes its part of a checkpoint. See ``docs/devices.md``.
+
     Raises:
-      TypeError, ValueError: for settings out of range, an ``alg`` of another form, and a
-        checkpoint of another run (other ``run_id``, ``key``, tree, shapes or dtypes).
+      TypeError, ValueError: for settings out of range, an ``alg`` of another form, a checkpoint
+        of another run (other ``run_id``, ``key``, tree, shapes or dtypes), and processes that
+        disagree on settings or on the numbers in ``state``.
       OSError: before the first step, if ``checkpoint_dir`` or ``log`` cannot be written, or
         another run holds them; if every checkpoint is damaged; and for a full disk.
       RuntimeError: for a data function that raises, with the step.
@@ -136,14 +141,14 @@ def fit(
     tensorboard = arguments.check_path("tensorboard", tensorboard, folder=True)
     folder = arguments.check_path("checkpoint_dir", checkpoint_dir, folder=True)
     identity = {"run_id": arguments.as_json(run_id), "key": arguments.key_id(key)}
-    check_global(state)
+    state = own(state)
     check_same(state, {**identity, **options.told(), "on_nonfinite": on_nonfinite})
     data = Data(inner_data, outer_data, response_data)
     with contextlib.ExitStack() as stack:
         check_interrupt = stack.enter_context(deferred_interrupts())
         by_writer(lambda: _lock(stack, folder, log))
         checkpoints = None if folder is None else Checkpoints(folder, keep, identity)
-        first = begin(options, own(state), data, checkpoints)
+        first = begin(options, placed(state), data, checkpoints)
         opened = by_writer(
             lambda: _open(stack, log, tensorboard, wants_bar(progress), first.done, steps)
         )

@@ -13,7 +13,7 @@ from bilevel.run import arguments
 from bilevel.run.best import Measured, keep_best_jitted, no_best, point_of_jitted
 from bilevel.run.checkpoint import Checkpoints
 from bilevel.run.data import Data
-from bilevel.run.processes import beside, several
+from bilevel.run.processes import placed, several
 from bilevel.run.record import Record
 from bilevel.run.report import Report
 from bilevel.run.step import Carry, check_step, compiled_step, stays_finite
@@ -77,7 +77,7 @@ def begin(options: Options, state: Any, data: Data, checkpoints: Checkpoints | N
     dtype = check_step(options.alg, state, data(probe), options.key, probe)
     if options.evaluate is not None:
         dtype = jnp.result_type(float)
-    best, halted = beside((no_best(options.alg, state, dtype), jnp.asarray(False)), state.step)
+    best, halted = placed((no_best(options.alg, state, dtype), jnp.asarray(False)), state)
     found = None
     if checkpoints is not None:
         found = checkpoints.restore(

@@ -99,17 +99,31 @@ def on_host(numbers: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, numbers))
 
 
-def beside(leaves: Any, like: jax.Array) -> Any:
-    """Small arrays of this process on all devices of ``like``."""
+def placed(tree: Any, beside: Any = None) -> Any:
+    """Arrays that this process alone holds, on the devices of all; the others as they are.
+
+    Args:
+      tree: the arrays, the same numbers in every process.
+      beside: arrays whose mesh is taken; by default those of ``tree`` itself.
+    """
     if not several():
-        return leaves
-    sharding: Any = like.sharding
-    place = NamedSharding(sharding.mesh, PartitionSpec())
+        return tree
+    meshes = [
+        x.sharding.mesh  # type: ignore[attr-defined]
+        for x in jax.tree.leaves(tree if beside is None else beside)
+        if isinstance(x.sharding, NamedSharding) and not x.is_fully_addressable
+    ]
+    replicate = _replicate(meshes[0] if meshes else _all_devices())
 
-    def put(x: Any) -> Any:
-        return jax.device_put(x, place) if x.is_fully_addressable else x
+    def leaf(x: jax.Array) -> jax.Array:
+        if not x.is_fully_addressable:
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = np.asarray(jax.random.key_data(x))
+            return jax.random.wrap_key_data(replicate(data), impl=jax.random.key_impl(x))
+        return replicate(np.asarray(x))
 
-    return jax.tree.map(put, leaves)
+    return jax.tree.map(leaf, tree)
 
 
 def check_same(state: Any, settings: dict[str, Any]) -> None:
@@ -147,20 +161,6 @@ def check_same(state: Any, settings: dict[str, Any]) -> None:
             "settings and the same numbers: draw them from one key, or send those of process 0 to "
             "all."
         )
-
-
-def check_global(state: Any) -> None:
-    """Refuse arrays of one process alone, where several drive a run."""
-    if not several():
-        return
-    for path, leaf in paths(state, "state"):
-        sharding = getattr(leaf, "sharding", None)
-        if not isinstance(sharding, NamedSharding) or leaf.is_fully_addressable:
-            raise ValueError(
-                f"{path} lies in this process alone, but {jax.process_count()} drive this run: "
-                "place `state` on the devices of all of them, `jax.device_put(state, "
-                "NamedSharding(mesh, PartitionSpec()))` with a mesh over `jax.devices()`."
-            )
 
 
 def _listed(names: Iterable[Any], mark: str = "`") -> str:

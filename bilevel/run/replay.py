@@ -171,12 +171,9 @@ def metagradient(
     run = compiled_steps(problem, inner_tx)
     begun = run.begin(params, hparams, model_state, opt_state)
     one = batches(first)
-    check_inner(problem.at(model_state), params, hparams, one)
-    if outer is not None and cotangent is None:  # of a part, another may read what this does not
-        stack = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
-        Unroll(inner_tx, 1).check(
-            problem.at(model_state), params, hparams, stack, outer_batch, None
-        )
+    # Where a later run takes over, it may read what this one does not.
+    response = None if outer is None or cotangent is not None else Unroll(inner_tx, 1)
+    _check_reads(run, problem.at(model_state), response, params, hparams, one, outer_batch)
     places = _places(run, begun, hparams, one, max_states, steps, folder and checkpoint_every)
     with contextlib.ExitStack() as stack:
         check_interrupt = stack.enter_context(deferred_interrupts())
@@ -208,6 +205,29 @@ def metagradient(
     return Metagradient(value, aux, grads, direct, indirect, end, through, losses, result)
 
 
+def _check_reads(
+    run: Steps,
+    problem: Problem,
+    response: Unroll | None,
+    params: Params,
+    hparams: Hparams,
+    batch: Batch,
+    outer_batch: Batch,
+) -> None:
+    """Refuse losses and batches that do not fit, once for arguments of a form."""
+    form: Any = None
+    leaves, treedef = jax.tree.flatten((params, hparams, batch, outer_batch, problem.model_state))
+    with contextlib.suppress(TypeError, ValueError):  # no arrays: the checks say so
+        form = treedef, response is None, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    if form is not None and form in run.checked:
+        return
+    check_inner(problem, params, hparams, batch)
+    if response is not None:
+        stack = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+        response.check(problem, params, hparams, stack, outer_batch, None)
+    run.checked.add(form)
+
+
 def _places(
     run: Steps,
     begun: InnerState,
@@ -220,10 +240,14 @@ def _places(
     """States to keep beside the first, or None: keep what the derivative of each step needs."""
     if max_states is not None:
         return max_states - 3
-    linked = jax.eval_shape(run.link, begun, hparams, batch)[2]
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(linked))
-    if size * min(steps, segment or steps) <= ROOM:
-        return None
+    try:
+        linked = jax.tree.leaves(run.link.trace(begun, hparams, batch).out_info[2])
+    except (TypeError, ValueError, NotImplementedError):
+        pass  # a backward rule without a derivative; `pull` pushes tangents instead
+    else:
+        size = sum(x.size * x.dtype.itemsize for x in linked)
+        if size * min(steps, segment or steps) <= ROOM:
+            return None
     one = sum(x.nbytes for x in jax.tree.leaves(begun))
     return int(max(32, min(steps + 3, ROOM // max(one, 1)))) - 3
 

@@ -37,15 +37,17 @@ class Steps(NamedTuple):
         nothing of the step again.
       pull_begin: ``(params, hparams, model_state, opt_state, cotangents)``: the derivatives in
         parameters and hyperparameters, through ``begin``.
+      checked: forms of arguments for which the checks were made, which trace the step anew.
     """
 
     begin: Callable[..., InnerState]
     advance: Callable[..., tuple[InnerState, jax.Array]]
     end: Callable[..., Any]
     pull: Callable[..., tuple[list[Any], Hparams]]
-    link: Callable[..., tuple[InnerState, jax.Array, Any]]
+    link: Any
     follow: Callable[..., tuple[list[Any], Hparams]]
     pull_begin: Callable[..., tuple[Params, Hparams]]
+    checked: set[Any]
 
 
 def compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
@@ -109,6 +111,7 @@ def _compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
         jax.jit(link),
         jax.jit(follow, donate_argnums=(1, 2)),
         jax.jit(pull_begin),
+        set(),
     )
 
 

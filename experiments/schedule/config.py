@@ -8,6 +8,7 @@ class Config:
     """Every number of the experiment.
 
     Attributes:
+      images: the data set, `fashion_mnist` or `digits`.
       train, valid: images to train on, and those that metagradients and the grid are judged by.
       hidden: units of the hidden layer.
       batch: images of a training step.
@@ -23,6 +24,7 @@ class Config:
       fresh: new runs that judge every schedule.
     """
 
+    images: str = "fashion_mnist"
     train: int = 5_000
     valid: int = 2_000
     hidden: int = 64
@@ -41,10 +43,11 @@ class Config:
 
 
 def smoke() -> Config:
-    """Seconds: does everything run?"""
+    """Seconds, and nothing to download: does everything run?"""
     return Config(
-        train=200, valid=100, hidden=8, batch=20, steps=24, short=12, updates=2, points=3, fresh=2
-    )
+        images="digits", train=200, valid=100, hidden=8, batch=20, steps=24, short=6, updates=2,
+        points=3, fresh=2,
+    )  # fmt: skip
 
 
 def cpu() -> Config:

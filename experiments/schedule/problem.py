@@ -21,8 +21,9 @@ class Images(NamedTuple):
 
 
 def images(config: Config, seed: int) -> Images:
-    """Fashion-MNIST: some training and validation images drawn by the seed, all test images."""
-    full = data.fashion_mnist(seed=seed)
+    """Some training and validation images, drawn by the seed, and all test images."""
+    source = data.fashion_mnist if config.images == "fashion_mnist" else data.digits
+    full = source(seed=seed)
     mean = full.train.x[: config.train].reshape(config.train, -1).mean(0)
 
     def part(split: Any, count: int | None) -> tuple[jax.Array, jax.Array]:
@@ -34,11 +35,11 @@ def images(config: Config, seed: int) -> Images:
     )
 
 
-def initial(config: Config, key: jax.Array) -> Params:
+def initial(config: Config, inputs: int, key: jax.Array) -> Params:
     """Weights of one hidden layer of tanh units."""
     one, two = jax.random.split(key)
     return {
-        "hidden": jax.random.normal(one, (784, config.hidden)) / 28,
+        "hidden": jax.random.normal(one, (inputs, config.hidden)) / inputs**0.5,
         "shift": jnp.zeros(config.hidden),
         "out": jax.random.normal(two, (config.hidden, 10)) / config.hidden**0.5,
         "bias": jnp.zeros(10),

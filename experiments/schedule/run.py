@@ -46,7 +46,7 @@ def judged(
             jax.random.fold_in(key, 1), (config.steps, config.batch), 0, config.train
         )
         tx = problem.sgd(config, config.steps)({"log_rates": log_rates})
-        w = problem.initial(config, key)
+        w = problem.initial(config, train[0].shape[1], key)
 
         def step(carry: Any, rows: jax.Array) -> Any:
             w, state = carry
@@ -98,7 +98,11 @@ def tune(
             problem.loss,
             problem.loss,
             inner_tx,
-            problem.initial(config, jax.random.fold_in(jax.random.key(seed), update)),
+            problem.initial(
+                config,
+                images.train[0].shape[1],
+                jax.random.fold_in(jax.random.key(seed), update),
+            ),
             hparams,
             functools.partial(batch_of, config, images, (seed, update)),
             steps=config.short,
@@ -116,7 +120,7 @@ def tune(
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:
-    """Per seed: test loss over the best of the grid, by the test loss and by the validation loss."""
+    """Test loss over the best of the grid, by the test loss and by the validation loss."""
     best: list[float] = []
     chosen: list[float] = []
     for seed in sorted({r.seed for r in records if r.method == "learned"}):
