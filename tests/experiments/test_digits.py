@@ -40,7 +40,7 @@ def test_every_method_spends_the_budget_and_no_more(method):
 
 
 def test_a_finished_method_is_not_run_again(tmp_path):
-    settings = dataclasses.replace(config.smoke(), budget=300.0)
+    settings = dataclasses.replace(config.smoke(), budget=300.0, trial_points=2)
     batches = run._batches(settings, 0)
     records = record.Records(tmp_path, 0)
     for _ in range(2):
