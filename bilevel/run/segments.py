@@ -90,7 +90,9 @@ def _compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
             new, told = step(with_floats(state, values), hparams, batch, False)
             return floats_of(new), (new, told)
 
-        _, pullback, (new, told) = jax.vjp(floats, floats_of(state), hparams, has_aux=True)
+        # The two are programs of their own, so nothing needs to be kept from being merged.
+        kept = jax.checkpoint(floats, prevent_cse=False, policy=_is_kept)
+        _, pullback, (new, told) = jax.vjp(kept, floats_of(state), hparams, has_aux=True)
         return new, told, pullback
 
     def follow(pullback: Any, given: Any, found: Any) -> Any:
@@ -113,6 +115,11 @@ def _compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
         jax.jit(pull_begin),
         set(),
     )
+
+
+def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Of what a step computes: products are kept, what is cheap is computed again."""
+    return primitive.name in ("dot_general", "conv_general_dilated")
 
 
 _cached_steps = functools.lru_cache(maxsize=8)(_compiled_steps)
