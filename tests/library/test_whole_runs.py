@@ -356,7 +356,7 @@ def goes_on():
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda: dict(batches=goes_on()), "`batches` is not a function of the step: step 11 gave"),
+        (lambda: dict(batches=goes_on()), "`batches` is not a function of the step: step 12 gave"),
         (lambda: dict(batches=BATCHES), "`batches` must be a function step -> batch, got tuple"),
         (lambda: dict(outer=None), "`outer` is None and there is no `cotangent`"),
         (lambda: dict(max_states=2), "`max_states` must be at least 3"),
