@@ -182,6 +182,7 @@ FLOORS = {
     "roof: drivers and tools for people": [
         "run.interrupt",
         "run.lock",
+        "run.processes",
         "run.arguments",
         "run.data",
         "run.checkpoint",

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bilevel.ground import tree
@@ -217,7 +218,7 @@ def _check_curvatures(curvatures: Any, prox: Any) -> None:
 
 
 Step = Callable[[_Search], _Search]
-ZERO = jnp.int32(0)
+ZERO = np.int32(0)  # an array of JAX would start its back end on import
 
 
 def _lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[_Search, Step]:

@@ -15,6 +15,7 @@ from bilevel.linear.base import (
     LinearSolution,
     as_map,
     contract,
+    contract_leaf,
     finish,
     require_fixed,
     require_symmetric,
@@ -140,7 +141,7 @@ def _by_rows(rows: Vector, weights: jax.Array, diagonal: Vector, rhs: Vector) ->
     projected = functools.reduce(
         jnp.add,
         [
-            h.reshape(m, -1) @ g.reshape(-1)
+            contract_leaf(h, g, 0)
             for h, g in zip(jax.tree.leaves(half), jax.tree.leaves(scaled), strict=True)
         ],
     )
