@@ -70,6 +70,8 @@ FLOORS = {
         "inner.rerun",
         "inner.descend",
         "inner.train",
+        "inner.searches",
+        "inner.optimistix",
         "inner.minimize",
         "inner.groups",
         "inner.network",
