@@ -236,7 +236,7 @@ class UnrollMap:
                 lambda lam: finish(begin(lam), lam), hparams, has_aux=True
             )
 
-            def pull(g: Any) -> Hparams:
+            def pull(g: Any) -> Any:
                 return transpose(g)[0]
 
         def pullback(g: Any) -> tuple[Hparams, None, jax.Array, Stats]:

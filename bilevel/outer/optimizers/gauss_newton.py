@@ -186,7 +186,7 @@ def gauss_newton(
         )
         return tree.cast_like(step, params), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
 
 
 def solved(mv: LinearMap, grads: Vector, solver: LinearSolver) -> Vector:
