@@ -236,8 +236,10 @@ class UnrollMap:
                 lambda lam: finish(begin(lam), lam), hparams, has_aux=True
             )
 
-            def pull(g: Any) -> Hparams:
+            def reverse(g: Any) -> Hparams:
                 return transpose(g)[0]
+
+            pull = reverse
 
         def pullback(g: Any) -> tuple[Hparams, None, jax.Array, Stats]:
             stats = {"stationarity": moved[-1]}

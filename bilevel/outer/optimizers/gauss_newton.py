@@ -186,7 +186,8 @@ def gauss_newton(
         )
         return tree.cast_like(step, params), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    functions: Any = (init, update)  # optax's types know no required arguments beside its own
+    return optax.GradientTransformationExtraArgs(*functions)
 
 
 def solved(mv: LinearMap, grads: Vector, solver: LinearSolver) -> Vector:
