@@ -129,10 +129,10 @@ def step(shots: int) -> Any:
 def cross_entropy(state: State, lam: Any, batch: Episodes) -> jax.Array:
     """The outer loss, of the queries of validation episodes; in logits, not twice a softmax.
 
-    It has a scale of its own, which moves no assignment: without it a coefficient would also have
-    to make the probabilities right.
+    It may have a scale of its own, which moves no assignment: where no temperature is learned, a
+    coefficient would also have to make the probabilities right.
     """
-    told = jax.nn.log_softmax(jnp.exp(lam["scale"]) * state.logits)
+    told = jax.nn.log_softmax(jnp.exp(lam.get("scale", 0.0)) * state.logits)
     return -jnp.mean(jnp.take_along_axis(told, batch.labels[..., None], -1))
 
 

@@ -87,9 +87,9 @@ def _learned(method: str, config: Config) -> Any:
     """Jitted ``(episodes, key) -> (coefficients, losses)``, for all seeds."""
     shape = () if method == "shared" else (config.layers,)
     fixed = {"gamma": jnp.ones(shape), "temperature": jnp.zeros(())}
-    first = {"gamma": jnp.ones(shape), "scale": jnp.zeros(())}
-    if method == "layers_temperatures":
-        first["temperature"] = jnp.zeros(shape)
+    # With temperatures the scale would be the last of them once more.
+    other = ("temperature", shape) if method == "layers_temperatures" else ("scale", ())
+    first = {"gamma": jnp.ones(shape), other[0]: jnp.zeros(other[1])}
 
     def step(state: Any, lam: Any, batch: Any, t: Any) -> Any:
         return problem.step(config.shots)(state, {**fixed, **lam}, batch, t)
