@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Stats, Vector
 from bilevel.ground.cost import UNKNOWN, Cost
@@ -33,6 +34,7 @@ class Response(Protocol):
     specific to the response. ``num_inner_batches() -> int | None`` tells outer loops the length
     of the leading axis of ``inner_batch``; None, or no such method, means one single batch.
     ``cost(hparams, stats) -> Cost`` tells them what a call costs besides its outer gradient.
+    Where ``needs_inner`` is False, callers may pass None for the inner problem.
     A response that trains while it differentiates keeps the model state it has advanced in
     ``state.model_state``, where outer loops take it from.
     """
@@ -79,6 +81,18 @@ class Hypergradient(NamedTuple):
     state: Any
     result: jax.Array
     stats: Stats
+
+
+def inner_for(response: Any, inner: Any) -> Any:
+    """``inner``; where it is None and ``response`` needs no inner problem, a loss that is zero."""
+    if inner is None and getattr(response, "needs_inner", True) is False:
+        return no_loss
+    return inner
+
+
+def no_loss(params: Params, hparams: Hparams, batch: Batch, *model_state: Any) -> Any:
+    """Nothing is minimized: the inner loss where a response brings its own iteration."""
+    return (jnp.zeros(()), *model_state) if model_state else jnp.zeros(())
 
 
 def cost_of(response: Response, hparams: Hparams, stats: Stats) -> Cost:

@@ -110,3 +110,15 @@ def push_forward(
         )
 
     return end, info, tangent, pull
+
+
+def check_few(hparams: Hparams, most: int, instead: str) -> None:
+    """Refuse more hyperparameters than forward mode may carry tangents."""
+    if tree.size(hparams) > most:
+        raise ValueError(
+            f"`mode='forward'` carries one tangent per hyperparameter, and `hparams` has "
+            f"{tree.size(hparams)} scalars, more than `max_hparams`={most}. Use "
+            f"`mode={instead!r}`, whose cost does not depend on their number, share values, or "
+            "raise `max_hparams` if the memory (that many copies of all that a step carries) is "
+            "there."
+        )

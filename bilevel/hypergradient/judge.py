@@ -121,6 +121,11 @@ def status_of_rounding(told: list[StepInfo], params: Params) -> jax.Array:
         return code(Status.ok)
     asked, lost = (sum(jnp.sum(norms[i]) for norms in rounded) for i in range(2))
     steps = sum(info.loss.size for info in told)
-    unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(params))
-    bad = (lost > LOST**2 * asked) | (unit * steps**0.5 > WALK)
-    return _rounding_if(bad)
+    return worst(_rounding_if(lost > LOST**2 * asked), status_of_walk(steps, params))
+
+
+def status_of_walk(steps: int, params: Params) -> jax.Array:
+    """``rounding`` where the roundings of so many steps in half precision add up to too much."""
+    unit = _half_roundoff(params)
+    walked = unit is not None and unit * steps**0.5 > WALK
+    return code(Status.rounding if walked else Status.ok)

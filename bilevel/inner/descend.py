@@ -53,6 +53,7 @@ def take_step(
     tx: optax.GradientTransformation,
     state: InnerState,
     gradient: Callable[[Any, ModelState], Any] | None = None,
+    given: dict[str, Any] | None = None,
 ) -> tuple[InnerState, StepInfo]:
     r"""One optimizer step, :math:`w \leftarrow w + u(\nabla_w\,\text{loss}(w))`.
 
@@ -65,6 +66,7 @@ def take_step(
       state: of what is trained; every leaf keeps its type.
       gradient: ``(params, model_state) -> ((value, model_state), grads)``, in place of automatic
         differentiation.
+      given: what ``loss`` reads, ``hparams`` and ``batch``, for optimizers that ask for it.
 
     Cost: one gradient of ``loss``.
     """
@@ -73,8 +75,9 @@ def take_step(
         gradient = jax.value_and_grad(loss, has_aux=True)
     (value, new_model_state), grads = gradient(params, model_state)
     updates, new_opt_state = compute_updates(
-        tx, grads, opt_state, params, value=value, value_fn=lambda w: loss(w, model_state)[0]
-    )
+        tx, grads, opt_state, params, value=value, value_fn=lambda w: loss(w, model_state)[0],
+        given=given,
+    )  # fmt: skip
     moved = InnerState(optax.apply_updates(params, updates), new_opt_state, new_model_state)
     new = keep_types(moved, state, "training state", KEEP)
     rounded = _rounded(params, updates, new.params)
@@ -132,16 +135,17 @@ def descend(
         gradient = _mixed(problem, tx, state, hparams, batches, first)
 
     def step(state: InnerState, index: Any) -> tuple[InnerState, StepInfo]:
+        batch = select_batch(batches, index)
+
         def loss(params: Params, model_state: ModelState) -> tuple[Scalar, ModelState]:
-            batch = select_batch(batches, index)
             return problem.inner_loss_and_state(params, hparams, batch, model_state)
 
         here = None
         if gradient is not None:
             here = functools.partial(gradient, hparams=hparams, batches=batches, index=index)
-        return take_step(loss, tx, state, here)
+        return take_step(loss, tx, state, here, {"hparams": hparams, "batch": batch})
 
-    return _loop(step, state, first, steps, mixed, remat, unroll)
+    return run_steps(step, state, first, steps, mixed=mixed, remat=remat, unroll=unroll)
 
 
 def _rounded(params: Params, updates: Any, moved: Params) -> tuple[jax.Array, jax.Array] | None:
@@ -166,7 +170,7 @@ def _mixed(
     batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
     loss, consts = close_loss(problem, state.params, hparams, batch, state.model_state)
     value = jax.eval_shape(loss, consts, state.params, hparams, batch, state.model_state)[0]
-    with_value = reads_value(tx, state.params, value)
+    with_value = reads_value(tx, state.params, value, hparams, batch)
     primitive = mixed_gradient(loss, select_batch, problem.has_state, with_value)
 
     def gradient(params: Params, model_state: ModelState, hparams: Any, batches: Any, index: Any):
@@ -176,15 +180,18 @@ def _mixed(
     return gradient
 
 
-def _loop(
+def run_steps(
     step: Callable[..., Any],
-    state: InnerState,
+    state: Any,
     first: int,
     steps: int,
-    mixed: bool,
-    remat: Remat,
-    unroll: bool,
-) -> tuple[InnerState, StepInfo]:
+    *,
+    mixed: bool = False,
+    remat: Remat = "none",
+    unroll: bool = False,
+) -> tuple[Any, Any]:
+    """``steps`` applications of ``step(state, index) -> (state, info)``, with the options of
+    :func:`descend` for what a backward pass keeps."""
     if remat in ("sqrt", "log"):
         places = places_for(steps, remat)
         return rerun(step, state, first=first, steps=steps, places=places, unroll=unroll)

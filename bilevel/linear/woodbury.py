@@ -15,6 +15,7 @@ from bilevel.linear.base import (
     LinearSolution,
     as_map,
     contract,
+    contract_leaf,
     finish,
     require_fixed,
     require_symmetric,
@@ -26,7 +27,7 @@ from bilevel.linear.base import (
 class Woodbury:
     r"""Solves :math:`(J^\top Q J + D)\,q = g` exactly by the push-through identity
 
-    .. math:: q = D^{-1}\bigl(g - J^\top (I + QJD^{-1}J^\top)^{-1} Q J D^{-1} g\bigr)
+    .. math:: q = D^{-1}\bigl(g - J^\top (I + Q J D^{-1}J^\top)^{-1} Q J D^{-1} g\bigr)
 
     with J (m x n) the Jacobian of the model's m = batch x outputs numbers, Q (m x m) the
     Hessian of the output loss, and D the damping plus the diagonal of a separable penalty.
@@ -41,7 +42,7 @@ class Woodbury:
     outputs
 
     .. math:: (J D^{-1} J^\top)_{nc,md} =
-        \sum_l (a_{ln}^\top a_{lm} + 1)\,\delta_{lnc}^\top\delta_{lmd} / \rho
+        \sum_l (a_{l n}^\top a_{l m} + 1)\,\delta_{l n c}^\top\delta_{l m d} / \rho
 
     with sums over positions for a convolution, and unit by unit where a penalty gives every
     weight its own D. Layers are read off the model's program; other leaves keep their rows, and
@@ -140,7 +141,7 @@ def _by_rows(rows: Vector, weights: jax.Array, diagonal: Vector, rhs: Vector) ->
     projected = functools.reduce(
         jnp.add,
         [
-            h.reshape(m, -1) @ g.reshape(-1)
+            contract_leaf(h, g, 0)
             for h, g in zip(jax.tree.leaves(half), jax.tree.leaves(scaled), strict=True)
         ],
     )

@@ -13,6 +13,7 @@ from bilevel.ground.loops import keep_types
 from bilevel.hypergradient.base import Hypergradient, Response, cost_of
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.solve import check_solve, solve
+from bilevel.hypergradient.unroll_map import UnrollMap
 from bilevel.inner.descend import InnerState, descend
 from bilevel.inner.optimizer import InnerTx, build_tx, is_tx, refresh_injected
 from bilevel.outer.base import KEEP, Info, check_model_state, check_state, own
@@ -72,8 +73,8 @@ class Alternation:
 
     @property
     def trains(self) -> bool:
-        """Whether the response makes optimizer steps of its own (which see frozen leaves)."""
-        return hasattr(self.response, "inner_tx")
+        """Whether the response makes steps of its own (which see frozen leaves)."""
+        return hasattr(self.response, "inner_tx") or isinstance(self.response, UnrollMap)
 
     def init(
         self, params: Params, hparams: Hparams, model_state: ModelState = None

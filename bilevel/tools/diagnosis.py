@@ -280,7 +280,8 @@ def _conclude(
         advice.append(
             f"The parameters are not at a minimum (a gradient step would move them by "
             f"{stationarity:.1e} of their length): train further, or use a response that does not "
-            "assume a minimum, such as `Unroll(...)`."
+            "assume a minimum, such as `Unroll(...)` (whether the derivative of a training run is "
+            "of use, `metasmoothness(...)` tells before it is taken)."
         )
     if low < -1e-4 * scale:
         advice.append(

@@ -21,8 +21,9 @@ from bilevel.ground.settings import (
     is_function,
 )
 from bilevel.ground.status import Status
-from bilevel.hypergradient.base import Response
+from bilevel.hypergradient.base import Response, no_loss
 from bilevel.hypergradient.transform import hypergrad_solve
+from bilevel.hypergradient.unroll_map import UnrollMap
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.problem.conditions import Condition
@@ -74,7 +75,7 @@ class HypergradCheck:
 
 def check_hypergrad(
     outer: Loss,
-    inner: Loss | Condition,
+    inner: Loss | Condition | None,
     response: Response,
     params: Params,
     hparams: Hparams,
@@ -103,7 +104,8 @@ def check_hypergrad(
       outer, inner, response, params, hparams, inner_batch, outer_batch: as for
         :func:`~bilevel.hypergrad`. The hypergradient is evaluated at ``params``.
       solve: ``solve(params, hparams, inner_batch) -> params``, your own solver, to rounding
-        error. By default Newton's method with CG and a line search, jitted, from ``params``.
+        error. By default Newton's method with CG and a line search, jitted, from ``params``; the
+        steps of an :class:`~bilevel.UnrollMap`.
       directions: how many.
       key: of the random directions; also handed to ``response``. Fixed by default.
       step: s, for directions of length one; by default :math:`\epsilon^{1/3}\max(1,
@@ -128,6 +130,10 @@ def check_hypergrad(
     CPU, where the default one's loops are slow. For non-convex problems it follows the minimum that
     Newton's method finds from ``params``: look at ``distance``.
     """
+    runs = isinstance(response, UnrollMap)
+    if runs:  # what it returns depends on the start, and there is no minimum to be found
+        inner, resolve_first = no_loss, False
+        solve = jax.jit(response.run) if solve is None else solve
     _check_arguments(outer, inner, response, params, hparams, inner_batch, outer_batch, solve, key)
     check_count("directions", directions)
     for name, flag in (
@@ -147,7 +153,7 @@ def check_hypergrad(
         if solve is None:
             w = _newton(losses, start, lam, inner_batch, model_state)
         else:
-            w = solve(start, lam, inner_batch)
+            w = solve(params if runs else start, lam, inner_batch)
         return _evaluate(losses, w, lam, inner_batch, outer_batch, model_state), w
 
     here, w = value(hparams, params)

@@ -71,8 +71,9 @@ def metasmoothness(
             signs, hparams, lambda key, shape, dtype: jax.random.rademacher(key, shape, dtype)
         )
     check_same_tree(direction, hparams, "direction")
-    runs = jax.jit(train)
-    outcomes = [runs(tree.axpy(i * step, direction, hparams)) for i in range(3)]
+    run = jax.jit(lambda train, hparams: train(hparams))
+    train = jax.tree_util.Partial(train)  # what it carries is an argument, not a constant
+    outcomes = [run(train, tree.axpy(i * step, direction, hparams)) for i in range(3)]
     first, second = (tree.sub(b, a) for a, b in zip(outcomes, outcomes[1:], strict=False))
     agree = jax.tree.map(lambda a, b: jnp.abs(a) * jnp.sign(a) * jnp.sign(b), first, second)
     total = sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(first))

@@ -45,7 +45,7 @@ def ratios(records: Sequence[record.Record], path: Path) -> None:
             ]
             axes.hlines(heights, *np.transpose(ends), color=shade, linewidth=1.5, alpha=0.6)
             axes.plot(values, heights, "o", markersize=5, color=shade, label=column)
-        ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10]
+        ticks = [0.5, 0.7, 1, 1.5, 2, 3, 4]
         axes.set(
             xscale="log",
             xlabel="time / that of hand-written JAX (grey: within 5 %)",

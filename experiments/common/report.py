@@ -63,13 +63,15 @@ def row(summary: dict[str, Any], package: str = "experiments") -> Row:
         key=lambda i: (verdicts[i].word == "not judged", "headline" not in entries[i], i),
     )
     entry, verdict = entries[order[0]], verdicts[order[0]]
+    # A headline that the run cannot judge yet gives way to another claim, in that claim's words.
+    headlined = any("headline" in other for other in entries)
     words = entry.get("headline", {})
     ours, opponent = words.get("ours"), words.get("opponent")
     if not words:
         ours, opponent = _sides(entry["expression"])
     return Row(
         run=run,
-        claim=words.get("claim") or claim_of(folder) or entry["name"],
+        claim=words.get("claim") or (not headlined and claim_of(folder)) or entry["name"],
         verdict=verdict,
         ours=_statistics(ours, statistics),
         opponent=_statistics(opponent, statistics),

@@ -44,7 +44,7 @@ def _losses(records: list[record.Record], path: Path) -> Path:
         right.set_ylim(0.1, 0.35)
         left.set_ylim(top=1.0)
         left.set_title("Validation loss keeps falling, with a decay per weight")
-        right.set_title("Test loss, each stopped by validation (gold: a third split; dots: never)")
+        right.set_title("Test loss of what each would hand over")
     return path
 
 

@@ -137,7 +137,7 @@ def test_report_puts_the_published_figure_beside_ours(package):
     assert cli.main(["report", "--results", "nowhere", "--commit"], package) == 0
     page = Path("docs/experiments.md").read_text()
     # Over TPE's 1 and 2, and by 1/16 on both seeds: the interval is that number.
-    assert "| toy | A loss that halves. | 0.0938 ± 0.044 | 1.5 ± 0.71 | 0.8 | – | met: " in page
+    assert "| toy | A loss that halves. | 0.094 ± 0.044 | 1.50 ± 0.71 | 0.8 | – | met: " in page
     assert "| toy | cpu | cg beats TPE | 0.8 | 0.0625 [0.0625, 0.0625] | <= 0.9 | 2 | met" in page
     assert "1 met, 1 not met, 0 within noise" in page and "not judged" in page
     assert Path("docs/figures/report.png").stat().st_size > 5_000
