@@ -82,7 +82,7 @@ def minimize(
         soft-thresholding for L1, a projection for a constraint.
       curvatures: :math:`(μ, L)`, numbers that may be traced, :math:`0 ≤ μ ≤ L`. An L that
         is too small makes the steps diverge; a :math:`μ` that is too large makes them slow.
-      solver: a minimiser of optimistix (extra ``optimistix``) in place of L-BFGS, such as
+      solver: a minimizer of optimistix (extra ``optimistix``) in place of L-BFGS, such as
         ``optimistix.BFGS(rtol=1e-8, atol=1e-8)``. Its own tolerances and ``max_steps`` end it;
         ``tol`` judges what it returns. ``stats`` has no ``num_gradients``, which it does not tell.
 
@@ -136,7 +136,7 @@ def minimize(
     if solver is not None:
         if prox is not None or curvatures is not None:
             raise ValueError(
-                "`solver` minimises a smooth loss and finds its own steps: leave out `prox` and "
+                "`solver` minimizes a smooth loss and finds its own steps: leave out `prox` and "
                 "`curvatures`, and pass the smooth loss as `inner`."
             )
         return _judged(loss, params, solver, tol, max_steps)
