@@ -218,7 +218,7 @@ def _check_curvatures(curvatures: Any, prox: Any) -> None:
 
 
 Step = Callable[[_Search], _Search]
-ZERO = np.int32(0)  # an array of JAX would start its back end on import
+ZERO: Any = np.int32(0)  # an array of JAX would start its back end on import
 
 
 def _lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[_Search, Step]:
