@@ -243,7 +243,7 @@ def _places(
         return max_states - 3
     try:
         linked = jax.tree.leaves(run.link.trace(begun, hparams, batch).out_info[2])
-    except (TypeError, ValueError, NotImplementedError):
+    except (TypeError, ValueError, RuntimeError):
         pass  # a backward rule without a derivative; `pull` pushes tangents instead
     else:
         size = sum(x.size * x.dtype.itemsize for x in linked)
