@@ -13,7 +13,8 @@ class Config:
       grid, points: ends and number of the log penalties that are searched, for sums of losses.
       repeats, beside, points_beside: of the second search for one penalty, by other folds so many
         times, on so many points within a distance of the first.
-      strengths: of the prior, in units of the cross-validated loss of the searched penalty.
+      spreads: of the log penalties under the prior, standard deviations s; the strength is
+        1 / (n s^2) for n rows, in nats. Beside them, 0: one shared penalty.
       folds: of the cross-validation that is tuned.
       splits: of the outer cross-validation that chooses the strength.
       errors: how many standard errors better than sharing a strength must be.
@@ -40,7 +41,7 @@ class Config:
     repeats: int = 30
     beside: float = 3.0
     points_beside: int = 13
-    strengths: tuple[float, ...] = (float("inf"), 3e-2, 1e-2, 3e-3, 1e-3, 0.0)
+    spreads: tuple[float, ...] = (0.5, 1.0, 2.0)
     folds: int = 5
     splits: int = 5
     errors: float = 1.0
@@ -56,7 +57,7 @@ def smoke() -> Config:
         points=5,
         repeats=2,
         points_beside=3,
-        strengths=(float("inf"), 1e-2, 0.0),
+        spreads=(1.0,),
         folds=2,
         splits=2,
         steps=3,

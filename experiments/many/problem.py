@@ -27,12 +27,17 @@ class Moments(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Loss, loss with penalties, and solver of a kind of regression; what they read of the rows."""
+    """Loss, loss with penalties, and solver of a kind of regression; what they read of the rows.
+
+    `nats(loss, shared)` is the negative log-likelihood behind a loss, with the noise that the loss
+    of one shared penalty tells.
+    """
 
     loss: Callable[..., jax.Array]
     penalized: Callable[..., jax.Array]
     fit: Callable[..., jax.Array]
     read: Callable[[Any], Any]
+    nats: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def moments(rows: Any) -> Moments:
@@ -53,6 +58,16 @@ def penalties(lam: jax.Array, count: Any) -> jax.Array:
     return jnp.append(jnp.exp(lam), 0.0) / count
 
 
+@jax.custom_batching.sequential_vmap
+def solved(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
+    """By Cholesky; under `vmap` one after the other.
+
+    Two batched factorizations at once wait for each other forever on a CPU of two cores (jaxlib
+    0.10.2: each blocks a thread of the pool that its own parts need).
+    """
+    return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), rhs)
+
+
 def squared_error(w: jax.Array, lam: Any, told: Moments) -> jax.Array:
     """Mean over the rows."""
     return w @ told.xx @ w - 2 * w @ told.xy + told.yy
@@ -65,8 +80,7 @@ def ridge(w: jax.Array, lam: jax.Array, told: Moments) -> jax.Array:
 
 def closed_form(w: jax.Array, lam: jax.Array, told: Moments) -> jax.Array:
     """The minimum of `ridge`."""
-    matrix = told.xx + jnp.diag(penalties(lam, told.count))
-    return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), told.xy)
+    return solved(told.xx + jnp.diag(penalties(lam, told.count)), told.xy)
 
 
 def log_loss(w: jax.Array, lam: Any, rows: Any) -> jax.Array:
@@ -95,7 +109,7 @@ def newton(w: jax.Array, lam: jax.Array, rows: Any, tol: float = 1e-8) -> jax.Ar
         gradient = -x.T @ (p * y) / y.shape[0] + penalty * w
         weighted = x * jnp.sqrt(p * (1 - p) / y.shape[0])[:, None]
         matrix = weighted.T @ weighted + jnp.diag(penalty + 1e-10)
-        move = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), gradient)
+        move = solved(matrix, gradient)
         size = jnp.linalg.norm(move)
         return w - move * jnp.minimum(1, 5 / size), jnp.linalg.norm(gradient), steps + 1
 
@@ -103,8 +117,8 @@ def newton(w: jax.Array, lam: jax.Array, rows: Any, tol: float = 1e-8) -> jax.Ar
     return jax.lax.while_loop(going, step, first)[0]
 
 
-RIDGE = Kind(squared_error, ridge, closed_form, moments)
-LOGISTIC = Kind(log_loss, logistic, newton, constant)
+RIDGE = Kind(squared_error, ridge, closed_form, moments, lambda loss, shared: 0.5 * loss / shared)
+LOGISTIC = Kind(log_loss, logistic, newton, constant, lambda loss, shared: loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +128,7 @@ class Cholesky:
     def solve(self, mv: Any, rhs: Any, x0: Any = None, *, key: Any = None, certify: bool = True):
         """As `bilevel.linear.LinearSolver`."""
         matrix = jax.vmap(mv)(jnp.eye(rhs.shape[0], dtype=rhs.dtype))
-        q = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), rhs)
+        q = solved(matrix, rhs)
         stats = {"rhs_norm": jnp.linalg.norm(rhs), "residual_norm": jnp.linalg.norm(rhs - mv(q))}
         return LinearSolution(q, jnp.asarray(Status.ok, jnp.int32), stats)
 
@@ -153,13 +167,14 @@ def search(loss: Any, start: Any, features: int, grid: jax.Array) -> tuple[jax.A
 
 
 @functools.cache
-def tuner(kind: Kind, count: int, features: int, config: Config) -> Any:
-    """`rows -> log penalties`: one that is searched, then those of each finite strength.
+def tuner(
+    kind: Kind, count: int, features: int, strengths: tuple[float, ...], config: Config
+) -> Any:
+    """`rows -> log penalties`: one that is searched, then those of each of these strengths.
 
     All strengths in one program, compiled once per shape.
     """
     cv = cross_validation(kind, count, config)
-    strengths = jnp.asarray([s for s in config.strengths if np.isfinite(s)])
     tx = optax.adam(config.rate)
     start = cv.init(jnp.zeros(features + 1))
 
@@ -173,9 +188,9 @@ def tuner(kind: Kind, count: int, features: int, config: Config) -> Any:
             prior = HyperPrior(jnp.zeros(features), strength, "all")
 
             def loss(moved: Any, w: jax.Array) -> Any:
-                # In units of the loss of one penalty: a strength means the same on all sets.
                 found, w = of_rows(prior.hparams(moved), w)
-                return found / least + prior.penalty(moved), w
+                # In nats a strength of 1 / (n s^2) lets log penalties deviate by s, on all sets.
+                return kind.nats(found, least) + prior.penalty(moved), w
 
             def step(carry: Any, _: Any) -> Any:
                 moved, state, w = carry
@@ -188,7 +203,9 @@ def tuner(kind: Kind, count: int, features: int, config: Config) -> Any:
             (moved, *_), _ = jax.lax.scan(step, carry, length=config.steps)
             return prior.hparams(moved)
 
-        return jnp.concatenate([jnp.full((1, features), shared), jax.vmap(with_prior)(strengths)])
+        return jnp.concatenate(
+            [jnp.full((1, features), shared), jax.vmap(with_prior)(jnp.asarray(strengths))]
+        )
 
     return tune
 

@@ -13,7 +13,7 @@ from experiments.common import expected, record
 from experiments.many import problem, sets
 from experiments.many.config import Config
 
-TABLE = ("test_loss", "strength")
+TABLE = ("test_loss", "spread")
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
@@ -25,36 +25,51 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
             _set(name, count, config, seed, records)
 
 
-def name_of(strength: float) -> str:
-    """`one`, `none`, or `prior_3em3`."""
-    if math.isinf(strength):
-        return "one"
-    return f"prior_{strength:.0e}".replace("e-0", "em") if strength else "none"
+def strength(spread: float, count: int) -> float:
+    """Of a prior under which log penalties deviate by ``spread``, beside a mean over the rows."""
+    if math.isinf(spread):
+        return 0.0
+    return 1 / (count * spread**2) if spread else math.inf
+
+
+def name_of(spread: float) -> str:
+    """`one`, `none`, or `spread_0p5`."""
+    if math.isinf(spread):
+        return "none"
+    return f"spread_{spread:g}".replace(".", "p") if spread else "one"
 
 
 class Tuned:
-    """Penalties of all strengths, tuned on some rows, and the fits with them to these rows."""
+    """Penalties of several strengths, tuned on some rows, and the fits with them to these rows.
 
-    def __init__(self, kind: problem.Kind, rows: sets.Rows, config: Config):
+    With an infinite strength it is the one penalty that is searched, where the others begin.
+    """
+
+    def __init__(
+        self, kind: problem.Kind, rows: sets.Rows, config: Config, strengths: tuple[float, ...]
+    ):
         count, features = rows.x.shape
-        self.lam = problem.tuner(kind, count, features, config)(tuple(rows))
+        finite = tuple(s for s in strengths if math.isfinite(s))
+        self.strengths = (math.inf, *finite)
+        self.lam = problem.tuner(kind, count, features, finite, config)(tuple(rows))
         self.w = problem.fitter(kind, features)(self.lam, tuple(rows))
+
+    def of(self, strength: float) -> Any:
+        """The weights."""
+        return self.w[self.strengths.index(strength)]
 
 
 def _set(name: str, count: int, config: Config, seed: int, records: record.Records) -> None:
     fitted, test = sets.rows(name, count, config.test, seed)
     kind = problem.LOGISTIC if sets.table(name).classes else problem.RIDGE
     features = fitted.x.shape[1]
-    strengths = sorted(config.strengths, reverse=True)
-    whole = Tuned(kind, fitted, config)
-    results = {
-        s: float(np.mean(problem.losses(kind, w, test)))
-        for s, w in zip(strengths, whole.w, strict=True)
-    }
-    for strength, lam in zip(strengths, whole.lam, strict=True):
+    spreads = {strength(s, count): s for s in (0.0, *config.spreads, math.inf)}
+    whole = Tuned(kind, fitted, config, tuple(spreads))
+    results = {s: float(np.mean(problem.losses(kind, whole.of(s), test))) for s in whole.strengths}
+    for one, lam in zip(whole.strengths, whole.lam, strict=True):
         told = {"spread": float(jnp.std(lam)), "mean": float(jnp.mean(lam))}
-        paid = cost(config, searches=1, tunings=int(math.isfinite(strength)))
-        records.append(f"{name}_{name_of(strength)}", 0, paid, test_loss=results[strength], **told)
+        paid = cost(config, searches=1, tunings=int(math.isfinite(one)))
+        records.append(f"{name}_{name_of(spreads[one])}", 0, paid, test_loss=results[one], **told)
 
     lam = problem.repeated(kind, count, features, config)(tuple(fitted), whole.lam[0, 0])
     w = problem.fitter(kind, features)(jnp.full((1, features), lam), tuple(fitted))[0]
@@ -63,26 +78,32 @@ def _set(name: str, count: int, config: Config, seed: int, records: record.Recor
         test_loss=float(np.mean(problem.losses(kind, w, test))), mean=float(lam),
     )  # fmt: skip
 
-    choice = chosen(kind, fitted, config, seed)
+    choice = chosen(kind, fitted, tuple(spreads)[:-1], config, seed)
     runs = 1 + config.splits
     records.append(
-        f"{name}_chosen", 0, cost(config, searches=runs, tunings=runs * (len(strengths) - 1)),
-        test_loss=results[choice.strength], strength=name_of(choice.strength),
+        f"{name}_chosen", 0,
+        cost(config, searches=runs, tunings=config.splits * len(config.spreads) + 1),
+        test_loss=results[choice.strength], spread=spreads[choice.strength],
         gains=choice.gains.tolist(), gain_errors=choice.gain_errors.tolist(),
     )  # fmt: skip
 
 
-def chosen(kind: problem.Kind, fitted: sets.Rows, config: Config, seed: int) -> Any:
+def chosen(
+    kind: problem.Kind,
+    fitted: sets.Rows,
+    strengths: tuple[float, ...],
+    config: Config,
+    seed: int,
+) -> Any:
     """The choice of the strength, by nested cross-validation."""
     found: dict[bytes, Tuned] = {}
-    order = sorted(config.strengths, reverse=True)
 
     def tune(prior: HyperPrior, train: np.ndarray) -> Any:
         # All strengths are tuned in one program; the first that is asked for pays.
         key = train.tobytes()
         if key not in found:
-            found[key] = Tuned(kind, fitted.at(train), config)
-        return found[key].w[order.index(prior.strength)]
+            found[key] = Tuned(kind, fitted.at(train), config, strengths)
+        return found[key].of(prior.strength)
 
     def score(w: Any, held: np.ndarray) -> np.ndarray:
         return problem.losses(kind, w, fitted.at(held))
@@ -90,7 +111,7 @@ def chosen(kind: problem.Kind, fitted: sets.Rows, config: Config, seed: int) -> 
     return choose_strength(
         HyperPrior(jnp.zeros(fitted.x.shape[1]), 1.0, "all"), tune, score,
         k_folds(len(fitted.y), config.splits, seed=seed),
-        strengths=config.strengths, rule="clearly_better", errors=config.errors,
+        strengths=strengths, rule="clearly_better", errors=config.errors,
     )  # fmt: skip
 
 

@@ -26,10 +26,10 @@ def test_it_runs_and_falls_back_to_the_searched_penalty(out):
     last = record.final(record.read(out))
     for name, _ in SETTINGS.sets:
         chosen, one = (last[f"{name}_{arm}", 0] for arm in ("chosen", "one"))
-        assert chosen.metrics["strength"] == "one" and chosen.cost > one.cost
+        assert chosen.metrics["spread"] == 0 and chosen.cost > one.cost
         assert chosen.metrics["test_loss"] == one.metrics["test_loss"]
         assert one.metrics["spread"] < 1e-12
-        many = last[f"{name}_prior_1em2", 0].metrics
+        many = last[f"{name}_spread_1", 0].metrics
         assert many["spread"] > 1e-3 and many["test_loss"] != one.metrics["test_loss"]
 
 
