@@ -32,21 +32,21 @@ class Config:
         ("power", 300),
         ("breast_cancer", 200),
         ("digits", 150),
-        ("covtype", 400),
+        ("covtype", 250),
         ("ijcnn1", 400),
     )
     test: int = 4000
     grid: tuple[float, float] = (-14.0, 9.0)
-    points: int = 47
+    points: int = 24
     repeats: int = 30
     beside: float = 3.0
     points_beside: int = 13
     spreads: tuple[float, ...] = (0.5, 1.0, 2.0)
     folds: int = 5
     splits: int = 5
-    errors: float = 1.0
-    steps: int = 40
-    rate: float = 0.3
+    errors: float = 0.5
+    steps: int = 30
+    rate: float = 0.35
 
 
 def smoke() -> Config:
