@@ -52,7 +52,8 @@ class HyperPrior:
     Args:
       like: hyperparameters of the shapes to come, any tree.
       strength: :math:`τ ≥ 0`, in units of the outer loss; ``float("inf")`` shares one number
-        per group exactly. May be traced (``vmap`` over strengths).
+        per group exactly. May be traced (``vmap`` over strengths). Beside a mean negative
+        log-likelihood of n examples, :math:`1 / (n s^2)` lets logarithms deviate by s: 0.5 to 2.
       groups: ``"all"``: one mean; ``"tensor"``: one per leaf; ``"unit"``: one per entry of the
         last axis of each leaf; or a tree like ``like`` of whole numbers from 0 on, the group of
         each hyperparameter, across leaves.
