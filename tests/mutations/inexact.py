@@ -22,8 +22,8 @@ MUTANTS = [
     Mutant(
         "hoag_tolerance_stands_still",
         "outer/inexact/hoag.py",
-        "tol = at_step(self.schedule, state.step, factor)",
-        "tol = at_step(self.schedule, 0, factor)",
+        "tol = at_step(self.schedule, state.step, state.factor)",
+        "tol = at_step(self.schedule, 0, state.factor)",
         "the tolerance does not follow the steps",
         ("test_hoag.py::test_the_error_is_below_the_bound_of_the_tolerance_in_every_step",),
     ),

@@ -42,8 +42,6 @@ class HoagState(NamedTuple):
       kept_error: by how much that loss may err, to first order.
       lipschitz: the estimate L: a step is the hypergradient over L.
       factor: what rejections have multiplied the tolerance with.
-      slope: norm of the first hypergradient.
-      progress: the least norm of a hypergradient so far, over the first.
       scale: norm of the inner gradient at the start of the run, the unit of the tolerance.
       step: int32, steps made.
     """
@@ -57,8 +55,6 @@ class HoagState(NamedTuple):
     kept_error: Scalar
     lipschitz: Scalar
     factor: Scalar
-    slope: Scalar
-    progress: Scalar
     scale: Scalar
     step: jax.Array
 
@@ -114,10 +110,8 @@ def hoag(
       inner: training loss of the same form: deterministic, smooth, strongly convex near its
         minimum.
       tol: ``"exponential"`` (:math:`ϵ_k = ϵ_0 0.9^k`), ``"quadratic"`` (:math:`ϵ_0/(k+1)^2`),
-        ``"cubic"``; ``"progress"`` (:math:`ϵ_0 min_{j<k} ‖p_j‖/‖p_0‖`); a function step ->
-        tolerance that falls; or one number for all steps: a small one makes exact solves. With
-        ``"progress"`` the error stays in one proportion to the hypergradient, whatever the number
-        of steps: no step is made more accurate than it pays.
+        ``"cubic"``; a function step -> tolerance that falls; or one number for all steps: a small
+        one makes exact solves.
       first_tol: :math:`ϵ_0`. No tolerance is below 32 units of rounding.
       first_step: root mean square of the first move, in the units of what moves, from which the
         first L is found.
@@ -173,8 +167,7 @@ def hoag(
         raise ValueError(f"`shrink` must be at most 1, got {shrink}.")
     schedule = schedule_of(tol, first_tol)
     mover = Mover(optax.scale(-1.0), constrain)
-    follows = isinstance(tol, str) and tol == "progress"
-    run = _Hoag(solves, schedule, follows, first_step, linear_factor, shrink, mover)
+    run = _Hoag(solves, schedule, first_step, linear_factor, shrink, mover)
     return Algorithm(run.init, run.step, own_params)
 
 
@@ -184,7 +177,6 @@ class _Hoag:
 
     solves: Solves
     schedule: Schedule
-    follows: bool
     first_step: float
     linear_factor: float
     shrink: float
@@ -202,8 +194,7 @@ class _Hoag:
         one = zero + 1
         return own(
             HoagState(
-                params, variable, response, variable, none, zero, zero, one, one, one, one, zero,
-                step,
+                params, variable, response, variable, none, zero, zero, one, one, zero, step
             )
         )  # fmt: skip
 
@@ -219,8 +210,7 @@ class _Hoag:
         batch = self.solves.batch(state, HoagState, inner_batches, outer_batch)
         lam = state.hparams
         scale = self._scale(state, batch)
-        factor = state.factor * state.progress if self.follows else state.factor
-        tol = at_step(self.schedule, state.step, factor)
+        tol = at_step(self.schedule, state.step, state.factor)
         minimum = self.solves.minimum(state.params, lam, batch, tol * scale)
         rtol = jnp.minimum(self.linear_factor * tol, jnp.maximum(tol, LOOSEST))
         solved = self.solves.hypergradient(
@@ -275,8 +265,6 @@ class _Hoag:
         begun = norm / (self.first_step * jnp.sqrt(tree.size(grads)))
         lipschitz = state.lipschitz * jnp.where(rejected, REJECTED, jnp.where(good, self.shrink, 1))
         lipschitz = jnp.where(first, jnp.where(norm == 0, 1, begun), lipschitz)
-        slope = jnp.where(first, norm, state.slope)
-        ratio = jnp.where(slope > 0, norm / jnp.where(slope > 0, slope, 1), 1)
         kept = tree.where(rejected, state.kept, state.outer)
         kept_grads = tree.where(rejected, state.kept_grads, grads)
         outer, _ = self.mover.move(kept, tree.scale(1 / lipschitz, kept_grads), value=value)
@@ -288,8 +276,6 @@ class _Hoag:
             kept_error=jnp.where(rejected, state.kept_error, error).astype(dtype),
             lipschitz=lipschitz,
             factor=state.factor * jnp.where(rejected, 0.5, 1),
-            slope=slope.astype(dtype),
-            progress=jnp.fmin(state.progress, ratio).astype(dtype),
             step=state.step + 1,
         )
         return new, ~rejected

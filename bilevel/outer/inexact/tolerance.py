@@ -15,7 +15,6 @@ FACTORS: dict[str, Schedule] = {
     "exponential": lambda k: 0.9**k,
     "quadratic": lambda k: 1 / (k + 1.0) ** 2,
     "cubic": lambda k: 1 / (k + 1.0) ** 3,
-    "progress": lambda k: 1 + 0.0 * k,  # the loop multiplies it with the progress it has made
 }
 """By name, what the first tolerance is multiplied with in step k."""
 
