@@ -210,7 +210,12 @@ def compilations(compiled: Any, args: Any, again: Callable[..., Any]) -> int:
     def kind(args: Any) -> Any:
         leaves, treedef = jax.tree.flatten(args)
         return treedef, [
-            (x.shape, x.dtype, x.weak_type, x.sharding.is_fully_replicated or x.sharding)
+            (
+                x.shape,
+                x.dtype,
+                getattr(x, "weak_type", False),
+                x.sharding.is_fully_replicated or x.sharding,
+            )
             for x in leaves
         ]
 

@@ -7,7 +7,7 @@ A response answers with a point and a pullback,
     w, pullback = response.vjp(problem, params, hparams, inner_batch, state, key=key)
     indirect, state, result, stats = pullback(g)
 
-where ``indirect`` is :math:`(\partial w/\partial\lambda)^\top g`. That is all the rest of the
+where ``indirect`` is :math:`(∂w/∂λ)ᵀ g`. That is all the rest of the
 library knows of any method.
 """
 
@@ -57,13 +57,13 @@ class Hypergradient(NamedTuple):
     r"""A hypergradient and the evidence for it.
 
     Attributes:
-      value: :math:`f(w, \lambda)`.
+      value: :math:`f(w, λ)`.
       aux: the outer loss's auxiliary output (``None`` without ``has_aux``).
       params: the point where the outer loss was evaluated: the given parameters for an
         implicit response, the advanced ones for an unrolled one.
       grads: ``direct + indirect``, shaped like ``hparams``.
-      direct: :math:`\partial_\lambda f`.
-      indirect: :math:`(\partial w/\partial\lambda)^\top \nabla_w f`.
+      direct: :math:`∂_λ f`.
+      indirect: :math:`(∂w/∂λ)ᵀ ∇_w f`.
       state: hand it to the next call.
       result: int32 :class:`~bilevel.Status`; see :func:`~bilevel.raise_for_status`.
       stats: scalars. Always ``stationarity`` (norm of the inner gradient at the point the

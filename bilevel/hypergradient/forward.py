@@ -1,7 +1,7 @@
 r"""Forward mode: one tangent per hyperparameter, pushed along with the training steps.
 
-.. math:: Z_{t+1} = (\partial_w U_t) Z_t + \partial_\lambda U_t, \qquad
-    \text{indirect} = Z_T^\top g
+.. math:: Z_{t+1} = (∂_w U_t) Z_t + ∂_λ U_t,
+    indirect = Z_Tᵀ g
 """
 
 from collections.abc import Callable

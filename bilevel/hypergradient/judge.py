@@ -121,7 +121,7 @@ def status_of_rounding(told: list[StepInfo], params: Params) -> jax.Array:
         return code(Status.ok)
     asked, lost = (sum(jnp.sum(norms[i]) for norms in rounded) for i in range(2))
     steps = sum(info.loss.size for info in told)
-    return worst(_rounding_if(lost > LOST**2 * asked), status_of_walk(steps, params))
+    return worst(_rounding_if(jnp.asarray(lost > LOST**2 * asked)), status_of_walk(steps, params))
 
 
 def status_of_walk(steps: int, params: Params) -> jax.Array:

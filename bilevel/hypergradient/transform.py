@@ -39,8 +39,8 @@ def hypergrad_solve(
     r"""The total derivative of the outer loss, with everything needed to judge it.
 
     .. math::
-        \frac{dF}{d\lambda} = \partial_\lambda f
-            + \Bigl(\frac{\partial w}{\partial\lambda}\Bigr)^\top \nabla_w f
+        dF/dλ = ∂_λ f
+            + (∂w/∂λ)ᵀ ∇_w f
 
     Args:
       outer: :math:`f`, ``loss(params, hparams, batch) -> scalar`` (the validation loss).
@@ -159,7 +159,7 @@ def hypergrad(
     has_aux: bool = False,
     has_state: bool = False,
 ) -> Callable[..., Any]:
-    r"""The hypergradient :math:`dF/d\lambda`, as ``jax.grad`` would return it.
+    r"""The hypergradient :math:`dF/dλ`, as ``jax.grad`` would return it.
 
     Returns ``fn(params, *hparams, inner_batch=, outer_batch=, ...) -> grads``, with
     ``has_aux`` ``(grads, aux)``. Arguments, errors and cost as :func:`hypergrad_solve`.

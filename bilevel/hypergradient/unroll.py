@@ -58,11 +58,11 @@ class Advanced(Point):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unroll:
-    r"""The pullback of ``steps`` optimizer steps, :math:`w_{t+1} = U(w_t, \lambda; b_t)`.
+    r"""The pullback of ``steps`` optimizer steps, :math:`w_{t+1} = U(w_t, λ; b_t)`.
 
-    .. math:: \alpha_T = g, \qquad
-        \alpha_t = (\partial_w U_t)^\top \alpha_{t+1}, \qquad
-        \text{indirect} = \sum_{t} (\partial_\lambda U_t)^\top \alpha_{t+1}
+    .. math:: α_T = g,
+        α_t = (∂_w U_t)ᵀ α_{t+1},
+        indirect = ∑_{t} (∂_λ U_t)ᵀ α_{t+1}
 
     The responded parameters are :math:`w_T`, and the optimizer's state comes back too, so the
     steps are training steps and never paid twice. Everything a step reads may be tuned: what
@@ -80,7 +80,7 @@ class Unroll:
         them; a line search (``optax.lbfgs``) needs ``mode="forward"``.
       steps: T, the number of training steps per call makes.
       truncate: K: differentiate the last K steps only; the first T - K run without any record.
-        The bias for strong convexity mu and learning rate a falls like :math:`(1 - a\mu)^K`.
+        The bias for strong convexity mu and learning rate a falls like :math:`(1 - aμ)^K`.
       mode: ``"mixed"``: reverse mode with forward-over-reverse products (the default; see
         :mod:`bilevel.inner.mixed`). ``"reverse"``: plain reverse mode. ``"forward"``: one
         tangent per hyperparameter, memory independent of ``steps``.
@@ -108,7 +108,7 @@ class Unroll:
     Cost, in inner gradients, for T steps of which K are differentiated: reverse T + 2 to 3 K
     and K copies of what a step saves (mixed: its carry; plain: activations too), with
     ``"sqrt"`` about :math:`\sqrt{2K}` carries and K more gradients, with ``"log"``
-    :math:`\log_2 K` carries and two to four times K; forward T + 1 to 2.5 p K and p copies of
+    :math:`log_2 K` carries and two to four times K; forward T + 1 to 2.5 p K and p copies of
     the carry.
 
     Stats: ``stationarity`` is the norm of the inner gradient that the last step used,

@@ -236,8 +236,14 @@ class UnrollMap:
                 lambda lam: finish(begin(lam), lam), hparams, has_aux=True
             )
 
-            def pull(g: Any) -> Hparams:
+<<<<<<< HEAD
+            def pull(g: Any) -> Any:
+=======
+            def reverse(g: Any) -> Hparams:
+>>>>>>> maps
                 return transpose(g)[0]
+
+            pull = reverse
 
         def pullback(g: Any) -> tuple[Hparams, None, jax.Array, Stats]:
             stats = {"stationarity": moved[-1]}

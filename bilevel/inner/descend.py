@@ -55,7 +55,7 @@ def take_step(
     gradient: Callable[[Any, ModelState], Any] | None = None,
     given: dict[str, Any] | None = None,
 ) -> tuple[InnerState, StepInfo]:
-    r"""One optimizer step, :math:`w \leftarrow w + u(\nabla_w\,\text{loss}(w))`.
+    r"""One optimizer step, :math:`w ← w + u(∇_w loss(w))`.
 
     Every training step of every loop and response is this one, of weights or of a network.
 
@@ -99,8 +99,8 @@ def descend(
 ) -> tuple[InnerState, StepInfo]:
     r"""``steps`` optax steps on the inner loss, of arguments that were checked.
 
-    .. math:: w_{t+1} = w_t + u_t(\nabla_w h(w_t, \lambda; b_t)),
-        \qquad t = \text{first}, \ldots, \text{first} + \text{steps} - 1
+    .. math:: w_{t+1} = w_t + u_t(∇_w h(w_t, λ; b_t)),
+        t = first, …, first + steps - 1
 
     Args:
       problem: its ``inner`` is the loss; with ``has_state`` the model state is threaded.
@@ -114,8 +114,8 @@ def descend(
         (reverse mode only) instead of automatically.
       remat: what a backward pass recomputes. ``"none"``: with ``mixed`` nothing but the update,
         else nothing; ``"step"``: each step, from its carry; ``"sqrt"``: each step once more,
-        from about :math:`\sqrt{2 \cdot \text{steps}}` kept carries; ``"log"``: from
-        :math:`\log_2 \text{steps}` kept carries, each step two to four times for up to 10 000
+        from about :math:`\sqrt{2 · steps}` kept carries; ``"log"``: from
+        :math:`log_2 steps` kept carries, each step two to four times for up to 10 000
         of them (see :mod:`bilevel.inner.reversal`).
       unroll: unroll the loop; ``None`` does so for convolutions on CPU, whose
         gradients XLA runs tens of times slower inside a loop.

@@ -55,9 +55,9 @@ def minimize(
 ) -> Minimum:
     r"""A minimum of a deterministic, smooth inner loss, for the user without a training loop.
 
-    .. math:: \|\nabla_w h(w, \lambda)\| \le \text{tol} \qquad\text{or, with a proximal operator,}
-        \qquad \tfrac1s\,\bigl\|w - \operatorname{prox}_{s r}(w - s\nabla_w h(w))\bigr\|
-            \le \text{tol}
+    .. math:: ‖∇_w h(w, λ)‖ ≤ tol  \text{or, with a proximal operator,}
+        1/s ‖w - prox_{s r}(w - s∇_w h(w))‖
+            ≤ tol
 
     Without ``prox`` by L-BFGS with a zoom line search (optax), or by ``solver``. With it by
     accelerated proximal gradient steps, whose momentum starts anew where it points uphill. Their
@@ -65,10 +65,10 @@ def minimize(
     it fits; after that it grows by a tenth with every step and is halved where it is too long.
     Values of the loss decide, which cost no gradient, as far as rounding lets them.
 
-    With ``curvatures`` :math:`(\mu, L)` by Nesterov's accelerated gradient steps of length
+    With ``curvatures`` :math:`(μ, L)` by Nesterov's accelerated gradient steps of length
     :math:`1/L`, whose momentum is that of a loss whose Hessian has all eigenvalues between the two:
-    one gradient per step and no search, and from :math:`\|\nabla h\| = \delta` to tol in about
-    :math:`\sqrt{L/\mu}\,\log(\delta L/(\mu\,\text{tol}))` steps.
+    one gradient per step and no search, and from :math:`‖∇h‖ = δ` to tol in about
+    :math:`\sqrt{L/μ} log(δ L/(μ tol))` steps.
 
     Args:
       inner: the smooth part h, ``loss(params, hparams, batch) -> scalar``; or a
@@ -76,13 +76,13 @@ def minimize(
       params: the start; a warm one saves most of the work in a loop.
       hparams, batch: passed to the loss.
       tol: absolute; may be traced (an outer method that tightens it). ``None``:
-        :math:`\sqrt\epsilon\,\max(1, \|\nabla h(w_0)\|)`.
+        :math:`\sqrt ϵ max(1, ‖∇h(w_0)‖)`.
       max_steps: most steps.
       prox: ``prox(params, hparams, step_size) -> params``, of the part r that is not smooth:
         soft-thresholding for L1, a projection for a constraint.
-      curvatures: :math:`(\mu, L)`, numbers that may be traced, :math:`0 \le \mu \le L`. An L that
-        is too small makes the steps diverge; a :math:`\mu` that is too large makes them slow.
-      solver: a minimiser of optimistix (extra ``optimistix``) in place of L-BFGS, such as
+      curvatures: :math:`(μ, L)`, numbers that may be traced, :math:`0 ≤ μ ≤ L`. An L that
+        is too small makes the steps diverge; a :math:`μ` that is too large makes them slow.
+      solver: a minimizer of optimistix (extra ``optimistix``) in place of L-BFGS, such as
         ``optimistix.BFGS(rtol=1e-8, atol=1e-8)``. Its own tolerances and ``max_steps`` end it;
         ``tol`` judges what it returns. ``stats`` has no ``num_gradients``, which it does not tell.
 
@@ -136,7 +136,7 @@ def minimize(
     if solver is not None:
         if prox is not None or curvatures is not None:
             raise ValueError(
-                "`solver` minimises a smooth loss and finds its own steps: leave out `prox` and "
+                "`solver` minimizes a smooth loss and finds its own steps: leave out `prox` and "
                 "`curvatures`, and pass the smooth loss as `inner`."
             )
         return _judged(loss, params, solver, tol, max_steps)
@@ -207,7 +207,7 @@ def _judged(
 def proximal_step(
     inner: Loss, prox: Prox, step_size: Any
 ) -> Callable[[Params, Hparams, Batch], Params]:
-    r""":math:`w \mapsto \operatorname{prox}_{s r}(w - s\nabla_w h(w, \lambda))`.
+    r""":math:`w ↦ prox_{s r}(w - s∇_w h(w, λ))`.
 
     What a solution of :func:`minimize` with ``prox`` leaves where it is, for any step size
     :math:`s > 0`: the condition ``FixedPoint(proximal_step(...))``. A step of about one over the

@@ -1,4 +1,4 @@
-"""The inner problem solved by a minimiser of optimistix (extra ``optimistix``)."""
+"""The inner problem solved by a minimizer of optimistix (extra ``optimistix``)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,12 @@ def minimised(
     """Where ``solver`` ends, the steps it took, and whether it ended by itself.
 
     Its own tolerances, in its own norm, end it. Raises ``ImportError`` without optimistix and
-    ``TypeError`` for what is not one of its minimisers.
+    ``TypeError`` for what is not one of its minimizers.
     """
     optimistix = require_extra("optimistix", "optimistix", "`solver`")
     if not isinstance(solver, optimistix.AbstractMinimiser):
         raise TypeError(
-            "`solver` must be a minimiser of optimistix, such as "
+            "`solver` must be a minimizer of optimistix, such as "
             f"`optimistix.BFGS(rtol=1e-8, atol=1e-8)`, got {solver!r}."
         )
     found = optimistix.minimise(

@@ -24,7 +24,7 @@ class Search(NamedTuple):
 
 
 Step = Callable[[Search], Search]
-ZERO = np.int32(0)  # an array of JAX would start its back end on import
+ZERO: Any = np.int32(0)  # an array of JAX would start its back end on import
 
 
 def lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[Search, Step]:

@@ -32,10 +32,10 @@ def alternate(
     r"""Alternates K training steps with one step along the hypergradient.
 
     .. math::
-        w_{k+1} &= w_k - u(\nabla_w h(w_k, \lambda)), \qquad k = 0 \dots K-1 \\
-        \rho &\leftarrow \rho - v\Bigl(
-            \bigl(\tfrac{\partial c}{\partial\rho}\bigr)^\top \frac{dF}{d\lambda}(w_K, \lambda)
-            \Bigr), \qquad \lambda = c(\rho)
+        w_{k+1} &= w_k - u(∇_w h(w_k, λ)),  k = 0 … K-1 \\
+        ρ &← ρ - v(
+            (∂c/∂ρ)ᵀ dF/dλ (w_K, λ)
+            ),  λ = c(ρ)
 
     with the updates :math:`u, v` of two optax optimizers and the bounds :math:`c`.
 

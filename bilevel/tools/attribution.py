@@ -38,7 +38,7 @@ class Influence(NamedTuple):
     r"""How the query loss follows the weight of each training example.
 
     Attributes:
-      scores: :math:`\partial L / \partial\theta_i` at weights one, (n,), or (q, n) with
+      scores: :math:`∂L / ∂θ_i` at weights one, (n,), or (q, n) with
         ``per_query``. Removing example i changes L by about ``-scores[i]``: examples with
         negative scores help.
       value: L, the mean loss of the queries, or each one's, (q,).
@@ -71,11 +71,11 @@ def influence(
     r"""The derivative of a query loss in the weight of every training example.
 
     .. math::
-        h(w, \theta) = \frac1n \sum_i \theta_i\, \ell_i(w) + \text{penalty}(w), \qquad
-        \text{scores}_i = \frac{\partial L(w(\theta))}{\partial\theta_i}\Big|_{\theta = 1}
+        h(w, θ) = 1/n ∑_i θ_i ℓ_i(w) + penalty(w),
+        scores_i = \frac{∂L(w(θ))}{∂θ_i}\Big|_{θ = 1}
 
     With ``Implicit(...)`` that is the influence function
-    :math:`-\tfrac1n \nabla L^\top H^{-1} \nabla\ell_i`: one solve and one product give all
+    :math:`-1/n ∇Lᵀ H^{-1} ∇ℓ_i`: one solve and one product give all
     examples. With ``Unroll(...)`` it is the exact derivative of the whole training run, from
     ``params`` through every step that ``response`` makes.
 

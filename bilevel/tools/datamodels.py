@@ -44,7 +44,7 @@ def datamodel_score(
 ) -> DatamodelScore:
     r"""The linear datamodelling score (LDS): retrain on random subsets, compare ranks.
 
-    .. math:: \hat L(S) = L - \sum_{i \notin S} \text{scores}_i
+    .. math:: \hat L(S) = L - ∑_{i ∉ S} scores_i
 
     Each subset S leaves out the same share of examples at random; the runs on the subsets are
     trained together, by ``vmap``.

@@ -37,9 +37,9 @@ def metasmoothness(
 ) -> Metasmoothness:
     r"""Whether the outcome of training moves smoothly with the hyperparameters.
 
-    .. math:: \Delta(z) = \frac{f(z + hv) - f(z)}{h}, \qquad
-        S = \frac{\sum_j |\Delta_j(z)|\, \operatorname{sign}\Delta_j(z)\,
-        \operatorname{sign}\Delta_j(z + hv)}{\sum_j |\Delta_j(z)|}
+    .. math:: Δ(z) = \frac{f(z + hv) - f(z)}{h},
+        S = \frac{∑_j |Δ_j(z)| signΔ_j(z)
+        signΔ_j(z + hv)}{∑_j |Δ_j(z)|}
 
     A gradient describes what a step of size h does only where the outcome is smooth on that
     scale. Settings of training with a higher score (larger batches, smoother activations, norms,

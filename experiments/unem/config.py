@@ -17,6 +17,7 @@ class Config:
       valid, test: episodes to tune on and to judge on.
       batch, steps, rate: episodes per step of Adam, its steps and its rate.
       grid: values of one coefficient for all layers; ``grid_ends`` are the least and largest.
+      temperatures: logarithms of the inverse temperatures of the larger grid.
     """
 
     sets: tuple[str, ...] = ("mixture", "omniglot")
@@ -34,6 +35,7 @@ class Config:
     rate: float = 0.1
     grid: int = 15
     grid_ends: tuple[float, float] = (0.1, 100.0)
+    temperatures: tuple[float, ...] = (-1.5, -1.0, -0.5, 0.0, 0.5)
 
 
 def smoke() -> Config:

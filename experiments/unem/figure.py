@@ -13,6 +13,7 @@ METHODS = {
     "kmeans": ("γ = 0", draw.BROWN),
     "one": ("γ = 1", draw.ORANGE),
     "grid": ("best γ of\na grid", draw.BLACK),
+    "grid_temperature": ("best γ, τ\nof a grid", draw.NAVY),
     "shared": ("one γ\nlearned", draw.PURPLE),
     "layers": ("10 γ\nlearned", draw.BLUE),
     "layers_temperatures": ("10 γ, 10 τ\nlearned", draw.GREEN),

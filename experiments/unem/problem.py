@@ -127,8 +127,12 @@ def step(shots: int) -> Any:
 
 
 def cross_entropy(state: State, lam: Any, batch: Episodes) -> jax.Array:
-    """The outer loss, of the queries of validation episodes; in logits, not twice a softmax."""
-    told = jax.nn.log_softmax(state.logits)
+    """The outer loss, of the queries of validation episodes; in logits, not twice a softmax.
+
+    It may have a scale of its own, which moves no assignment: where no temperature is learned, a
+    coefficient would also have to make the probabilities right.
+    """
+    told = jax.nn.log_softmax(jnp.exp(lam.get("scale", 0.0)) * state.logits)
     return -jnp.mean(jnp.take_along_axis(told, batch.labels[..., None], -1))
 
 

@@ -29,9 +29,13 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
         inductive = bilevel.UnrollMap(problem.step(config.shots), 1, initial=problem.start)
         found = inductive.run(problem.blank(test), _same(0.0), test)
         records.append(f"{name}_prototypes", 0, 0.0, accuracy=problem.accuracy(found, test))
-        gamma = grid(config, valid)
-        tried = config.grid * config.valid / 3
-        records.append(f"{name}_grid", 0, tried, accuracy=judge(_same(gamma)), gamma=gamma)
+        for method, taus in (("grid", (0.0,)), ("grid_temperature", config.temperatures)):
+            gamma, tau = grid(config, valid, taus)
+            tried = config.grid * len(taus) * config.valid / 3
+            records.append(
+                f"{name}_{method}", 0, tried, accuracy=judge(_same(gamma, tau)), gamma=gamma,
+                temperature=np.exp(tau),
+            )  # fmt: skip
         for method in LEARNED:
             lam, losses = tuned(method, config, valid, seed)
             for i, loss in enumerate(losses):
@@ -44,8 +48,8 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
             )  # fmt: skip
 
 
-def _same(gamma: float) -> Any:
-    return {"gamma": jnp.float32(gamma), "temperature": jnp.zeros(())}
+def _same(gamma: float, tau: float = 0.0) -> Any:
+    return {"gamma": jnp.float32(gamma), "temperature": jnp.float32(tau)}
 
 
 def response(config: Config) -> bilevel.UnrollMap:
@@ -63,11 +67,11 @@ def _accuracy(lam: Any, episodes: problem.Episodes, config: Config) -> jax.Array
     return problem.accuracy(state, episodes)
 
 
-def grid(config: Config, valid: problem.Episodes) -> float:
-    """The coefficient of the best accuracy on validation episodes, the same in all steps."""
+def grid(config: Config, valid: problem.Episodes, taus: tuple[float, ...]) -> tuple[float, float]:
+    """The values of the best accuracy on validation episodes, the same in all steps."""
     judge = _judge(config, valid)
-    values = np.geomspace(*config.grid_ends, config.grid)
-    return float(values[int(np.argmax([judge(_same(g)) for g in values]))])
+    pairs = [(float(g), t) for g in np.geomspace(*config.grid_ends, config.grid) for t in taus]
+    return pairs[int(np.argmax([judge(_same(*pair)) for pair in pairs]))]
 
 
 def tuned(
@@ -83,9 +87,9 @@ def _learned(method: str, config: Config) -> Any:
     """Jitted ``(episodes, key) -> (coefficients, losses)``, for all seeds."""
     shape = () if method == "shared" else (config.layers,)
     fixed = {"gamma": jnp.ones(shape), "temperature": jnp.zeros(())}
-    first = {"gamma": jnp.ones(shape)}
-    if method == "layers_temperatures":
-        first["temperature"] = jnp.zeros(shape)
+    # With temperatures the scale would be the last of them once more.
+    other = ("temperature", shape) if method == "layers_temperatures" else ("scale", ())
+    first = {"gamma": jnp.ones(shape), other[0]: jnp.zeros(other[1])}
 
     def step(state: Any, lam: Any, batch: Any, t: Any) -> Any:
         return problem.step(config.shots)(state, {**fixed, **lam}, batch, t)
@@ -122,6 +126,7 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
         "layers_less_prototypes": ("layers", "prototypes"),
         "layers_less_shared": ("layers", "shared"),
         "temperatures_less_grid": ("layers_temperatures", "grid"),
+        "temperatures_less_grid_temperature": ("layers_temperatures", "grid_temperature"),
         "temperatures_less_layers": ("layers_temperatures", "layers"),
     }
     for name in sorted(names):

@@ -221,9 +221,9 @@ def test_a_minimiser_of_optimistix_is_judged_by_the_gradient_where_it_ends():
     solver = optimistix.BFGS(rtol=0.0, atol=1e-12)
     short = minimize(ridge, jnp.zeros(N), -1.0, BATCH, max_steps=1, solver=solver)
     assert int(short.result) == Status.max_steps
-    with pytest.raises(ValueError, match="`solver` minimises a smooth loss"):
+    with pytest.raises(ValueError, match="`solver` minimizes a smooth loss"):
         minimize(ridge, jnp.zeros(N), -1.0, BATCH, prox=soft, solver=solver)
-    with pytest.raises(TypeError, match="`solver` must be a minimiser of optimistix"):
+    with pytest.raises(TypeError, match="`solver` must be a minimizer of optimistix"):
         minimize(ridge, jnp.zeros(N), -1.0, BATCH, solver="bfgs")
 
 

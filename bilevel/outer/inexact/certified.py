@@ -93,7 +93,7 @@ class _Searching(NamedTuple):
     params: Params
 
 
-ZERO = np.int32(0)  # an array of JAX would start its back end on import
+ZERO: Any = np.int32(0)  # an array of JAX would start its back end on import
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,13 +37,13 @@ def single_loop(
     r"""One step each of the parameters, of the adjoint and of the hyperparameters.
 
     .. math::
-        D_w &= \nabla_w h(w, \lambda) & w &\leftarrow w - u(D_w) \\
-        D_q &= H q - \nabla_w f(w, \lambda) & q &\leftarrow q - s(D_q) \\
-        D_\lambda &= \partial_\lambda f - B^\top q & \lambda &\leftarrow \lambda - v(D_\lambda)
+        D_w &= ∇_w h(w, λ) & w &← w - u(D_w) \\
+        D_q &= H q - ∇_w f(w, λ) & q &← q - s(D_q) \\
+        D_λ &= ∂_λ f - Bᵀ q & λ &← λ - v(D_λ)
 
     with the updates u, s, v of three optax optimizers. All directions are taken at the same
-    :math:`(w, q, \lambda)`, before any of the three moves. Nothing is solved: :math:`q` follows
-    the solution of :math:`H q = \nabla_w f` while it moves, from zero, so that the first
+    :math:`(w, q, λ)`, before any of the three moves. Nothing is solved: :math:`q` follows
+    the solution of :math:`H q = ∇_w f` while it moves, from zero, so that the first
     hypergradients are too short. (The literature writes :math:`v = -q`.)
 
     Args:
@@ -58,7 +58,7 @@ def single_loop(
       estimator: ``None`` takes the directions of the step's batches as they are; ``Saga``,
         ``Storm``, ``Spider`` and ``Page`` reduce their variance, so that constant step sizes
         converge.
-      independent: draw a batch of its own for each of :math:`\nabla_w h, Hq, B^\top q`; the
+      independent: draw a batch of its own for each of :math:`∇_w h, Hq, Bᵀ q`; the
         products are then made one by one.
       schedule: what all three updates are multiplied with, ``schedule(step) -> factor``, such as
         ``lambda step: (1 + step) ** -0.5``. Papers let the three fall together; one schedule in
@@ -78,8 +78,8 @@ def single_loop(
       ``info.value`` is the outer loss at the point of the directions. ``deploy`` gives the
       parameters of that point, from before the step; ``state.params`` are one step ahead. The
       status judges the adjoint on the step's batches: ``worse_than_zero`` and ``diverged`` where
-      :math:`\|D_q\|` is above 2 and above 10 of the largest :math:`\|\nabla_w f\|` so far,
-      ``negative_curvature`` for :math:`q^\top H q < 0`.
+      :math:`‖D_q‖` is above 2 and above 10 of the largest :math:`‖∇_w f‖` so far,
+      ``negative_curvature`` for :math:`qᵀ H q < 0`.
 
     Parameters that ``inner_tx`` freezes are constants, and have no adjoint.
 

@@ -18,7 +18,7 @@ from bilevel.problem.two_losses import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    r"""Reads :math:`\nabla_w h` and a Neumann hypergradient, with a fresh batch per product.
+    r"""Reads :math:`∇_w h` and a Neumann hypergradient, with a fresh batch per product.
 
     Args:
       solver: the series; its residual is not recomputed, which would take one more product.

@@ -42,10 +42,10 @@ class SingleLoopState(NamedTuple):
 
     Attributes:
       trained: inner parameters, state of ``inner_tx`` and statistics of the model.
-      adjoint: :math:`q`, the running solution of :math:`H q = \nabla_w f`, shaped like the
+      adjoint: :math:`q`, the running solution of :math:`H q = ∇_w f`, shaped like the
         trained leaves; ``None`` in loops that sum a series.
       linear: the state of ``linear_tx``.
-      scale: the largest norm of a right side :math:`\nabla_w f` so far; ``None`` likewise.
+      scale: the largest norm of a right side :math:`∇_w f` so far; ``None`` likewise.
       outer: the hyperparameters, their raw twin and the state of ``outer_tx``.
       memory: what the estimator remembers.
       measured: the parameters before the last step, where all of it was read.
