@@ -236,11 +236,7 @@ class UnrollMap:
                 lambda lam: finish(begin(lam), lam), hparams, has_aux=True
             )
 
-<<<<<<< HEAD
-            def pull(g: Any) -> Any:
-=======
             def reverse(g: Any) -> Hparams:
->>>>>>> maps
                 return transpose(g)[0]
 
             pull = reverse

@@ -186,12 +186,8 @@ def gauss_newton(
         )
         return tree.cast_like(step, params), new
 
-<<<<<<< HEAD
-    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
-=======
     functions: Any = (init, update)  # optax's types know no required arguments beside its own
     return optax.GradientTransformationExtraArgs(*functions)
->>>>>>> maps
 
 
 def solved(mv: LinearMap, grads: Vector, solver: LinearSolver) -> Vector:
