@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROWS = ("gradient", "product", "CG", "Neumann", "Unroll(sqrt)", "FiniteDifference",
+ROWS = ("gradient", "product", "CG", "Neumann", "Nystrom", "Unroll(sqrt)", "FiniteDifference",
         "alternate", "self_tuning", "soba", "f2sa")  # fmt: skip
 
 
