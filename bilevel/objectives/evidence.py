@@ -35,6 +35,16 @@ from bilevel.regularizers.penalties import l2_penalty
 Outputs = Literal["full", "independent", "single"]
 
 
+def _refuse_indefinite(values: jax.Array) -> None:
+    if not bool(jnp.all(is_psd(values))):
+        raise ValueError(
+            "`likelihood` is not convex in the outputs: its Hessian has an eigenvalue "
+            f"{float(jnp.min(values)):.3g} on this batch, and the evidence has no Gaussian to "
+            "be approximated by. Use one that is (squared error, cross-entropy, Poisson with a "
+            "log link); a variance that the model predicts is not, jointly with the mean."
+        )
+
+
 def named_precision(hparams: Hparams) -> Any:
     """``hparams["log_precision"]``."""
     return hparams["log_precision"]
@@ -158,7 +168,9 @@ class LaplaceEvidence:
                 )
             batch, key = batch[0], require_key(batch[1], "`outputs='single'`")
         if all(concrete(x) for x in jax.tree.leaves((params, hparams, batch))):
-            self.check(params, hparams, batch)
+            values = jnp.linalg.eigvalsh(self._hessians(params, hparams, batch))
+            if concrete(values):  # under `jit` they are not, though all inputs are constants
+                _refuse_indefinite(values)
         volume = self._volume(params, hparams, batch, key) / num_in(batch)
         return self.inner(params, hparams, batch) + 0.5 * volume
 
@@ -168,16 +180,10 @@ class LaplaceEvidence:
         Raises:
           ValueError: with the smallest eigenvalue, and for values that are traced.
         """
-        if not all(concrete(x) for x in jax.tree.leaves((params, hparams, batch))):
-            raise ValueError("`check` needs concrete values: call it outside of `jit` and `grad`.")
         values = jnp.linalg.eigvalsh(self._hessians(params, hparams, batch))
-        if not bool(jnp.all(is_psd(values))):
-            raise ValueError(
-                "`likelihood` is not convex in the outputs: its Hessian has an eigenvalue "
-                f"{float(jnp.min(values)):.3g} on this batch, and the evidence has no Gaussian to "
-                "be approximated by. Use one that is (squared error, cross-entropy, Poisson with a "
-                "log link); a variance that the model predicts is not, jointly with the mean."
-            )
+        if not concrete(values):
+            raise ValueError("`check` needs concrete values: call it outside of `jit` and `grad`.")
+        _refuse_indefinite(values)
 
     def _likelihoods(self, params: Params, hparams: Hparams, batch: Batch) -> jax.Array:
         out = self.model(params, hparams, batch)
@@ -216,8 +222,8 @@ class LaplaceEvidence:
         return per_example(one, batch)
 
     def _hessian(self, params: Params, hparams: Hparams, example: Batch) -> tuple[bool, jax.Array]:
-        flat = len(jax.eval_shape(self.model, params, hparams, example).shape) == 1
         outputs = outputs_of(self.model, params, hparams, example)
+        flat = len(jax.eval_shape(self.model, params, hparams, example).shape) == 1
         loss = lambda z: likelihood_of(self.likelihood, z, flat, hparams, example)  # noqa: E731
         return flat, jax.hessian(loss)(outputs)
 

@@ -134,10 +134,16 @@ def variational(
 @functools.cache
 def _fitted(arm: str, config: Config, kappa: float | None) -> Any:
     """The variational run, compiled once for all seeds."""
-    tx = optax.multi_transform(
-        {"mean": optimizer(arm, config), "scale": optimizer(arm, config, config.scale_rate)},
-        lambda q: Variational(jax.tree.map(lambda _: "mean", q.mean), "scale"),
-    )
+    rates: dict[Any, Any] = {
+        "mean": optimizer(arm, config),
+        "scale": optimizer(arm, config, config.scale_rate),
+    }
+
+    def labels(q: Any) -> Any:
+        names: Any = q._replace(raw_scale="scale")
+        return names._replace(mean=jax.tree.map(lambda _: "mean", q.mean))
+
+    tx = optax.multi_transform(rates, labels)
 
     def fit(task: problem.Task, key: jax.Array) -> tuple[Variational, jax.Array]:
         separate = "head" if arm == "whole" else ()

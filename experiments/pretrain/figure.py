@@ -33,11 +33,11 @@ def _both(records: list[record.Record], path: Path) -> Path:
             kind = i < useful
             way.plot(
                 steps, column, color=draw.BLUE if kind else draw.ORANGE, linewidth=1.2,
-                label={0: "a class (useful)", useful: "coins (useless)"}.get(i),
+                label={0: "a class (useful)", useful: "a pattern (useless)"}.get(i),
             )  # fmt: skip
         way.set(xlabel="outer step", ylabel="weight of a task", yscale="log")
-        way.set_title(f"Weights of useless tasks fall (seed {first})")
-        way.legend()
+        way.set_title(f"Weights of the tasks (seed {first})")
+        way.legend(loc="lower right")
         last = record.final(records)
         seeds = sorted({seed for name, seed in last if name == "learned"})
         grid = np.array([[last[a, s].metrics["test_error"] for a in ARMS] for s in seeds])

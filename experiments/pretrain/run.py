@@ -63,7 +63,10 @@ def tuned(
 
 def fine_optimizer(config: Config) -> Any:
     """Adam for the new head, and at a smaller rate for the encoder."""
-    rates = {"head": optax.adam(config.fine_rate), "body": optax.adam(config.body_rate)}
+    rates: dict[Any, Any] = {
+        "head": optax.adam(config.fine_rate),
+        "body": optax.adam(config.body_rate),
+    }
     return optax.multi_transform(rates, {"head": "head", "body": "body"})
 
 

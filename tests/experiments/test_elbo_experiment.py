@@ -25,9 +25,9 @@ def test_it_runs_and_costs_are_counted(tmp_path):
     assert costs["digits_head_grid"] == steps * (d * settings.folds + 1)
     assert costs["digits_whole_grid"] == steps * (d * d + 1)
     assert costs["digits_head_elbo"] == costs["digits_whole_elbo"] == steps
-    for (name, _), got in last.items():
-        chance = 0.8
-        assert got.metrics["test_error"] < chance or name.endswith("plain")
+    for (name, _), got in last.items():  # 60 steps suffice for the search alone
+        chance = (0.8, np.log(5)) if name.endswith("grid") else (1.0, 2 * np.log(5))
+        assert (got.metrics["test_error"], got.metrics["test_loss"]) < chance
     assert run.summary(record.read(tmp_path))["digits_head_over_grid"]["test_loss"]["seeds"] == 1
     assert all(path.exists() for path in figure.figures(tmp_path))
 

@@ -31,7 +31,7 @@ def test_it_runs_and_moves_the_weights(tmp_path):
 def test_weights_are_one_on_average_and_heads_are_fresh():
     np.testing.assert_allclose(jnp.mean(problem.weights(jnp.arange(6.0))), 1, rtol=1e-6)
     task = problem.task(config.smoke(), seed=0)
-    assert np.bincount(np.asarray(task.fine[1])).tolist() == [10] * 5
+    assert np.bincount(np.asarray(task.fine[1])).tolist() == [20] * 5
     w = problem.initial(jax.random.key(0), 64, config.smoke())
     start = problem.copied(5)(w, None)
     np.testing.assert_allclose(problem.fine_loss(start, (), task.fine), np.log(5), rtol=1e-5)

@@ -198,6 +198,8 @@ def test_an_indefinite_likelihood_is_refused_and_nan_when_traced():
     with pytest.raises(ValueError, match="`likelihood` is not convex in the outputs"):
         student.outer(jnp.zeros(D), H, (PHI, 10 * Y))
     assert jnp.isnan(jax.jit(student.outer)(jnp.zeros(D), H, (PHI, 10 * Y)))
+    constants = jax.jit(lambda: student.outer(jnp.zeros(D), H, (PHI, 10 * Y)))
+    assert jnp.isnan(constants())
     with pytest.raises(ValueError, match="`check` needs concrete values"):
         jax.jit(student.check)(jnp.zeros(D), H, (PHI, Y))
 
@@ -220,6 +222,7 @@ def test_an_indefinite_likelihood_is_refused_and_nan_when_traced():
             "`model` must",
         ),
         ({"log_precision": lambda h: {"['b']": 0.0}}, (PHI, Y), ValueError, "names no precision"),
+        ({"model": lambda w, h, b: None}, (PHI, Y), ValueError, "`model` must return one array"),
     ],
 )
 def test_bad_settings_are_refused_in_words(settings, call, error, words):

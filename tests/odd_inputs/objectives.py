@@ -55,7 +55,8 @@ def _sure(**settings: Any) -> Number:
 
 
 def _prior(**settings: Any) -> Number:
-    objective = o.HyperPrior(**(dict(like=p.LAM, strength=0.5) | settings))
+    given: dict[str, Any] = dict(like=p.LAM, strength=0.5)
+    objective = o.HyperPrior(**(given | settings))
     moved = objective.init(jnp.asarray(p.LAM))
     return Number(evaluate(lambda: (objective.penalty(moved), 0))[0])
 
@@ -123,6 +124,8 @@ def settings() -> list[Setting]:
 # Several variances, one per group, may be given as a list; the usual groups have one.
 LEGAL = {
     ("LaplaceEvidence", "groups", "none"),
+    ("DataEmphasizedELBO", "prior_variance", "list"),
+    ("DataEmphasizedELBO", "prior_variance", "tuple"),
     ("HyperPrior", "strength", "inf"),
     ("HyperPrior", "strength", "jax inf"),
 }
