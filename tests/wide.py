@@ -22,6 +22,12 @@ KEPT = {
     "experiments/test_hyperlista.py": {
         "test_it_runs_and_recovers": 0,
     },
+    "experiments/test_elbo_experiment.py": {
+        "test_it_runs_and_costs_are_counted": 0,
+    },
+    "experiments/test_evidence_experiment.py": {
+        "test_it_runs": 0,
+    },
     "experiments/test_hypernet.py": {
         "test_a_short_run_learns_the_curve_and_is_not_repeated": 0,
     },
@@ -29,10 +35,14 @@ KEPT = {
         "test_a_small_run_learns_records_everything_and_is_not_repeated": 0,
     },
     "experiments/test_many.py": {
-        "test_it_runs_and_chooses_one_of_the_strengths": 0,
+        "test_it_runs_and_falls_back_to_the_searched_penalty": 0,
+        "test_the_picture_and_the_summary_compare_draw_by_draw": 0,
     },
     "experiments/test_overfit.py": {
         "test_a_decay_per_weight_fits_the_validation_set_and_nothing_runs_twice": 0,
+    },
+    "experiments/test_pretrain_experiment.py": {
+        "test_it_runs_and_moves_the_weights": 0,
     },
     "experiments/test_solvers.py": {
         "test_every_method_lowers_the_gradient_and_equals_its_twin": 0,
@@ -214,6 +224,7 @@ KEPT = {
         "test_the_two_right_ways_through_an_l1_penalty_and_the_wrong_one": 0,
     },
     "library/test_sharding.py": {
+        "test_a_product_moves_what_a_gradient_moves": 0,
         "test_sharded_equals_replicated": 0,
     },
     "library/test_single_loop.py": {

@@ -3,12 +3,12 @@ r"""How far a hypergradient can be trusted: is the point a minimum, is the dtype
 For an implicit one with :math:`A q = g` solved, two numbers cost nothing more than inner products:
 
 .. math::
-    \text{relative stationarity} = \frac{\|\nabla_w h\|}{c\,\|w\|}, \qquad
-    \text{predicted change} = -q^\top \nabla_w h \approx f(w^*) - f(w)
+    \text{relative stationarity} = \frac{‖∇_w h‖}{c ‖w‖},
+    \text{predicted change} = -qᵀ ∇_w h ≈ f(w^*) - f(w)
 
 The first is how far, relative to their length, a gradient step against the curvature c would
 move the parameters; c is the largest curvature that the solve met, or else
-:math:`\|g\|/\|q\|`. It says little where curvatures differ by orders of magnitude, and the second
+:math:`‖g‖/‖q‖`. It says little where curvatures differ by orders of magnitude, and the second
 then says more: by how much the outer loss would change, to first order, if training were finished.
 """
 

@@ -28,12 +28,12 @@ StepMap = Callable[[Params, Hparams, Batch, Any], Params]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UnrollMap:
-    r"""The pullback of ``steps`` steps of your own, :math:`w_{t+1} = T_t(w_t, \lambda)`.
+    r"""The pullback of ``steps`` steps of your own, :math:`w_{t+1} = T_t(w_t, λ)`.
 
-    .. math:: \alpha_T = g, \qquad
-        \alpha_t = (\partial_w T_t)^\top \alpha_{t+1}, \qquad
-        \text{indirect} = (\partial_\lambda w_0)^\top \alpha_0
-            + \sum_{t} (\partial_\lambda T_t)^\top \alpha_{t+1}
+    .. math:: α_T = g,
+        α_t = (∂_w T_t)ᵀ α_{t+1},
+        indirect = (∂_λ w_0)ᵀ α_0
+            + ∑_{t} (∂_λ T_t)ᵀ α_{t+1}
 
     For iterative algorithms that stop after a number of steps, whose settings are to be learned:
     thresholds and step sizes of a sparse coder, temperatures of a clustering, one for all steps or
@@ -70,7 +70,7 @@ class UnrollMap:
     :class:`~bilevel.Unroll`. Forward mode p derivatives, and p copies of ``params``. One
     application counts as one inner gradient, one derivative as a product.
 
-    Stats: ``stationarity`` is the length of the last step, :math:`\|w_T - w_{T-1}\|`. In half
+    Stats: ``stationarity`` is the length of the last step, :math:`‖w_T - w_{T-1}‖`. In half
     precision the status is ``rounding`` beyond 40 steps (2600 in float16).
 
     Raises ``ValueError``/``TypeError``, when traced, for a step that returns another tree, other
@@ -236,11 +236,7 @@ class UnrollMap:
                 lambda lam: finish(begin(lam), lam), hparams, has_aux=True
             )
 
-<<<<<<< HEAD
-            def pull(g: Any) -> Any:
-=======
             def reverse(g: Any) -> Hparams:
->>>>>>> maps
                 return transpose(g)[0]
 
             pull = reverse

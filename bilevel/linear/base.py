@@ -241,3 +241,9 @@ def replicated_if_explicit(x: jax.Array, ndim: int) -> PartitionSpec | None:
     """The sharding to ask for where an explicit mesh shards ``x`` along summed or read axes."""
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ()
     return PartitionSpec(*[None] * ndim) if any(name is not None for name in spec) else None
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """``x`` whole on every device, where an explicit mesh divides it: as factorizations need it."""
+    spec = replicated_if_explicit(x, x.ndim)
+    return x if spec is None else jax.reshard(x, spec)

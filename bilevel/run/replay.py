@@ -83,8 +83,8 @@ def metagradient(
 ) -> Metagradient:
     r"""The gradient of the outer loss after a whole training run, of any length.
 
-    .. math:: w_{t+1} = U(w_t, \lambda; b_t), \qquad
-        \frac{dF}{d\lambda} = \partial_\lambda f + \sum_t (\partial_\lambda U_t)^\top \alpha_{t+1}
+    .. math:: w_{t+1} = U(w_t, λ; b_t),
+        dF/dλ = ∂_λ f + ∑_t (∂_λ U_t)ᵀ α_{t+1}
 
     What ``hypergrad`` with ``Unroll`` computes inside one compiled program, this drives from the
     host: one compiled step and one compiled pullback, batches made when they are needed, and
@@ -108,7 +108,7 @@ def metagradient(
         So runs compose.
       max_states: states in memory at any time, the one in work and the last included, at least
         3. Fewer mean more steps made again: none with ``steps + 3``, each about once with
-        :math:`\sqrt{2 \cdot \text{steps}}`, three times for 10 000 steps with 30. Left out, as
+        :math:`\sqrt{2 · steps}`, three times for 10 000 steps with 30. Left out, as
         many as fit in 1 GiB, at least 32; and where the activations of all steps fit too, they
         are kept instead, which is the fastest: nothing is computed again.
       checkpoint_dir: a folder that makes the run durable. The forward pass leaves a state there
@@ -243,7 +243,7 @@ def _places(
         return max_states - 3
     try:
         linked = jax.tree.leaves(run.link.trace(begun, hparams, batch).out_info[2])
-    except (TypeError, ValueError, NotImplementedError):
+    except (TypeError, ValueError, RuntimeError):
         pass  # a backward rule without a derivative; `pull` pushes tangents instead
     else:
         size = sum(x.size * x.dtype.itemsize for x in linked)

@@ -5,12 +5,13 @@ import dataclasses
 METHODS = ("soba", "saba", "fsla", "srba", "spaba", "mrbo", "stocbio", "amigo", "f2sa")
 
 # (step size of parameters and adjoint, that of the hyperparameters), found by `tune.py` on seed
-# 100. Where a method's steps decrease, the first one.
+# 100. Where a method's steps decrease, the first one. Those of `f2sa` on ijcnn1 and covtype are
+# guesses as yet.
 RATES: dict[str, dict[str, tuple[float, float]]] = {
     "quadratic": {
         "soba": (0.1, 0.1), "saba": (0.1, 0.01), "fsla": (0.1, 0.1), "srba": (0.3, 0.1),
         "spaba": (0.1, 1.0), "mrbo": (1.0, 0.1), "stocbio": (1.0, 0.01), "amigo": (0.3, 0.01),
-        "f2sa": (0.3, 0.1),
+        "f2sa": (0.1, 0.01),
     },
     "ijcnn1": {
         "soba": (0.3, 100.0), "saba": (0.3, 10.0), "fsla": (30.0, 10.0), "srba": (1.0, 10.0),

@@ -55,6 +55,35 @@ def test_two_quadratic_stages(steps, response):
     np.testing.assert_allclose(solution.grads, expected, rtol=1e-9)
 
 
+def test_three_levels_compose():
+    """Pre-training, K steps of fine-tuning, and a fit that is held near what was fine-tuned."""
+    a_last, steps = positive(), 3
+
+    def last(w, anchor, batch):
+        return 0.5 * (w - batch) @ a_last @ (w - batch) + 0.5 * jnp.sum((w - anchor) ** 2)
+
+    def solve(w, anchor, batch):
+        return jnp.linalg.solve(a_last + jnp.eye(D), a_last @ batch + anchor)
+
+    fit = bilevel.with_response(solve, last, Implicit(Dense()))
+    objective = FineTuned(
+        lambda w, lam, batch: valid(fit(w, w, batch), lam, batch), fine, optax.sgd(RATE), steps
+    )
+    w = -np.linalg.solve(A_PRE, B @ LAM)
+    shrink = np.linalg.matrix_power(np.eye(D) - RATE * A_FINE, steps)
+    tuned = TARGET + shrink @ (w - TARGET)
+    both = a_last + np.eye(D)
+    error = np.linalg.solve(both, a_last @ TARGET + tuned) - TARGET
+    expected = -B.T @ np.linalg.solve(A_PRE, shrink @ np.linalg.solve(both, error))
+    solution = jax.jit(
+        lambda lam: bilevel.hypergrad_solve(
+            objective.outer, pre, Implicit(Dense()), jnp.asarray(w), lam,
+            inner_batch=None, outer_batch=(np.broadcast_to(TARGET, (steps, D)), TARGET),
+        )
+    )(LAM)  # fmt: skip
+    np.testing.assert_allclose(solution.grads, expected, rtol=1e-9)
+
+
 def test_a_fresh_head_takes_the_place_of_the_old_one():
     def error(w, lam, batch):
         return jnp.sum((w["body"] * w["head"] - batch) ** 2)

@@ -52,9 +52,9 @@ def gauss_newton(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Exact Gauss–Newton: the damped system of one batch, solved in the size of the batch.
 
-    .. math:: d = (J^\top Q J + \nabla^2 r + \rho I)^{-1}\,g, \qquad w \leftarrow w - \alpha\,d
+    .. math:: d = (Jᵀ Q J + ∇^2 r + ρ I)^{-1} g,  w ← w - α d
 
-    for a loss :math:`\ell(z(w)) + r(w)`, with J the Jacobian of the model's outputs z on the batch,
+    for a loss :math:`ℓ(z(w)) + r(w)`, with J the Jacobian of the model's outputs z on the batch,
     Q the Hessian of the loss in them, and g the gradient that comes in. ``Woodbury`` solves it by
     the push-through identity with a matrix of batch x outputs rows, however many parameters there
     are, with the factors that implicit differentiation uses; the curvature is the symmetric one,
@@ -63,8 +63,8 @@ def gauss_newton(
     Args:
       model: ``model(params, hparams, batch) -> outputs``, as in :class:`~bilevel.GaussNewton`.
       output_loss: ``output_loss(outputs, hparams, batch) -> scalar``, convex in the outputs.
-      learning_rate: :math:`\alpha`, or a schedule of the step; with ``line_search`` the longest.
-      damping: :math:`\rho > 0`, in units of curvature: 1 is large for a mean over examples. Of the
+      learning_rate: :math:`α`, or a schedule of the step; with ``line_search`` the longest.
+      damping: :math:`ρ > 0`, in units of curvature: 1 is large for a mean over examples. Of the
         first step, where it adapts.
       penalty: ``penalty(params, hparams) -> scalar``, a sum over the weights, or ``None``.
       independent_examples: as in :class:`~bilevel.GaussNewton`; no row of J is then stored for
@@ -186,12 +186,8 @@ def gauss_newton(
         )
         return tree.cast_like(step, params), new
 
-<<<<<<< HEAD
-    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
-=======
     functions: Any = (init, update)  # optax's types know no required arguments beside its own
     return optax.GradientTransformationExtraArgs(*functions)
->>>>>>> maps
 
 
 def solved(mv: LinearMap, grads: Vector, solver: LinearSolver) -> Vector:
