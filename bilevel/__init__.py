@@ -22,6 +22,7 @@ from bilevel.hypergradient import Hypergradient as Hypergradient
 from bilevel.hypergradient import Implicit as Implicit
 from bilevel.hypergradient import Response as Response
 from bilevel.hypergradient import Unroll as Unroll
+from bilevel.hypergradient import UnrollMap as UnrollMap
 from bilevel.hypergradient import hypergrad as hypergrad
 from bilevel.hypergradient import hypergrad_init as hypergrad_init
 from bilevel.hypergradient import hypergrad_solve as hypergrad_solve
@@ -68,6 +69,7 @@ from bilevel.outer import fedhyper_client as fedhyper_client
 from bilevel.outer import fedhyper_global as fedhyper_global
 from bilevel.outer import fedhyper_server as fedhyper_server
 from bilevel.outer import fsla as fsla
+from bilevel.outer import gauss_newton as gauss_newton
 from bilevel.outer import global_response as global_response
 from bilevel.outer import hoag as hoag
 from bilevel.outer import hypergradient_descent as hypergradient_descent

@@ -40,9 +40,8 @@ SLIPS = {
     r"\bhypers\b|\bhparam'?s (?:are|is|of)\b": "'hyperparameters', spelt out in prose",
     r"\bw\.r\.t\.|\bin respect to\b|\bafter the parameters\b": "'with respect to'",
     r"\bkill weights\b": "'shrink weights to zero'",
-    r"\bis no (?:[a-z]+ )?(?:array|batch|function|leaf|loss|minimum|module|number|tree)\b": (
-        "'is not a'"
-    ),
+    r"(?<!there )\bis no (?:[a-z]+ )?(?:array|batch|function|leaf|loss|minimum|module|number|tree)"
+    r"\b": "'is not a'",
     r"\bare no (?:[a-z]+ )?(?:arrays|numbers|functions|batches)\b": "'are not'",
     r"\bthe (?:floors|roof)\b": "'the package layout', 'top-level tools'",
     r"\blet us\b": "a sentence with a subject",

@@ -36,6 +36,7 @@ from bilevel import (
     Response,
     Stochastic,
     Unroll,
+    UnrollMap,
     Woodbury,
 )
 from bilevel.testing import Case, Exact, cases, condition_cases
@@ -152,6 +153,16 @@ def series(num_matvecs: int) -> Callable[[Case, Exact], np.ndarray]:
 
 def sgd(case: Case) -> optax.GradientTransformation:
     return optax.sgd(steps_of(case))
+
+
+def descent(case: Case) -> Callable[..., Any]:
+    """A gradient step on the inner loss, as a map of the user's own."""
+    rate = steps_of(case)
+
+    def step(w: Any, lam: Any, batch: Any, t: Any) -> Any:
+        return jax.tree.map(lambda x, g: x - rate * g, w, jax.grad(case.inner)(w, lam, batch))
+
+    return step
 
 
 class LinearNetwork(NamedTuple):
@@ -324,6 +335,14 @@ RESPONSES = [
         1e-12,
         STEPS,
         only("ridge_labels", "quadratic", "network"),
+    ),
+    Row(
+        "unroll_map",
+        lambda case: UnrollMap(descent(case), 8),
+        series(7),
+        1e-12,
+        STEPS,
+        only("ridge_per_feature", "quadratic", "softmax_per_weight"),
     ),
     Row(
         "finite_difference",

@@ -16,6 +16,12 @@ KEPT = {
     "experiments/test_decay.py": {
         "test_it_runs_and_decays_per_weight_fit_the_validation_images_best": 0,
     },
+    "experiments/test_egn.py": {
+        "test_it_runs": 0,
+    },
+    "experiments/test_hyperlista.py": {
+        "test_it_runs_and_recovers": 0,
+    },
     "experiments/test_elbo_experiment.py": {
         "test_it_runs_and_costs_are_counted": 0,
     },
@@ -29,7 +35,8 @@ KEPT = {
         "test_a_small_run_learns_records_everything_and_is_not_repeated": 0,
     },
     "experiments/test_many.py": {
-        "test_it_runs_and_chooses_one_of_the_strengths": 0,
+        "test_it_runs_and_falls_back_to_the_searched_penalty": 0,
+        "test_the_picture_and_the_summary_compare_draw_by_draw": 0,
     },
     "experiments/test_overfit.py": {
         "test_a_decay_per_weight_fits_the_validation_set_and_nothing_runs_twice": 0,
@@ -62,6 +69,9 @@ KEPT = {
     },
     "experiments/test_stn_ridge.py": {
         "test_a_short_run_moves_towards_the_optimum_and_is_not_repeated": 0,
+    },
+    "experiments/test_unem.py": {
+        "test_it_runs": 0,
     },
     "experiments/test_sure_experiment.py": {
         "test_it_runs_and_denoises": 0,
@@ -190,6 +200,16 @@ KEPT = {
     "library/test_penalty.py": {
         "test_the_bias_of_f2sa_falls_with_the_penalty_to_its_order": 1,
     },
+    "library/test_processes.py": {
+        "test_a_killed_process_leaves_a_run_that_resumes": 0,
+        "test_one_process_writes_the_log": 0,
+        "test_processes_that_disagree_are_refused": 0,
+        "test_two_processes_equal_one": 0,
+    },
+    "library/test_program_costs.py": {
+        "test_a_program_costs_no_more_than_committed": 0,
+        "test_every_program_is_held": 0,
+    },
     "library/test_properties.py": {
         "test_any_tree_any_dtype_and_a_batch_of_one": 1,
         "test_jit_changes_rounding_only": 1,
@@ -202,6 +222,10 @@ KEPT = {
     },
     "library/test_regularizers.py": {
         "test_the_two_right_ways_through_an_l1_penalty_and_the_wrong_one": 0,
+    },
+    "library/test_sharding.py": {
+        "test_a_product_moves_what_a_gradient_moves": 0,
+        "test_sharded_equals_replicated": 0,
     },
     "library/test_single_loop.py": {
         "test_frozen_leaves_have_no_adjoint": 2,
@@ -224,6 +248,9 @@ KEPT = {
         "test_sharded_equals_replicated_on_eight_devices": 0,
         "test_with_response_accepts_a_solver_in_plain_python": 0,
         "test_with_response_is_differentiable_everywhere": 0,
+    },
+    "library/test_tutorials.py": {
+        "test_every_block_runs": 2,
     },
     "library/test_unroll.py": {
         "test_all_modes_agree_on_a_network_with_keyed_noise": 0,

@@ -2,7 +2,7 @@ r"""Type aliases: the vocabulary of the library.
 
 ================  ==========================================================================
 ``Params``        the inner variable :math:`w`: any pytree of real floating-point arrays
-``Hparams``       the outer variable :math:`\lambda`: any pytree of real floating-point arrays
+``Hparams``       the outer variable :math:`λ`: any pytree of real floating-point arrays
 ``Batch``         whatever a loss reads besides the two: any pytree (data, a PRNG key, ...)
 ``ModelState``    mutable statistics of a model (batch norm): any pytree
 ``Vector``        a pytree shaped like ``Params``: gradients, directions, solutions of a solve

@@ -1,5 +1,6 @@
 """Batches and stacks of batches: one way to take one out, one rule for keys, one for lengths."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,8 +23,24 @@ def is_single_key(leaf: Any) -> bool:
     return jnp.ndim(leaf) == 0 and jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A part of a stack, for :func:`select_batch` alone: a slice of the stack would be a copy.
+
+    Attributes:
+      batches: the whole stack.
+      first: where the part begins.
+    """
+
+    batches: Batch
+    first: int = dataclasses.field(metadata={"static": True})
+
+
 def select_batch(batches: Batch, index: Any) -> Batch:
     """Batch ``index`` of a stack, not negative; a single key is folded with the index."""
+    if isinstance(batches, Window):
+        return select_batch(batches.batches, batches.first + index)
 
     def leaf(x: Any) -> Any:
         if is_single_key(x):
@@ -54,8 +71,11 @@ def check_stack(
 ) -> None:
     """Refuse a leaf that is not a stack of exactly ``count`` batches, which ``reads`` explains.
 
-    The one rule for every stack: equality tells it from a single batch of as many examples.
+    The one rule for every stack: equality tells it from a single batch of as many examples. A
+    :class:`Window` is part of one that was checked.
     """
+    if isinstance(batches, Window):
+        return
     if not jax.tree.leaves(batches) and count:
         raise ValueError(f"`{name}` has no arrays: pass batches stacked on a leading axis.")
     check_entries(batches, name)

@@ -23,7 +23,7 @@ class Cost(NamedTuple):
         back to its input, and one for each kernel that learns: 6/3 if both do, 5/3 for the
         response alone, 4/3 for neither. Displaced *weights* cost no product. A gradient of
         linearized outputs is two.
-      products: :math:`H v` and :math:`B^\top v`; one that yields both counts once. A step of
+      products: :math:`H v` and :math:`Bᵀ v`; one that yields both counts once. A step of
         training that is differentiated is one.
       outer_gradients: gradients of the outer loss on one outer batch.
 

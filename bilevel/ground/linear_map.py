@@ -11,7 +11,7 @@ from bilevel.ground.aliases import Key, MatVec, Vector
 
 
 class Factors(NamedTuple):
-    r""":math:`A = J^\top Q J + D` with :math:`D` diagonal and positive.
+    r""":math:`A = Jᵀ Q J + D` with :math:`D` diagonal and positive.
 
     Attributes:
       rows: tree like the vectors, each leaf with a leading axis of ``m`` = batch x outputs:
@@ -26,16 +26,16 @@ class Factors(NamedTuple):
 
 
 class Dual(NamedTuple):
-    r""":math:`A = J^\top Q J + D` as :class:`Factors`, without the rows of J.
+    r""":math:`A = Jᵀ Q J + D` as :class:`Factors`, without the rows of J.
 
     Attributes:
-      kernel: :math:`(d, R) \mapsto R^\top J\,\mathrm{diag}(d)\,J^\top R`, (m, m), for blocks R;
+      kernel: :math:`(d, R) ↦ Rᵀ J diag(d) Jᵀ R`, (m, m), for blocks R;
         the lower triangle of it, with anything above.
-      root: blocks R, (N, C, C), with :math:`R R^\top = Q`, or the identity; NC = m.
+      root: blocks R, (N, C, C), with :math:`R Rᵀ = Q`, or the identity; NC = m.
       is_root: whether R is that root rather than the identity, traced.
-      push: :math:`v \mapsto J v`, (m,).
-      pull: :math:`u \mapsto J^\top u`.
-      weigh: :math:`u \mapsto Q u`.
+      push: :math:`v ↦ J v`, (m,).
+      pull: :math:`u ↦ Jᵀ u`.
+      weigh: :math:`u ↦ Q u`.
       diagonal: D, tree like the vectors, damping included.
       size: m.
       num_products: products that the kernel costs, at most.
@@ -55,11 +55,11 @@ class Dual(NamedTuple):
 
 
 class Kronecker(NamedTuple):
-    r"""Blocks :math:`L_i \otimes R_i` of :math:`M`, and what stands beside them.
+    r"""Blocks :math:`L_i ⊗ R_i` of :math:`M`, and what stands beside them.
 
     Attributes:
       split: the parts of a vector that the blocks act on, as matrices; linear.
-      factors: :math:`(L_i, R_i)`; block i maps :math:`V \mapsto L_i V R_i`.
+      factors: :math:`(L_i, R_i)`; block i maps :math:`V ↦ L_i V R_i`.
       moments: for orthogonal :math:`(U_i, W_i)` the diagonals of M in those bases, shaped like
         the matrices.
       known: D, tree like the vectors, damping included.
@@ -80,10 +80,10 @@ class Kronecker(NamedTuple):
 
 
 class SampledDiagonal(NamedTuple):
-    r""":math:`\operatorname{diag}(M + \rho I) = d + \mathrm{E}[s]`.
+    r""":math:`diag(M + ρ I) = d + E[s]`.
 
     Attributes:
-      known: returns :math:`d \ge 0`, damping included.
+      known: returns :math:`d ≥ 0`, damping included.
       sample: draws :math:`s` from a key; its mean is not negative.
     """
 
@@ -93,18 +93,18 @@ class SampledDiagonal(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LinearMap:
-    r""":math:`v \mapsto (M + \rho I) v`, with optional structure.
+    r""":math:`v ↦ (M + ρ I) v`, with optional structure.
 
     Attributes:
-      undamped: :math:`v \mapsto M v`.
-      damping: :math:`\rho`, a Python float or a scalar array.
+      undamped: :math:`v ↦ M v`.
+      damping: :math:`ρ`, a Python float or a scalar array.
       unroll: loops over products should be written out (convolutions on CPU).
-      diagonal: returns the exact diagonal of :math:`M + \rho I`, where known.
+      diagonal: returns the exact diagonal of :math:`M + ρ I`, where known.
       sampled: :class:`SampledDiagonal`, where there is a better estimate than Hutchinson's.
       factors: returns :class:`Factors`, where known.
       penalized: whether :class:`Factors` have a diagonal of their own, beside the damping.
       fresh: ``fresh(v, i)`` is the damped product on batch ``i``, where batches are fresh.
-      transpose: :math:`v \mapsto M^\top v`; ``None`` for a symmetric M.
+      transpose: :math:`v ↦ Mᵀ v`; ``None`` for a symmetric M.
       dual: returns a :class:`Dual`, or None where the model has no layers to read it from.
       kronecker: returns a :class:`Kronecker`, of a number of samples (None: no sampling) and key.
     """

@@ -75,7 +75,7 @@ def _sum(parts: list[Any]) -> Scalar:
 
 
 def vdot(a: Vector, b: Vector) -> Scalar:
-    r"""Inner product :math:`\sum_i a_i b_i` over all leaves, summed in the accumulator dtype."""
+    r"""Inner product :math:`∑_i a_i b_i` over all leaves, summed in the accumulator dtype."""
 
     def leaf(x: Any, y: Any) -> Scalar:
         dtype = accumulator_dtype(jnp.promote_types(jnp.result_type(x), jnp.result_type(y)))

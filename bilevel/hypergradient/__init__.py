@@ -13,4 +13,5 @@ from bilevel.hypergradient.transform import hypergrad_init as hypergrad_init
 from bilevel.hypergradient.transform import hypergrad_solve as hypergrad_solve
 from bilevel.hypergradient.transform import value_and_hypergrad as value_and_hypergrad
 from bilevel.hypergradient.unroll import Unroll as Unroll
+from bilevel.hypergradient.unroll_map import UnrollMap as UnrollMap
 from bilevel.hypergradient.with_response import with_response as with_response

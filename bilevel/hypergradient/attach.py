@@ -4,8 +4,8 @@ Both functions here are the identity on ``w``. :func:`attach_implicit` has deriv
 order, forward and reverse; :func:`attach_response` has the first derivative in reverse mode,
 which is all that a response's pullback gives.
 
-Each holds up to two programs: the rule for :math:`\theta = \lambda`, and where the batch may move
-one for :math:`\theta = (\lambda, \text{data})`. A derivative in hyperparameters alone never
+Each holds up to two programs: the rule for :math:`θ = λ`, and where the batch may move
+one for :math:`θ = (λ, data)`. A derivative in hyperparameters alone never
 pays for the second.
 """
 
@@ -60,10 +60,10 @@ def attach_implicit(
     key: Key | None,
     marks: Marks,
 ) -> Params:
-    r"""``w``, whose tangent along :math:`\dot\theta` is :math:`-A^{-1}B\dot\theta`.
+    r"""``w``, whose tangent along :math:`\dot θ` is :math:`-A^{-1}B\dot θ`.
 
     The rule evaluates A and B at the attached ``w``, not at its value. So a derivative of the
-    rule sees ``w`` as a function of :math:`\theta` again, to every order.
+    rule sees ``w`` as a function of :math:`θ` again, to every order.
     """
 
     def program(with_data: bool) -> tuple[Program, list[bool]]:
@@ -131,14 +131,14 @@ def _implicit_tangent(at: _System, v: Any, marks: Marks, responds: Any) -> Vecto
 
     .. math::
         \begin{pmatrix} A & B \\ 0 & I \end{pmatrix}
-        \begin{pmatrix} \dot w \\ \mu \end{pmatrix}
-        = \begin{pmatrix} 0 \\ \dot\lambda \end{pmatrix}, \qquad
-        \begin{pmatrix} A^\top & 0 \\ B^\top & I \end{pmatrix}
-        \begin{pmatrix} q \\ \bar\lambda \end{pmatrix}
+        \begin{pmatrix} \dot w \\ μ \end{pmatrix}
+        = \begin{pmatrix} 0 \\ \dot λ \end{pmatrix},
+        \begin{pmatrix} Aᵀ & 0 \\ Bᵀ & I \end{pmatrix}
+        \begin{pmatrix} q \\ \bar λ \end{pmatrix}
         = \begin{pmatrix} \bar w \\ 0 \end{pmatrix}
 
     As one linear solve, JAX derives from it the derivatives of A and B alike, each with one more
-    solve by the same solver, and the pullback keeps its cheap product :math:`B^\top q`.
+    solve by the same solver, and the pullback keeps its cheap product :math:`Bᵀ q`.
     """
 
     problem = at.problem.settled(at.w, at.hparams, at.batch)
@@ -187,7 +187,7 @@ def tangent_in_data(
     direction: list[Any],
     key: Key | None = None,
 ) -> Vector:
-    r""":math:`\dot w = -A^{-1} \partial_{data} R\; v`: how the solution moves along its data.
+    r""":math:`\dot w = -A^{-1} ∂_{data} R v`: how the solution moves along its data.
 
     ``direction`` holds a tangent for each floating leaf of the batch, as ``data_of`` lists them.
     A function of w, the hyperparameters and the data that JAX may differentiate in all of them:

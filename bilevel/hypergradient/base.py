@@ -7,7 +7,7 @@ A response answers with a point and a pullback,
     w, pullback = response.vjp(problem, params, hparams, inner_batch, state, key=key)
     indirect, state, result, stats = pullback(g)
 
-where ``indirect`` is :math:`(\partial w/\partial\lambda)^\top g`. That is all the rest of the
+where ``indirect`` is :math:`(∂w/∂λ)ᵀ g`. That is all the rest of the
 library knows of any method.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Stats, Vector
 from bilevel.ground.cost import UNKNOWN, Cost
@@ -33,6 +34,7 @@ class Response(Protocol):
     specific to the response. ``num_inner_batches() -> int | None`` tells outer loops the length
     of the leading axis of ``inner_batch``; None, or no such method, means one single batch.
     ``cost(hparams, stats) -> Cost`` tells them what a call costs besides its outer gradient.
+    Where ``needs_inner`` is False, callers may pass None for the inner problem.
     A response that trains while it differentiates keeps the model state it has advanced in
     ``state.model_state``, where outer loops take it from.
     """
@@ -55,13 +57,13 @@ class Hypergradient(NamedTuple):
     r"""A hypergradient and the evidence for it.
 
     Attributes:
-      value: :math:`f(w, \lambda)`.
+      value: :math:`f(w, λ)`.
       aux: the outer loss's auxiliary output (``None`` without ``has_aux``).
       params: the point where the outer loss was evaluated: the given parameters for an
         implicit response, the advanced ones for an unrolled one.
       grads: ``direct + indirect``, shaped like ``hparams``.
-      direct: :math:`\partial_\lambda f`.
-      indirect: :math:`(\partial w/\partial\lambda)^\top \nabla_w f`.
+      direct: :math:`∂_λ f`.
+      indirect: :math:`(∂w/∂λ)ᵀ ∇_w f`.
       state: hand it to the next call.
       result: int32 :class:`~bilevel.Status`; see :func:`~bilevel.raise_for_status`.
       stats: scalars. Always ``stationarity`` (norm of the inner gradient at the point the
@@ -79,6 +81,18 @@ class Hypergradient(NamedTuple):
     state: Any
     result: jax.Array
     stats: Stats
+
+
+def inner_for(response: Any, inner: Any) -> Any:
+    """``inner``; where it is None and ``response`` needs no inner problem, a loss that is zero."""
+    if inner is None and getattr(response, "needs_inner", True) is False:
+        return no_loss
+    return inner
+
+
+def no_loss(params: Params, hparams: Hparams, batch: Batch, *model_state: Any) -> Any:
+    """Nothing is minimized: the inner loss where a response brings its own iteration."""
+    return (jnp.zeros(()), *model_state) if model_state else jnp.zeros(())
 
 
 def cost_of(response: Response, hparams: Hparams, stats: Stats) -> Cost:

@@ -45,15 +45,15 @@ def perturbed_loss(
     r"""The inner loss of the weights the network gives at one ``displacement``.
 
     .. math::
-        h(\hat w_\phi(d), \lambda') \qquad\text{or, linearized,}\qquad
-        \ell\bigl(z(w) + J_d z(\hat w_\phi(d))|_{d=0}\,d, \lambda'\bigr)
-            + r(\hat w_\phi(d), \lambda')
+        h(\hat w_φ(d), λ')  \text{or, linearized,}
+        ℓ(z(w) + J_d z(\hat w_φ(d))|_{d=0} d, λ')
+            + r(\hat w_φ(d), λ')
 
     The linearized form is one forward-mode pass in weight space: primal and tangent share the
     random numbers of the batch. The penalty r is not linearized, it needs no model.
 
     Args:
-      hparams: :math:`\lambda'`, what the losses read (constrained, discrete ones rounded).
+      hparams: :math:`λ'`, what the losses read (constrained, discrete ones rounded).
       linearize: the inner loss split as ``GaussNewton(model, output_loss, penalty=...)``; with
         ``None`` the loss is taken at the perturbed weights themselves.
     """
@@ -116,35 +116,35 @@ def _linearised_outputs(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BestResponse:
-    r"""The pullback :math:`g \mapsto (\partial\hat w_\phi/\partial\lambda)^\top g` of a network.
+    r"""The pullback :math:`g ↦ (∂\hat w_φ/∂λ)ᵀ g` of a network.
 
     ``params`` are the base weights, the plain model's, as for every response; the network's own
-    parameters :math:`\phi` are the ``state``. With a centred network (Delta-STN)
-    :math:`\hat w_\phi(\lambda') = w + \Delta_\phi(\lambda' - \lambda)`, so ``params`` come back
+    parameters :math:`φ` are the ``state``. With a centred network (Delta-STN)
+    :math:`\hat w_φ(λ') = w + Δ_φ(λ' - λ)`, so ``params`` come back
     unchanged and only their derivative is new. With an uncentred one (STN, hypernetworks)
-    the point returned is :math:`\hat w_\phi(\lambda)`.
+    the point returned is :math:`\hat w_φ(λ)`.
 
-    Where :math:`\phi` comes from: with ``steps`` > 0 each call first trains it, on
-    ``inner_batch`` and with fresh perturbations :math:`\varepsilon \sim N(0, I)`,
+    Where :math:`φ` comes from: with ``steps`` > 0 each call first trains it, on
+    ``inner_batch`` and with fresh perturbations :math:`ε ∼ N(0, I)`,
 
     .. math::
-        \min_\phi \; \mathrm{E}_\varepsilon\,
-            h\bigl(\hat w_\phi(\lambda + \sigma\varepsilon), \lambda + \sigma\varepsilon\bigr)
+        min_φ E_ε
+            h(\hat w_φ(λ + σε), λ + σε)
 
     from the previous ``state`` on; with ``steps=0`` the ``state`` is taken as trained, such as
     that of ``self_tuning``: ``BestResponseState(network_params, None)``. No derivative of the inner
-    loss in :math:`\lambda` is taken, so sampled and discrete hyperparameters respond too;
+    loss in :math:`λ` is taken, so sampled and discrete hyperparameters respond too;
     what the inner loss does not read cannot (a learning rate is for ``Unroll``).
 
     Args:
       network: a :class:`~bilevel.StructuredResponse` or a hypernetwork.
-      tx: optax transformation that trains :math:`\phi`; needed with ``steps``.
-      steps: training steps of :math:`\phi` a call.
+      tx: optax transformation that trains :math:`φ`; needed with ``steps``.
+      steps: training steps of :math:`φ` a call.
       groups: perturbations a step; the batch is cut in as many parts.
-      scale: :math:`\sigma > 0`, a scalar for all or a tree like ``hparams``.
+      scale: :math:`σ > 0`, a scalar for all or a tree like ``hparams``.
       linearize: ``GaussNewton(model, output_loss, penalty=...)``, the inner loss split in a
         model and a loss of its outputs: trains on the linearized outputs, whose optimum is
-        the true response Jacobian rather than a secant of width :math:`\sigma`.
+        the true response Jacobian rather than a secant of width :math:`σ`.
       seed: of the network's first parameters.
 
     Cost: ``steps`` inner gradients (linearized: about two each), then one multiply-add a weight.

@@ -79,12 +79,12 @@ class Population(Point):
 class Evolution:
     r"""The pullback of ``steps`` optimizer steps, from losses of perturbed runs alone.
 
-    With N antithetic pairs :math:`\lambda \pm \epsilon_i`, :math:`\epsilon_i \sim N(0,
-    \sigma^2 I)`, and outer losses :math:`L_i^\pm` at the ends of their runs,
+    With N antithetic pairs :math:`λ ± ϵ_i`, :math:`ϵ_i ∼ N(0,
+    σ^2 I)`, and outer losses :math:`L_i^±` at the ends of their runs,
 
-    .. math:: \text{indirect} = \frac{1}{N}\sum_i \xi_i \frac{L_i^+ - L_i^-}{2\sigma^2},
-        \qquad \xi_i = \begin{cases} \epsilon_i & \text{ES} \\
-        \sum_{\text{calls since reset}} \epsilon_i & \text{PES} \end{cases}
+    .. math:: indirect = 1/N ∑_i ξ_i \frac{L_i^+ - L_i^-}{2σ^2},
+        ξ_i = \begin{cases} ϵ_i & \text{ES} \\
+        ∑_{\text{calls since reset}} ϵ_i & PES \end{cases}
 
     Nothing is differentiated through training: steps, masks and roundings need no derivative.
     All runs see the same batches and keys.
@@ -93,7 +93,7 @@ class Evolution:
       inner_tx: an optax transformation, or ``hparams -> transformation``.
       steps: training steps per call, the length of one window.
       particles: N pairs, hence 2 N runs.
-      sigma: :math:`\sigma`, in units of the (preferably unconstrained) hyperparameters; the
+      sigma: :math:`σ`, in units of the (preferably unconstrained) hyperparameters; the
         estimate is of the objective smoothed on that scale. Traced.
       persistent: PES: each pair keeps its own two runs from call to call, so that the estimate
         is of the derivative through the whole run so far, without truncation bias. ``False``:

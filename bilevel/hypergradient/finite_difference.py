@@ -37,23 +37,23 @@ LOST = 0.05
 class FiniteDifference:
     r"""The pullback of one optimizer step, its mixed product by central differences.
 
-    With the step :math:`w^+ = w + u(\nabla_w h(w, \lambda), \lambda)` and
-    :math:`v = -(\partial u/\partial \nabla h)^\top g`, which is :math:`a g` for SGD at learning
+    With the step :math:`w^+ = w + u(∇_w h(w, λ), λ)` and
+    :math:`v = -(∂u/∂∇h)ᵀ g`, which is :math:`a g` for SGD at learning
     rate a and Adam's diagonal times g for Adam,
 
     .. math::
-        \text{indirect} = (\partial_\lambda u)^\top g
-            + \frac{\nabla_\lambda h(w - \epsilon v) - \nabla_\lambda h(w + \epsilon v)}{2\epsilon}
-        \approx (\partial_\lambda u)^\top g - B^\top v, \qquad \epsilon = \text{radius}/\|v\|
+        indirect = (∂_λ u)ᵀ g
+            + \frac{∇_λ h(w - ϵ v) - ∇_λ h(w + ϵ v)}{2ϵ}
+        ≈ (∂_λ u)ᵀ g - Bᵀ v,  ϵ = radius/‖v‖
 
-    The error is :math:`O(\epsilon^2)`, zero where :math:`\nabla_\lambda h` is quadratic in w;
+    The error is :math:`O(ϵ^2)`, zero where :math:`∇_λ h` is quadratic in w;
     in float32 cancellation leaves about three digits. ``Unroll(inner_tx, steps=1)`` computes
     the same number exactly, usually for less than a quarter more.
 
     Args:
       inner_tx: the optax transformation of the step, or ``hparams -> transformation``.
         ``optax.sgd(a)`` makes this the estimator of DARTS, Adam and others that of SAMA.
-      radius: length of the perturbation :math:`\epsilon v`, in units of the parameters. The
+      radius: length of the perturbation :math:`ϵ v`, in units of the parameters. The
         status is ``rounding`` where the dtype of the parameters loses more than a twentieth
         of it: it is too small, or they are in half precision.
       lookahead: take the step, and the outer gradient after it (DARTS). ``False`` leaves the

@@ -1,7 +1,7 @@
 r"""Forward mode: one tangent per hyperparameter, pushed along with the training steps.
 
-.. math:: Z_{t+1} = (\partial_w U_t) Z_t + \partial_\lambda U_t, \qquad
-    \text{indirect} = Z_T^\top g
+.. math:: Z_{t+1} = (∂_w U_t) Z_t + ∂_λ U_t,
+    indirect = Z_Tᵀ g
 """
 
 from collections.abc import Callable
@@ -110,3 +110,15 @@ def push_forward(
         )
 
     return end, info, tangent, pull
+
+
+def check_few(hparams: Hparams, most: int, instead: str) -> None:
+    """Refuse more hyperparameters than forward mode may carry tangents."""
+    if tree.size(hparams) > most:
+        raise ValueError(
+            f"`mode='forward'` carries one tangent per hyperparameter, and `hparams` has "
+            f"{tree.size(hparams)} scalars, more than `max_hparams`={most}. Use "
+            f"`mode={instead!r}`, whose cost does not depend on their number, share values, or "
+            "raise `max_hparams` if the memory (that many copies of all that a step carries) is "
+            "there."
+        )

@@ -46,10 +46,10 @@ class Carried(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Implicit:
-    r"""The pullback :math:`g \mapsto -B^\top q` with :math:`A q = g`.
+    r"""The pullback :math:`g ↦ -Bᵀ q` with :math:`A q = g`.
 
-    At a minimum, :math:`\nabla_w h(w^*(\lambda), \lambda) = 0` gives
-    :math:`\partial w^*/\partial\lambda = -H^{-1}B`. The parameters are taken as that minimum
+    At a minimum, :math:`∇_w h(w^*(λ), λ) = 0` gives
+    :math:`∂w^*/∂λ = -H^{-1}B`. The parameters are taken as that minimum
     and returned unchanged; ``stats`` tell how far from it they are (``stationarity``,
     ``relative_stationarity``, ``predicted_change``), and the status is ``not_stationary`` where
     that is more than 5 % of their length or of the outer loss.
@@ -71,7 +71,7 @@ class Implicit:
         :math:`q`, for one more product; a preconditioner that is to serve several calls. Series
         and direct solvers carry nothing.
       fresh_batches: ``inner_batch`` has a leading axis; product i uses slice i and the mixed
-        product :math:`B^\top q` the last, independent one. For stochastic solvers only. The
+        product :math:`Bᵀ q` the last, independent one. For stochastic solvers only. The
         axis must be one longer than the solver's number of products.
       certify: recompute the residual of each solve, for one product where the number or the status
         is read. False leaves ``residual_norm`` out, and the status to what the solver met on its
@@ -259,7 +259,7 @@ class System(NamedTuple):
         return mv, form.right_side(g, adjoint), lambda z: form.solution(g, z, adjoint)
 
     def forward(self, v: Vector) -> Vector:
-        r""":math:`A^\top v`: the derivative of the condition."""
+        r""":math:`Aᵀ v`: the derivative of the condition."""
         if self.form is None:
             return self.bound.mv.transposed()(v)
         return self.form.forward(v)

@@ -3,12 +3,12 @@ r"""How far a hypergradient can be trusted: is the point a minimum, is the dtype
 For an implicit one with :math:`A q = g` solved, two numbers cost nothing more than inner products:
 
 .. math::
-    \text{relative stationarity} = \frac{\|\nabla_w h\|}{c\,\|w\|}, \qquad
-    \text{predicted change} = -q^\top \nabla_w h \approx f(w^*) - f(w)
+    \text{relative stationarity} = \frac{‖∇_w h‖}{c ‖w‖},
+    \text{predicted change} = -qᵀ ∇_w h ≈ f(w^*) - f(w)
 
 The first is how far, relative to their length, a gradient step against the curvature c would
 move the parameters; c is the largest curvature that the solve met, or else
-:math:`\|g\|/\|q\|`. It says little where curvatures differ by orders of magnitude, and the second
+:math:`‖g‖/‖q‖`. It says little where curvatures differ by orders of magnitude, and the second
 then says more: by how much the outer loss would change, to first order, if training were finished.
 """
 
@@ -121,6 +121,11 @@ def status_of_rounding(told: list[StepInfo], params: Params) -> jax.Array:
         return code(Status.ok)
     asked, lost = (sum(jnp.sum(norms[i]) for norms in rounded) for i in range(2))
     steps = sum(info.loss.size for info in told)
-    unit = max(float(jnp.finfo(x.dtype).eps) / 2 for x in jax.tree.leaves(params))
-    bad = (lost > LOST**2 * asked) | (unit * steps**0.5 > WALK)
-    return _rounding_if(bad)
+    return worst(_rounding_if(jnp.asarray(lost > LOST**2 * asked)), status_of_walk(steps, params))
+
+
+def status_of_walk(steps: int, params: Params) -> jax.Array:
+    """``rounding`` where the roundings of so many steps in half precision add up to too much."""
+    unit = _half_roundoff(params)
+    walked = unit is not None and unit * steps**0.5 > WALK
+    return code(Status.rounding if walked else Status.ok)

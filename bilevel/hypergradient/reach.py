@@ -46,10 +46,6 @@ def check_reaches(
         programs can be; ``"values"`` where any dependence will do (evolution strategies).
     """
 
-    def through_outer(ct: Any, lam: Hparams) -> Hparams:
-        value, pull = jax.vjp(lambda lam: problem.outer_loss(params, lam, outer_batch)[0], lam)
-        return pull(ct.astype(value.dtype))[0]
-
     def floats(lam: Hparams, in_loss: Hparams) -> list[Any]:
         return [leaf for leaf in jax.tree.leaves(advance(lam, in_loss)) if is_float(leaf)]
 
@@ -63,7 +59,7 @@ def check_reaches(
         shapes = jax.eval_shape(both, hparams)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
         raise concrete_setting(error) from error
-    alive = jax.tree.leaves(depends(through_outer, jax.ShapeDtypeStruct((), jnp.float32), hparams))
+    alive = jax.tree.leaves(_through_outer(problem, params, hparams, outer_batch))
 
     def also(found: Any) -> None:
         alive[:] = [a or b for a, b in zip(alive, jax.tree.leaves(found), strict=True)]
@@ -90,10 +86,65 @@ def check_reaches(
             inner_batch,
         )
         also(jax.tree.map(lambda a, b: a and b, read, cross))
+    _refuse_dead(hparams, alive, _why(by))
+
+
+def check_map_reaches(
+    problem: Problem,
+    advance: Callable[[Hparams], Params],
+    params: Params,
+    hparams: Hparams,
+    outer_batch: Batch,
+    *,
+    by: str,
+) -> None:
+    """As :func:`check_reaches`, for steps that are the user's own: ``advance`` makes one."""
+    found = [_through_outer(problem, params, hparams, outer_batch)]
+    shapes = jax.eval_shape(advance, hparams)
+    if by == "forward":
+        found.append(reaching(lambda t, lam: jax.jvp(advance, (lam,), (t,))[1], hparams, hparams))
+    else:
+        try:
+            reads = depends(lambda cts, lam: jax.vjp(advance, lam)[1](cts)[0], shapes, hparams)
+        except ValueError as error:
+            if "while_loop" not in str(error):
+                raise
+            raise ValueError(
+                "`step` has a loop whose length is decided while it runs (`jax.lax.while_loop`), "
+                "which reverse mode cannot differentiate. Use `UnrollMap(..., mode='forward')`, or "
+                "a loop of known length (`jax.lax.fori_loop` with Python numbers, `jax.lax.scan`)."
+            ) from error
+        found.append(reads)
+    # A derivative that is truly zero everywhere (of a sign) is one.
+    found.append(reaching(advance, hparams, blocked=_loses_derivative))
+    alive = [any(marks) for marks in zip(*map(jax.tree.leaves, found), strict=True)]
+    _refuse_dead(
+        hparams,
+        alive,
+        "neither `step` nor the outer loss depends on it differentiably, so its hypergradient "
+        "would be silently zero. Usual causes: `step` closes over a value instead of reading "
+        "`hparams`; a `stop_gradient`, a rounding or a comparison on the way. Remove it from "
+        "`hparams` if it is not to be tuned.",
+    )
+
+
+def _through_outer(
+    problem: Problem, params: Params, hparams: Hparams, outer_batch: Batch
+) -> Hparams:
+    """For each hyperparameter, whether the outer loss reads it itself."""
+
+    def direct(ct: Any, lam: Hparams) -> Hparams:
+        value, pull = jax.vjp(lambda lam: problem.outer_loss(params, lam, outer_batch)[0], lam)
+        return pull(ct.astype(value.dtype))[0]
+
+    return depends(direct, jax.ShapeDtypeStruct((), jnp.float32), hparams)
+
+
+def _refuse_dead(hparams: Hparams, alive: list[bool], why: str) -> None:
     names = [path for path, _ in paths(hparams, "hparams")]
     dead = [name for name, is_alive in zip(names, alive, strict=True) if not is_alive]
     if dead:
-        raise ValueError(f"No derivative reaches {', '.join(dead)}: {_why(by)}")
+        raise ValueError(f"No derivative reaches {', '.join(dead)}: {why}")
 
 
 def _why(by: str) -> str:

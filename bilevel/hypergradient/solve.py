@@ -1,8 +1,8 @@
 r"""The heart of the library: one hypergradient, from a problem and a response.
 
 .. math::
-    \frac{dF}{d\lambda} = \partial_\lambda f
-        + \Bigl(\frac{\partial w}{\partial\lambda}\Bigr)^\top \nabla_w f
+    dF/dλ = ∂_λ f
+        + (∂w/∂λ)ᵀ ∇_w f
 """
 
 from typing import Any

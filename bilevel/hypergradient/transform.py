@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params
 from bilevel.ground.settings import check_flag
-from bilevel.hypergradient.base import Hypergradient, Response
+from bilevel.hypergradient.base import Hypergradient, Response, inner_for
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.solve import check_solve, solve
 from bilevel.problem.conditions import Condition
@@ -23,7 +23,7 @@ from bilevel.problem.validate import (
 
 def hypergrad_solve(
     outer: Loss,
-    inner: Loss | Condition,
+    inner: Loss | Condition | None,
     response: Response,
     params: Params,
     *hparams: Hparams,
@@ -39,14 +39,14 @@ def hypergrad_solve(
     r"""The total derivative of the outer loss, with everything needed to judge it.
 
     .. math::
-        \frac{dF}{d\lambda} = \partial_\lambda f
-            + \Bigl(\frac{\partial w}{\partial\lambda}\Bigr)^\top \nabla_w f
+        dF/dλ = ∂_λ f
+            + (∂w/∂λ)ᵀ ∇_w f
 
     Args:
       outer: :math:`f`, ``loss(params, hparams, batch) -> scalar`` (the validation loss).
       inner: :math:`h`, ``loss(params, hparams, batch) -> scalar`` (the training loss); or a
         :class:`~bilevel.Composite`, :class:`~bilevel.FixedPoint` or :class:`~bilevel.Root`, for
-        implicit responses.
+        implicit responses; or ``None`` for ``UnrollMap``, which brings its own iteration.
       response: how the parameters follow the hyperparameters, e.g. ``Implicit(CG())``.
       params: the inner variable, n real numbers in any pytree.
       *hparams: the outer variable, p real numbers in any pytree. Several positions are
@@ -73,7 +73,7 @@ def hypergrad_solve(
     """
     check_response(response)
     problem, hparams_in, unpack = _pack(
-        outer, inner, hparams, argnums, has_aux, has_state, model_state
+        outer, inner_for(response, inner), hparams, argnums, has_aux, has_state, model_state
     )
     params = jax.tree.map(_as_array, params)
     hparams_in = jax.tree.map(_as_array, hparams_in)
@@ -89,7 +89,7 @@ def hypergrad_solve(
 
 def hypergrad_init(
     outer: Loss,
-    inner: Loss | Condition,
+    inner: Loss | Condition | None,
     response: Response,
     params: Params,
     *hparams: Hparams,
@@ -104,13 +104,15 @@ def hypergrad_init(
     ``jax.ShapeDtypeStruct``. Cost: none but its memory.
     """
     check_response(response)
-    problem, hparams_in, _ = _pack(outer, inner, hparams, argnums, has_aux, has_state, model_state)
+    problem, hparams_in, _ = _pack(
+        outer, inner_for(response, inner), hparams, argnums, has_aux, has_state, model_state
+    )
     return response.init(problem, params, hparams_in)
 
 
 def value_and_hypergrad(
     outer: Loss,
-    inner: Loss | Condition,
+    inner: Loss | Condition | None,
     response: Response | None = None,
     *,
     argnums: int | Sequence[int] = 1,
@@ -150,14 +152,14 @@ def value_and_hypergrad(
 
 def hypergrad(
     outer: Loss,
-    inner: Loss | Condition,
+    inner: Loss | Condition | None,
     response: Response | None = None,
     *,
     argnums: int | Sequence[int] = 1,
     has_aux: bool = False,
     has_state: bool = False,
 ) -> Callable[..., Any]:
-    r"""The hypergradient :math:`dF/d\lambda`, as ``jax.grad`` would return it.
+    r"""The hypergradient :math:`dF/dλ`, as ``jax.grad`` would return it.
 
     Returns ``fn(params, *hparams, inner_batch=, outer_batch=, ...) -> grads``, with
     ``has_aux`` ``(grads, aux)``. Arguments, errors and cost as :func:`hypergrad_solve`.

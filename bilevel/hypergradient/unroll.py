@@ -14,7 +14,7 @@ from bilevel.ground.cost import Cost
 from bilevel.ground.settings import check_settings, check_takes, count
 from bilevel.ground.traced import BACKWARD_RULE, contains_primitive
 from bilevel.hypergradient.base import Pullback
-from bilevel.hypergradient.forward import no_tangents, push_forward
+from bilevel.hypergradient.forward import check_few, no_tangents, push_forward
 from bilevel.hypergradient.judge import status_of_rounding
 from bilevel.hypergradient.reach import check_reaches
 from bilevel.inner.descend import InnerState, Remat, descend, start
@@ -58,11 +58,11 @@ class Advanced(Point):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unroll:
-    r"""The pullback of ``steps`` optimizer steps, :math:`w_{t+1} = U(w_t, \lambda; b_t)`.
+    r"""The pullback of ``steps`` optimizer steps, :math:`w_{t+1} = U(w_t, λ; b_t)`.
 
-    .. math:: \alpha_T = g, \qquad
-        \alpha_t = (\partial_w U_t)^\top \alpha_{t+1}, \qquad
-        \text{indirect} = \sum_{t} (\partial_\lambda U_t)^\top \alpha_{t+1}
+    .. math:: α_T = g,
+        α_t = (∂_w U_t)ᵀ α_{t+1},
+        indirect = ∑_{t} (∂_λ U_t)ᵀ α_{t+1}
 
     The responded parameters are :math:`w_T`, and the optimizer's state comes back too, so the
     steps are training steps and never paid twice. Everything a step reads may be tuned: what
@@ -80,7 +80,7 @@ class Unroll:
         them; a line search (``optax.lbfgs``) needs ``mode="forward"``.
       steps: T, the number of training steps per call makes.
       truncate: K: differentiate the last K steps only; the first T - K run without any record.
-        The bias for strong convexity mu and learning rate a falls like :math:`(1 - a\mu)^K`.
+        The bias for strong convexity mu and learning rate a falls like :math:`(1 - aμ)^K`.
       mode: ``"mixed"``: reverse mode with forward-over-reverse products (the default; see
         :mod:`bilevel.inner.mixed`). ``"reverse"``: plain reverse mode. ``"forward"``: one
         tangent per hyperparameter, memory independent of ``steps``.
@@ -108,7 +108,7 @@ class Unroll:
     Cost, in inner gradients, for T steps of which K are differentiated: reverse T + 2 to 3 K
     and K copies of what a step saves (mixed: its carry; plain: activations too), with
     ``"sqrt"`` about :math:`\sqrt{2K}` carries and K more gradients, with ``"log"``
-    :math:`\log_2 K` carries and two to four times K; forward T + 1 to 2.5 p K and p copies of
+    :math:`log_2 K` carries and two to four times K; forward T + 1 to 2.5 p K and p copies of
     the carry.
 
     Stats: ``stationarity`` is the norm of the inner gradient that the last step used,
@@ -158,23 +158,7 @@ class Unroll:
             check_takes("initial", self.initial, "initial(params, hparams)")
         if self.evaluate is not None:
             check_takes("evaluate", self.evaluate, "evaluate(opt_state, params)")
-        if self.truncate is not None:
-            if self.truncate > self.steps:
-                raise ValueError(
-                    f"`truncate` must be at most `steps`={self.steps}, got {self.truncate}: it is "
-                    "the number of last steps to differentiate."
-                )
-        for name, allowed in (
-            ("mode", ("mixed", "reverse", "forward")),
-            ("remat", ("none", "step", "sqrt", "log")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        if self.mode == "forward" and self.remat != "none":
-            raise ValueError(
-                f"`remat={self.remat!r}` has no meaning with `mode='forward'`, which records "
-                "nothing: leave it at 'none'."
-            )
+        check_unrolling(self, ("mixed", "reverse", "forward"))
         if self.real_time and (
             self.mode != "forward" or self.truncate is not None or self.initial is not None
         ):
@@ -189,13 +173,7 @@ class Unroll:
 
     def cost(self, hparams: Hparams, stats: Stats) -> Cost:
         """The steps, and the products of those that are differentiated."""
-        kept = self.steps if self.truncate is None else self.truncate
-        if self.mode == "forward":
-            return Cost(self.steps, kept * tree.size(hparams))
-        again = 0 if self.remat == "none" else kept
-        if self.remat in ("sqrt", "log"):
-            again = recomputed(plan(kept, places_for(kept, self.remat)))
-        return Cost(self.steps + again, kept)
+        return unrolled_cost(self, hparams)
 
     def init(self, problem: Problem, params: Params, hparams: Hparams) -> UnrollState:
         """A fresh optimizer's state, the model state, and a zero tangent if in real time."""
@@ -248,14 +226,8 @@ class Unroll:
                 "a backward rule only (`jax.custom_vjp`: a fused loss, an attention kernel): use "
                 "`mode='mixed'`."
             )
-        if self.mode == "forward" and tree.size(hparams) > self.max_hparams:
-            raise ValueError(
-                f"`mode='forward'` carries one tangent per hyperparameter, and `hparams` has "
-                f"{tree.size(hparams)} scalars, more than `max_hparams`={self.max_hparams}. Use "
-                "`mode='mixed'`, whose cost does not depend on their number, share values, or "
-                "raise `max_hparams` if the memory (that many copies of the parameters and the "
-                "optimizer state) is there."
-            )
+        if self.mode == "forward":
+            check_few(hparams, self.max_hparams, "mixed")
         whole = self.truncate in (None, self.steps)
 
         def advance(lam: Hparams, in_loss: Hparams) -> Any:
@@ -376,3 +348,31 @@ class Unroll:
 def zeros_for_shapes(leaf: Any) -> Any:
     """Zeros in place of an abstract leaf: ``init`` may be asked for shapes only."""
     return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+
+
+def check_unrolling(response: Any, modes: tuple[str, ...]) -> None:
+    """Refuse settings of unrolled steps that do not go together."""
+    if response.truncate is not None and response.truncate > response.steps:
+        raise ValueError(
+            f"`truncate` must be at most `steps`={response.steps}, got {response.truncate}: it is "
+            "the number of last steps to differentiate."
+        )
+    for name, allowed in (("mode", modes), ("remat", ("none", "step", "sqrt", "log"))):
+        if getattr(response, name) not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(response, name)!r}.")
+    if response.mode == "forward" and response.remat != "none":
+        raise ValueError(
+            f"`remat={response.remat!r}` has no meaning with `mode='forward'`, which records "
+            "nothing: leave it at 'none'."
+        )
+
+
+def unrolled_cost(response: Any, hparams: Hparams) -> Cost:
+    """The steps, and the products of those that are differentiated."""
+    kept = response.steps if response.truncate is None else response.truncate
+    if response.mode == "forward":
+        return Cost(response.steps, kept * tree.size(hparams))
+    again = 0 if response.remat == "none" else kept
+    if response.remat in ("sqrt", "log"):
+        again = recomputed(plan(kept, places_for(kept, response.remat)))
+    return Cost(response.steps + again, kept)

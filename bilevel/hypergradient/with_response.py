@@ -50,8 +50,8 @@ class SolveInfo(NamedTuple):
         parameters or inner gradients, ``invalid_setting`` for a traced setting of the response,
         ``knot`` where a condition has no derivative.
         :func:`~bilevel.raise_for_status` takes it.
-      stats: for an implicit response ``stationarity`` :math:`\|\nabla_w h\|` and
-        ``relative_stationarity`` :math:`\|\nabla_w h\| / (c\,\|w\|)`, with c the curvature that
+      stats: for an implicit response ``stationarity`` :math:`‖∇_w h‖` and
+        ``relative_stationarity`` :math:`‖∇_w h‖ / (c ‖w‖)`, with c the curvature that
         three power iterations find; of a condition ``knots``, how many numbers are at a threshold.
         Empty for others, which assume no minimum.
     """
@@ -73,9 +73,9 @@ def with_response(
     r"""``solve``, made differentiable with respect to the hyperparameters and the data.
 
     .. math::
-        w = \mathrm{solve}(w_0, \lambda, \mathrm{batch}), \qquad
-        \bar\theta = \Bigl(\frac{\partial w}{\partial\theta}\Bigr)^\top \bar w
-        \quad\text{for}\quad \theta = \lambda, \text{batch}, \qquad \bar w_0 = 0
+        w = solve(w_0, λ, batch),
+        \bar θ = (∂w/∂θ)ᵀ \bar w
+        for  θ = λ, batch,  \bar w_0 = 0
 
     Args:
       solve: ``solve(params, hparams, inner_batch) -> params``, from a start to (near) a

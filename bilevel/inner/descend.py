@@ -53,8 +53,9 @@ def take_step(
     tx: optax.GradientTransformation,
     state: InnerState,
     gradient: Callable[[Any, ModelState], Any] | None = None,
+    given: dict[str, Any] | None = None,
 ) -> tuple[InnerState, StepInfo]:
-    r"""One optimizer step, :math:`w \leftarrow w + u(\nabla_w\,\text{loss}(w))`.
+    r"""One optimizer step, :math:`w ← w + u(∇_w loss(w))`.
 
     Every training step of every loop and response is this one, of weights or of a network.
 
@@ -65,6 +66,7 @@ def take_step(
       state: of what is trained; every leaf keeps its type.
       gradient: ``(params, model_state) -> ((value, model_state), grads)``, in place of automatic
         differentiation.
+      given: what ``loss`` reads, ``hparams`` and ``batch``, for optimizers that ask for it.
 
     Cost: one gradient of ``loss``.
     """
@@ -73,8 +75,9 @@ def take_step(
         gradient = jax.value_and_grad(loss, has_aux=True)
     (value, new_model_state), grads = gradient(params, model_state)
     updates, new_opt_state = compute_updates(
-        tx, grads, opt_state, params, value=value, value_fn=lambda w: loss(w, model_state)[0]
-    )
+        tx, grads, opt_state, params, value=value, value_fn=lambda w: loss(w, model_state)[0],
+        given=given,
+    )  # fmt: skip
     moved = InnerState(optax.apply_updates(params, updates), new_opt_state, new_model_state)
     new = keep_types(moved, state, "training state", KEEP)
     rounded = _rounded(params, updates, new.params)
@@ -96,8 +99,8 @@ def descend(
 ) -> tuple[InnerState, StepInfo]:
     r"""``steps`` optax steps on the inner loss, of arguments that were checked.
 
-    .. math:: w_{t+1} = w_t + u_t(\nabla_w h(w_t, \lambda; b_t)),
-        \qquad t = \text{first}, \ldots, \text{first} + \text{steps} - 1
+    .. math:: w_{t+1} = w_t + u_t(∇_w h(w_t, λ; b_t)),
+        t = first, …, first + steps - 1
 
     Args:
       problem: its ``inner`` is the loss; with ``has_state`` the model state is threaded.
@@ -111,8 +114,8 @@ def descend(
         (reverse mode only) instead of automatically.
       remat: what a backward pass recomputes. ``"none"``: with ``mixed`` nothing but the update,
         else nothing; ``"step"``: each step, from its carry; ``"sqrt"``: each step once more,
-        from about :math:`\sqrt{2 \cdot \text{steps}}` kept carries; ``"log"``: from
-        :math:`\log_2 \text{steps}` kept carries, each step two to four times for up to 10 000
+        from about :math:`\sqrt{2 · steps}` kept carries; ``"log"``: from
+        :math:`log_2 steps` kept carries, each step two to four times for up to 10 000
         of them (see :mod:`bilevel.inner.reversal`).
       unroll: unroll the loop; ``None`` does so for convolutions on CPU, whose
         gradients XLA runs tens of times slower inside a loop.
@@ -132,16 +135,17 @@ def descend(
         gradient = _mixed(problem, tx, state, hparams, batches, first)
 
     def step(state: InnerState, index: Any) -> tuple[InnerState, StepInfo]:
+        batch = select_batch(batches, index)
+
         def loss(params: Params, model_state: ModelState) -> tuple[Scalar, ModelState]:
-            batch = select_batch(batches, index)
             return problem.inner_loss_and_state(params, hparams, batch, model_state)
 
         here = None
         if gradient is not None:
             here = functools.partial(gradient, hparams=hparams, batches=batches, index=index)
-        return take_step(loss, tx, state, here)
+        return take_step(loss, tx, state, here, {"hparams": hparams, "batch": batch})
 
-    return _loop(step, state, first, steps, mixed, remat, unroll)
+    return run_steps(step, state, first, steps, mixed=mixed, remat=remat, unroll=unroll)
 
 
 def _rounded(params: Params, updates: Any, moved: Params) -> tuple[jax.Array, jax.Array] | None:
@@ -166,7 +170,7 @@ def _mixed(
     batch = jax.eval_shape(lambda b: select_batch(b, first), batches)
     loss, consts = close_loss(problem, state.params, hparams, batch, state.model_state)
     value = jax.eval_shape(loss, consts, state.params, hparams, batch, state.model_state)[0]
-    with_value = reads_value(tx, state.params, value)
+    with_value = reads_value(tx, state.params, value, hparams, batch)
     primitive = mixed_gradient(loss, select_batch, problem.has_state, with_value)
 
     def gradient(params: Params, model_state: ModelState, hparams: Any, batches: Any, index: Any):
@@ -176,15 +180,18 @@ def _mixed(
     return gradient
 
 
-def _loop(
+def run_steps(
     step: Callable[..., Any],
-    state: InnerState,
+    state: Any,
     first: int,
     steps: int,
-    mixed: bool,
-    remat: Remat,
-    unroll: bool,
-) -> tuple[InnerState, StepInfo]:
+    *,
+    mixed: bool = False,
+    remat: Remat = "none",
+    unroll: bool = False,
+) -> tuple[Any, Any]:
+    """``steps`` applications of ``step(state, index) -> (state, info)``, with the options of
+    :func:`descend` for what a backward pass keeps."""
     if remat in ("sqrt", "log"):
         places = places_for(steps, remat)
         return rerun(step, state, first=first, steps=steps, places=places, unroll=unroll)

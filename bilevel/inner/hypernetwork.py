@@ -36,11 +36,11 @@ def encode(inputs: jax.Array, encoding: Encoding) -> jax.Array:
     encoding      :math:`E(g)`                                          constant
     ============  ===================================================  ==================
     raw           :math:`g`
-    cos_sin       :math:`(\cos\tfrac{\pi g}{2}, \sin\tfrac{\pi g}{2})`  :math:`|E|_2 = \sqrt H`
+    cos_sin       :math:`(cos \tfrac{π g}{2}, sin \tfrac{π g}{2})`  :math:`|E|_2 = \sqrt H`
     complement    :math:`(g, 1 - g)`                                    :math:`|E|_1 = H`
     ============  ===================================================  ==================
 
-    for :math:`g \in [0, 1]`. A piecewise linear network without biases scales its outputs with
+    for :math:`g ∈ [0, 1]`. A piecewise linear network without biases scales its outputs with
     the size of its inputs, gradients included; an encoding of constant norm takes that away.
     """
     if encoding == "cos_sin":
@@ -56,13 +56,13 @@ class Hypernetwork:
     r"""An MLP from hyperparameters to weights, for ``self_tuning`` and ``global_response``.
 
     .. math::
-        \hat w_\phi(\lambda) = w_0 + h_\phi(E(g(\lambda))) \quad\text{(residual)}, \qquad
-        \hat w_\phi(\lambda) = h_\phi(E(g(\lambda))) \quad\text{(plain)}
+        \hat w_φ(λ) = w_0 + h_φ(E(g(λ)))  \text{(residual)},
+        \hat w_φ(λ) = h_φ(E(g(λ)))  \text{(plain)}
 
     With ``hidden=()`` it is linear, the local best response of Lorraine and Duvenaud; with
     hidden layers a global one. ``encoding="cos_sin"`` and ``residual=True`` together are
     Magnitude Invariant Parametrizations: :math:`w_0`, the base weights, starts as the model
-    would, is learnt beside :math:`\phi`, and does not depend on the input.
+    would, is learnt beside :math:`φ`, and does not depend on the input.
 
     Args:
       hidden: widths of the hidden layers.

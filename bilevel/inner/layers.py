@@ -2,7 +2,7 @@ r"""Best-response layers for flax.nnx: one displacement per *example*, inside th
 
 A layer with kernel W, its response R and gains U maps example :math:`i` by
 
-.. math:: y_i = W x_i + b + (d_i U) \odot (R x_i) + d_i U_b
+.. math:: y_i = W x_i + b + (d_i U) ⊙ (R x_i) + d_i U_b
 
 which is the weight-space response of :class:`~bilevel.StructuredResponse` with a displacement
 of its own for every example, for a second matrix product. Input-side products of a

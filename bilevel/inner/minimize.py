@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bilevel.ground import tree
-from bilevel.ground.aliases import Batch, Hparams, Loss, Params, Scalar, Stats, Vector
+from bilevel.ground.aliases import Batch, Hparams, Loss, Params, Scalar, Stats
 from bilevel.ground.batches import check_batch
 from bilevel.ground.loops import strong_types
 from bilevel.ground.settings import (
@@ -19,6 +18,8 @@ from bilevel.ground.settings import (
     is_function,
 )
 from bilevel.ground.status import Status, status_of
+from bilevel.inner.optimistix import minimised
+from bilevel.inner.searches import Search, accelerated, lbfgs, proximal
 from bilevel.problem.conditions import Composite, Prox
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_inner, check_losses, check_point, check_prox
@@ -40,16 +41,6 @@ class Minimum(NamedTuple):
     stats: Stats
 
 
-class _Search(NamedTuple):
-    params: Params
-    memory: Any
-    value: Scalar
-    size: Scalar
-    steps: jax.Array
-    gradients: jax.Array
-    stuck: jax.Array
-
-
 def minimize(
     inner: Loss | Composite,
     params: Params,
@@ -60,23 +51,24 @@ def minimize(
     max_steps: int = 1000,
     prox: Prox | None = None,
     curvatures: tuple[Any, Any] | None = None,
+    solver: Any = None,
 ) -> Minimum:
     r"""A minimum of a deterministic, smooth inner loss, for the user without a training loop.
 
-    .. math:: \|\nabla_w h(w, \lambda)\| \le \text{tol} \qquad\text{or, with a proximal operator,}
-        \qquad \tfrac1s\,\bigl\|w - \operatorname{prox}_{s r}(w - s\nabla_w h(w))\bigr\|
-            \le \text{tol}
+    .. math:: ‖∇_w h(w, λ)‖ ≤ tol  \text{or, with a proximal operator,}
+        1/s ‖w - prox_{s r}(w - s∇_w h(w))‖
+            ≤ tol
 
-    Without ``prox`` by L-BFGS with a zoom line search (optax). With it by accelerated proximal
-    gradient steps, whose momentum starts anew where it points uphill. Their length s begins with
-    the ``step_size`` of a ``Composite``, or else is doubled or halved until it fits; after that it
-    grows by a tenth with every step and is halved where it is too long. Values of the loss decide,
-    which cost no gradient, as far as rounding lets them.
+    Without ``prox`` by L-BFGS with a zoom line search (optax), or by ``solver``. With it by
+    accelerated proximal gradient steps, whose momentum starts anew where it points uphill. Their
+    length s begins with the ``step_size`` of a ``Composite``, or else is doubled or halved until
+    it fits; after that it grows by a tenth with every step and is halved where it is too long.
+    Values of the loss decide, which cost no gradient, as far as rounding lets them.
 
-    With ``curvatures`` :math:`(\mu, L)` by Nesterov's accelerated gradient steps of length
+    With ``curvatures`` :math:`(μ, L)` by Nesterov's accelerated gradient steps of length
     :math:`1/L`, whose momentum is that of a loss whose Hessian has all eigenvalues between the two:
-    one gradient per step and no search, and from :math:`\|\nabla h\| = \delta` to tol in about
-    :math:`\sqrt{L/\mu}\,\log(\delta L/(\mu\,\text{tol}))` steps.
+    one gradient per step and no search, and from :math:`‖∇h‖ = δ` to tol in about
+    :math:`\sqrt{L/μ} log(δ L/(μ tol))` steps.
 
     Args:
       inner: the smooth part h, ``loss(params, hparams, batch) -> scalar``; or a
@@ -84,12 +76,15 @@ def minimize(
       params: the start; a warm one saves most of the work in a loop.
       hparams, batch: passed to the loss.
       tol: absolute; may be traced (an outer method that tightens it). ``None``:
-        :math:`\sqrt\epsilon\,\max(1, \|\nabla h(w_0)\|)`.
+        :math:`\sqrt ϵ max(1, ‖∇h(w_0)‖)`.
       max_steps: most steps.
       prox: ``prox(params, hparams, step_size) -> params``, of the part r that is not smooth:
         soft-thresholding for L1, a projection for a constraint.
-      curvatures: :math:`(\mu, L)`, numbers that may be traced, :math:`0 \le \mu \le L`. An L that
-        is too small makes the steps diverge; a :math:`\mu` that is too large makes them slow.
+      curvatures: :math:`(μ, L)`, numbers that may be traced, :math:`0 ≤ μ ≤ L`. An L that
+        is too small makes the steps diverge; a :math:`μ` that is too large makes them slow.
+      solver: a minimizer of optimistix (extra ``optimistix``) in place of L-BFGS, such as
+        ``optimistix.BFGS(rtol=1e-8, atol=1e-8)``. Its own tolerances and ``max_steps`` end it;
+        ``tol`` judges what it returns. ``stats`` has no ``num_gradients``, which it does not tell.
 
     Returns:
       :class:`Minimum`. It is not differentiated: pass its ``params`` to ``hypergrad``, or call it
@@ -138,22 +133,27 @@ def minimize(
     def loss(w: Params) -> Scalar:
         return problem.inner_loss(w, hparams, batch)
 
+    if solver is not None:
+        if prox is not None or curvatures is not None:
+            raise ValueError(
+                "`solver` minimizes a smooth loss and finds its own steps: leave out `prox` and "
+                "`curvatures`, and pass the smooth loss as `inner`."
+            )
+        return _judged(loss, params, solver, tol, max_steps)
     if curvatures is not None:
         _check_curvatures(curvatures, prox)
-        start, advance = _accelerated(loss, params, *curvatures)
+        start, advance = accelerated(loss, params, *curvatures)
     elif prox is None:
-        start, advance = _lbfgs(loss, params)
+        start, advance = lbfgs(loss, params)
     else:
         if not is_function(prox):
             raise TypeError(f"`prox` must be a function prox(params, hparams, step), got {prox!r}.")
         check_takes("prox", prox, "prox(params, hparams, step_size)")
         check_prox(prox, params, hparams)
-        start, advance = _proximal(loss, params, lambda w, s: prox(w, hparams, s), first)
-    eps = jnp.finfo(start.size.dtype).eps
-    bound = jnp.sqrt(eps) * jnp.maximum(1, start.size) if tol is None else jnp.asarray(tol)
-    bound = bound.astype(start.size.dtype)
+        start, advance = proximal(loss, params, lambda w, s: prox(w, hparams, s), first)
+    bound = _bound(start.size, tol)
 
-    def goes_on(search: _Search) -> jax.Array:
+    def goes_on(search: Search) -> jax.Array:
         return (search.steps < max_steps) & (search.size > bound) & ~search.stuck
 
     end = jax.lax.while_loop(goes_on, advance, start)
@@ -174,10 +174,40 @@ def minimize(
     return Minimum(end.params, result, stats)
 
 
+def _bound(size: Scalar, tol: float | jax.Array | None) -> Scalar:
+    eps = jnp.finfo(size.dtype).eps
+    bound = jnp.sqrt(eps) * jnp.maximum(1, size) if tol is None else jnp.asarray(tol)
+    return bound.astype(size.dtype)
+
+
+def _judged(
+    loss: Callable[[Params], Scalar],
+    params: Params,
+    solver: Any,
+    tol: float | jax.Array | None,
+    max_steps: int,
+) -> Minimum:
+    """Where optimistix ends, judged by the gradient there."""
+    first = tree.norm(jax.grad(loss)(params)) if tol is None else jnp.zeros(())
+    params, steps, ended = minimised(loss, params, solver, max_steps)
+    value, gradient = jax.value_and_grad(loss)(params)
+    size = tree.norm(gradient)
+    bound = _bound(first.astype(size.dtype), tol)
+    result = status_of(
+        Status.ok,
+        (~(jnp.isfinite(size) & tree.all_finite(params)), Status.nonfinite_output),
+        (size <= bound, Status.ok),
+        (ended, Status.stagnated),
+        (jnp.asarray(True), Status.max_steps),
+    )
+    stats = {"stationarity": size, "tol": bound, "value": value, "num_steps": steps}
+    return Minimum(params, result, stats)
+
+
 def proximal_step(
     inner: Loss, prox: Prox, step_size: Any
 ) -> Callable[[Params, Hparams, Batch], Params]:
-    r""":math:`w \mapsto \operatorname{prox}_{s r}(w - s\nabla_w h(w, \lambda))`.
+    r""":math:`w ↦ prox_{s r}(w - s∇_w h(w, λ))`.
 
     What a solution of :func:`minimize` with ``prox`` leaves where it is, for any step size
     :math:`s > 0`: the condition ``FixedPoint(proximal_step(...))``. A step of about one over the
@@ -214,155 +244,3 @@ def _check_curvatures(curvatures: Any, prox: Any) -> None:
             "`curvatures` must be (mu, L) with mu at most L, the least and the largest curvature "
             f"of the inner loss, got ({float(least):g}, {float(largest):g})."
         )
-
-
-Step = Callable[[_Search], _Search]
-ZERO = jnp.int32(0)
-
-
-def _lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[_Search, Step]:
-    tx = optax.lbfgs()
-    eps = jnp.finfo(tree.norm(params).dtype).eps
-
-    def advance(search: _Search) -> _Search:
-        gradient = optax.tree.get(search.memory, "grad")
-        updates, memory = tx.update(
-            gradient, search.memory, search.params,
-            value=search.value, grad=gradient, value_fn=loss,
-        )  # fmt: skip
-        tried = optax.tree.get(memory, "info").num_linesearch_steps
-        # The search has evaluated value and gradient where it stopped.
-        return _Search(
-            optax.apply_updates(search.params, updates),
-            memory,
-            optax.tree.get(memory, "value").astype(search.value.dtype),
-            tree.norm(optax.tree.get(memory, "grad")),
-            search.steps + 1,
-            search.gradients + jnp.asarray(tried, jnp.int32),
-            tree.norm(updates) <= eps * tree.norm(search.params),
-        )
-
-    value, gradient = jax.value_and_grad(loss)(params)
-    memory = strong_types(optax.tree.set(tx.init(params), grad=gradient, value=value))
-    stuck = jnp.asarray(False)
-    return _Search(params, memory, value, tree.norm(gradient), ZERO, ZERO + 1, stuck), advance
-
-
-class _Coasting(NamedTuple):
-    gradient: Vector
-    behind: Params
-    weight: Scalar
-
-
-def _accelerated(
-    loss: Callable[[Params], Scalar], params: Params, least: Any, largest: Any
-) -> tuple[_Search, Step]:
-    dtype = tree.norm(params).dtype
-    eps = jnp.finfo(dtype).eps
-    longest = (1 / jnp.asarray(largest)).astype(dtype)
-    q = jnp.clip(jnp.asarray(least).astype(dtype) * longest, 0, 1)
-
-    def advance(search: _Search) -> _Search:
-        gradient, behind, t = search.memory
-        w = tree.cast_like(tree.axpy(-longest, gradient, search.params), search.params)
-        flat = 1 - q * t**2
-        following = (flat + jnp.sqrt(flat**2 + 4 * t**2)) / 2
-        # Where all curvatures are one, a step ends at the minimum, and 1 - q is zero.
-        push = (t - 1) * (1 - q * following) / (following * jnp.where(q < 1, 1 - q, 1))
-        ahead = tree.cast_like(tree.axpy(push, tree.sub(w, behind), w), w)
-        value, slope = jax.value_and_grad(loss)(ahead)
-        return _Search(
-            ahead,
-            _Coasting(slope, w, following),
-            value,
-            tree.norm(slope),
-            search.steps + 1,
-            search.gradients + 1,
-            longest * search.size <= eps * tree.norm(search.params),
-        )
-
-    value, gradient = jax.value_and_grad(loss)(params)
-    memory = _Coasting(gradient, params, jnp.ones((), dtype))
-    stuck = jnp.asarray(False)
-    return _Search(params, memory, value, tree.norm(gradient), ZERO, ZERO + 1, stuck), advance
-
-
-class _Momentum(NamedTuple):
-    ahead: Params
-    step: Scalar
-    weight: Scalar
-
-
-SHORTEST = 60
-"""Halvings of the step size before a proximal search gives up."""
-
-LONGEST = 30
-"""Doublings of the first step size, from one."""
-
-GROWTH = 1.1
-"""Of the step size from step to step: curvature falls along the way, and a start may be short."""
-
-
-def _proximal(
-    loss: Callable[[Params], Scalar],
-    params: Params,
-    prox: Callable[[Params, Scalar], Params],
-    first: Any = None,
-) -> tuple[_Search, Step]:
-    def moved(y: Params, gradient: Vector, s: Scalar) -> Params:
-        return tree.cast_like(prox(tree.cast_like(tree.axpy(-s, gradient, y), y), s), y)
-
-    def judged(y: Params, value: Scalar, gradient: Vector, s: Scalar) -> tuple[Any, Any]:
-        """Whether a step is too long for its model, and whether rounding lets it tell."""
-        w = moved(y, gradient, s)
-        d = tree.sub(w, y)
-        bend = tree.vdot(d, d) / (2 * s)
-        slack = 4 * jnp.finfo(bend.dtype).eps * jnp.abs(value)
-        too_long = ~(loss(w) <= value + tree.vdot(gradient, d) + bend + slack)
-        return too_long, bend > slack
-
-    def advance(search: _Search) -> _Search:
-        y, s, t = search.memory
-        value, gradient = jax.value_and_grad(loss)(y)
-
-        def too_long(s: Scalar) -> jax.Array:
-            return judged(y, value, gradient, s)[0]
-
-        s, halvings = jax.lax.while_loop(
-            lambda c: (c[1] < SHORTEST) & too_long(c[0]), lambda c: (c[0] / 2, c[1] + 1), (s, ZERO)
-        )
-        w, tells = moved(y, gradient, s), judged(y, value, gradient, s)[1]
-        step = tree.sub(w, search.params)
-        uphill = tree.vdot(tree.sub(y, w), step) > 0
-        following = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
-        push = jnp.where(uphill, 0, (t - 1) / following)
-        ahead = tree.cast_like(tree.axpy(push, step, w), w)
-        return _Search(
-            w,
-            _Momentum(
-                ahead,
-                jnp.where(tells, GROWTH, 1).astype(s.dtype) * s,
-                jnp.where(uphill, 1, following).astype(t.dtype),
-            ),
-            value,
-            tree.norm(tree.sub(y, w)) / s,
-            search.steps + 1,
-            search.gradients + 1,
-            halvings == SHORTEST,
-        )
-
-    value, gradient = jax.value_and_grad(loss)(params)
-    one = jnp.ones((), tree.norm(params).dtype)
-    size = tree.norm(tree.sub(params, moved(params, gradient, one)))
-
-    def may_grow(s: Scalar) -> jax.Array:
-        too_long, tells = judged(params, value, gradient, 2 * s)
-        return tells & ~too_long
-
-    if first is None:  # one in units of the loss says nothing: it may be far too short
-        first = jax.lax.while_loop(
-            lambda c: (c[1] < LONGEST) & may_grow(c[0]), lambda c: (2 * c[0], c[1] + 1), (one, ZERO)
-        )[0]
-    memory = _Momentum(params, jnp.asarray(first, one.dtype), one)
-    stuck = jnp.asarray(False)
-    return _Search(params, memory, value, size, ZERO, ZERO + 1, stuck), advance

@@ -2,10 +2,10 @@ r"""The inner gradient as one primitive whose backward rule is forward-over-reve
 
 Differentiating an unrolled step in reverse needs, for a cotangent v of the gradient,
 
-.. math:: v \mapsto H v, \qquad v \mapsto B^\top v .
+.. math:: v ↦ H v,  v ↦ Bᵀ v .
 
 Automatic reverse-over-reverse keeps the activations of every step's backward pass for that.
-Second derivatives commute, so one JVP of :math:`\nabla_{(w,\lambda)} h` along :math:`(v, 0)`
+Second derivatives commute, so one JVP of :math:`∇_{(w,λ)} h` along :math:`(v, 0)`
 gives both products from nothing but the step's inputs.
 """
 

@@ -1,12 +1,12 @@
 r"""Best-response networks in weight space: how the weights of *any* model follow :math:`d`.
 
-A network maps parameters ``base``, its own parameters :math:`\phi` and a displacement
+A network maps parameters ``base``, its own parameters :math:`φ` and a displacement
 :math:`d` of the hyperparameters to parameters of the same tree, which any loss can read. No
 layer is touched, and no matrix product is doubled: the response is added to the weights once.
 
 What :math:`d` is decides the method (:attr:`centred`): the distance from the current
-hyperparameters, :math:`\lambda' - \lambda`, in Delta-STN, where :math:`d = 0` is the plain
-model; :math:`\lambda'` itself in STN.
+hyperparameters, :math:`λ' - λ`, in Delta-STN, where :math:`d = 0` is the plain
+model; :math:`λ'` itself in STN.
 """
 
 import dataclasses
@@ -75,16 +75,16 @@ class StructuredResponse:
     r"""The response of every weight to the hyperparameters, by one gain per output unit:
 
     .. math::
-        P(d) = P + R \odot (d\,U) \quad\text{(kernels)}, \qquad
-        b(d) = b + d\,U \quad\text{(vectors and scalars)}
+        P(d) = P + R ⊙ (d U)  \text{(kernels)},
+        b(d) = b + d U  \text{(vectors and scalars)}
 
-    with :math:`d\,U` laid along the output axis. This is the gate of Self-Tuning Networks
+    with :math:`d U` laid along the output axis. This is the gate of Self-Tuning Networks
     written on the weights, so it serves dense, convolution, embedding, recurrent and
     normalization leaves alike. Vectors have no :math:`R`: it would only rescale :math:`U`.
 
     Args:
-      centred: True: :math:`d = \lambda' - \lambda`, and :math:`P` are the plain model's weights
-        (Delta-STN). False: :math:`d = \lambda'`, weights and response trained together (STN).
+      centred: True: :math:`d = λ' - λ`, and :math:`P` are the plain model's weights
+        (Delta-STN). False: :math:`d = λ'`, weights and response trained together (STN).
       output_axes: where the output units lie: an axis (or several, as ``(-2, -1)`` for the
         heads of an attention kernel), or a function ``(path, shape) -> axes``. The last axis
         is right for flax; ``0`` for equinox kernels.
@@ -93,7 +93,7 @@ class StructuredResponse:
         :math:`R` moves only after :math:`U` has).
       weights_init: ``(key, shape, dtype) -> array`` for :math:`R`, output axis last or not.
 
-    Cost: one multiply-add a weight and displacement; memory :math:`n + H \cdot` units.
+    Cost: one multiply-add a weight and displacement; memory :math:`n + H ·` units.
 
     Reference: MacKay, Vicol, Lorraine, Duvenaud, Grosse, "Self-Tuning Networks: Bilevel
     Optimization of Hyperparameters using Structured Best-Response Functions", 2019; Bae and

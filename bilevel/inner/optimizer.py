@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.ground.aliases import Hparams, Params, Scalar, Vector
+from bilevel.ground.aliases import Batch, Hparams, Params, Scalar, Vector
 from bilevel.ground.settings import check_takes, is_function
 from bilevel.ground.traced import contains_primitive, depends
 from bilevel.inner.roots import flat_roots
@@ -113,6 +113,7 @@ def compute_updates(
     value: Scalar,
     value_fn: Callable[[Params], Scalar],
     name: str = "inner_tx",
+    given: dict[str, Any] | None = None,
 ) -> tuple[Vector, Any]:
     """``tx.update``, with the loss for optimizers that ask for it; differentiable at zero.
 
@@ -120,6 +121,8 @@ def compute_updates(
       value: the loss whose gradient ``grads`` is (``polyak_sgd``, ``reduce_on_plateau``).
       value_fn: ``value_fn(params) -> loss`` on the same batch (line searches: ``lbfgs``).
       name: of ``tx``, for messages.
+      given: what the loss reads beside the parameters, for optimizers that read it themselves:
+        ``hparams`` and ``batch``.
 
     Roots are taken as in :mod:`bilevel.inner.roots`, except where the update evaluates the
     loss again: the user's function keeps its own derivatives.
@@ -133,7 +136,7 @@ def compute_updates(
 
     def update(grads: Vector, opt_state: Any, params: Params, value: Scalar) -> tuple[Vector, Any]:
         extra = {"value": value, "grad": grads, "value_fn": counted_value_fn}
-        return _update(tx, grads, opt_state, params, extra, name)
+        return _update(tx, grads, opt_state, params, extra, given or {}, name)
 
     grads = _gradient_of_fast(grads, opt_state, params)
     return flat_roots(update, unless=lambda: evaluated)(grads, opt_state, params, value)
@@ -144,24 +147,33 @@ def _update(
     grads: Vector,
     opt_state: Any,
     params: Params,
-    extra: dict,
+    extra: dict[str, Any],
+    given: dict[str, Any],
     name: str,
 ) -> tuple[Vector, Any]:
+    """``tx.update`` with ``extra``, and with ``given`` too if it does not go without."""
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         return tx.update(grads, opt_state, params)
     accepted = inspect.signature(tx.update).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in accepted):
-        extra = {p.name: extra[p.name] for p in accepted if p.name in extra}
-    try:
-        return tx.update(grads, opt_state, params, **extra)
-    except (TypeError, ValueError) as error:
-        if not any(words in str(error) for words in ("keyword-only argument", "must be provided")):
-            raise
-        raise TypeError(
-            f"`{name}` needs an argument that steps do not have: they pass `value`, "
-            "`grad` and `value_fn`. Use an optimizer that needs the gradient alone, or bind the "
-            f"argument in a transformation of your own. ({error})"
-        ) from error
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted)
+    names = {p.name for p in accepted}
+    failure = None
+    # What is given not at once: a line search refuses arguments that it does not know.
+    for arguments in (extra, {**extra, **given}):
+        taken = {k: v for k, v in arguments.items() if takes_any or k in names}
+        try:
+            return tx.update(grads, opt_state, params, **taken)
+        except (TypeError, ValueError) as error:
+            words = ("keyword-only argument", "must be provided")
+            if not any(word in str(error) for word in words):
+                raise
+            failure = error
+    raise TypeError(
+        f"`{name}` needs an argument that steps do not have: they pass `value`, "
+        "`grad` and `value_fn`, and those of training on a loss (`descend`, `alternate`, "
+        "`Unroll`) `hparams` and `batch`. Use an optimizer that needs the gradient alone, or "
+        f"bind the argument in a transformation of your own. ({failure})"
+    ) from failure
 
 
 def _gradient_of_fast(grads: Vector, opt_state: Any, params: Params) -> Vector:
@@ -181,17 +193,24 @@ def _gradient_of_fast(grads: Vector, opt_state: Any, params: Params) -> Vector:
     return grads.fast  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def reads_value(tx: optax.GradientTransformation, params: Params, loss: Scalar) -> bool:
+def reads_value(
+    tx: optax.GradientTransformation,
+    params: Params,
+    loss: Scalar,
+    hparams: Hparams = None,
+    batch: Batch = None,
+) -> bool:
     """Whether a step of ``tx`` depends on the loss it is told, not only on its gradient."""
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         return False
 
-    def step(value: Scalar, params: Params) -> Any:
+    def step(value: Scalar, params: Params, batch: Batch) -> Any:
         return compute_updates(
-            tx, params, tx.init(params), params, value=value, value_fn=lambda _: 1.0 * value
-        )
+            tx, params, tx.init(params), params, value=value, value_fn=lambda _: 1.0 * value,
+            given={"hparams": hparams, "batch": batch},
+        )  # fmt: skip
 
-    return any(jax.tree.leaves(depends(step, loss, params)))
+    return any(jax.tree.leaves(depends(step, loss, params, batch)))
 
 
 def explain_search(error: Exception, tx: optax.GradientTransformation, params: Params) -> Exception:
@@ -208,7 +227,13 @@ def explain_search(error: Exception, tx: optax.GradientTransformation, params: P
             tx, params, tx.init(params), params, value=value_fn(params), value_fn=value_fn
         )
 
-    if "while_loop" not in str(error) or not contains_primitive(step, params, prefix="while"):
+    def searches() -> bool:
+        try:
+            return contains_primitive(step, params, prefix="while")
+        except TypeError:  # it reads the batch as well, as `gauss_newton`: the loop is its own
+            return True
+
+    if "while_loop" not in str(error) or not searches():
         return error
     return ValueError(
         "`inner_tx` has a loop whose length is decided while it runs (a line search), which "

@@ -7,7 +7,7 @@ first, and every step taken at most r times before it is pulled back, the longes
 
 reached by one recursion: advance to a state, keep it, reverse what lies behind it with one
 place less, then what lies before it with one round less. So r = 2 needs about
-:math:`\sqrt{2T}` states, and :math:`\log_2 T` states need few rounds.
+:math:`\sqrt{2T}` states, and :math:`log_2 T` states need few rounds.
 
 Reference: Griewank, Walther, "Algorithm 799: revolve", ACM TOMS 2000; Engstrom et al.,
 "Optimizing ML training with metagradient descent", 2025.

@@ -29,8 +29,8 @@ def descend(
 ) -> tuple[InnerState, StepInfo]:
     r"""``steps`` optax steps on the inner loss.
 
-    .. math:: w_{t+1} = w_t + u_t(\nabla_w h(w_t, \lambda; b_t)), \qquad t = 0, \ldots,
-        \text{steps} - 1
+    .. math:: w_{t+1} = w_t + u_t(∇_w h(w_t, λ; b_t)),  t = 0, …,
+        steps - 1
 
     Args:
       inner: the loss, ``loss(params, hparams, batch) -> scalar``; or a :class:`~bilevel.Problem`

@@ -1,6 +1,6 @@
 r"""The protocol of a linear solve: ``solver.solve(mv, rhs, x0)`` answers :math:`A q = g`.
 
-A solver sees a function :math:`v \mapsto A v` and nothing of the bilevel problem. When the
+A solver sees a function :math:`v ↦ A v` and nothing of the bilevel problem. When the
 function is a :class:`~bilevel.ground.linear_map.LinearMap` it may also carry what some solvers can
 use: its damping apart, a diagonal, low-rank factors, fresh batches. A plain function works
 everywhere these are not needed.
@@ -40,11 +40,11 @@ class LinearSolution(NamedTuple):
       value: :math:`q`, shaped like ``rhs``, in the accumulator dtype.
       result: int32 :class:`~bilevel.Status`; with ``certify`` also ``truncated`` for a
         residual above a tenth of the right side, ``worse_than_zero`` for one above it.
-      stats: ``rhs_norm`` :math:`\|g\|`; ``residual_norm`` :math:`\|g - A q\|`, recomputed from
+      stats: ``rhs_norm`` :math:`‖g‖`; ``residual_norm`` :math:`‖g - A q‖`, recomputed from
         ``value`` unless rounding cannot have moved a recurrence by more than a hundredth;
         ``num_matvecs``, products the method used (the one that
         recomputes the residual not counted); ``min_curvature``, ``max_curvature``, extremes
-        of :math:`v^\top A v / v^\top v` met on the way. What a method cannot know is absent.
+        of :math:`vᵀ A v / vᵀ v` met on the way. What a method cannot know is absent.
     """
 
     value: Vector
@@ -185,7 +185,7 @@ def rounding(mv: LinearMap, rhs: Vector) -> float:
 
 
 def widen(low: Scalar, high: Scalar, v: Vector, av: Vector) -> tuple[Scalar, Scalar]:
-    r"""The interval widened to :math:`v^\top A v / v^\top v`; :math:`v = 0` says nothing."""
+    r"""The interval widened to :math:`vᵀ A v / vᵀ v`; :math:`v = 0` says nothing."""
     vv = tree.vdot(v, v)
     curvature = tree.vdot(v, av) / jnp.where(vv == 0, 1, vv)
     return (
@@ -241,3 +241,9 @@ def replicated_if_explicit(x: jax.Array, ndim: int) -> PartitionSpec | None:
     """The sharding to ask for where an explicit mesh shards ``x`` along summed or read axes."""
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ()
     return PartitionSpec(*[None] * ndim) if any(name is not None for name in spec) else None
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """``x`` whole on every device, where an explicit mesh divides it: as factorizations need it."""
+    spec = replicated_if_explicit(x, x.ndim)
+    return x if spec is None else jax.reshard(x, spec)

@@ -1,4 +1,4 @@
-r"""Preconditioned conjugate gradients, which never evaluates :math:`A\,0`."""
+r"""Preconditioned conjugate gradients, which never evaluates :math:`A 0`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,17 +41,17 @@ class _Carry(NamedTuple):
 class CG:
     r"""Solves :math:`A q = g` for symmetric positive definite A.
 
-    .. math:: \|q_k - q\|_A \le
-        2 \left(\frac{\sqrt\kappa - 1}{\sqrt\kappa + 1}\right)^k \|q_0 - q\|_A
+    .. math:: ‖q_k - q‖_A ≤
+        2 \left(\frac{\sqrt κ - 1}{\sqrt κ + 1}\right)^k ‖q_0 - q‖_A
 
-    with :math:`\kappa` the condition number (of :math:`P^{-1}A` when preconditioned).
+    with :math:`κ` the condition number (of :math:`P^{-1}A` when preconditioned).
 
     Args:
       max_steps: most products of the iteration. When no tolerance is given it is the budget, and a
         warm start's product is taken from it (but never the last one).
-      rtol, atol: stop at :math:`\|r\| \le \max(rtol\,\|g\|, atol)`. Both ``None``: a fixed
+      rtol, atol: stop at :math:`‖r‖ ≤ max(rtol ‖g‖, atol)`. Both ``None``: a fixed
         budget was asked for, and spending it is status ``ok``; with a tolerance, an unmet one
-        is ``max_steps``. One unit of rounding, :math:`\epsilon\,\|g\|`, always ends
+        is ``max_steps``. One unit of rounding, :math:`ϵ ‖g‖`, always ends
         it as converged.
       preconditioner: ``None``, :class:`Diagonal`, :class:`KFAC`, :class:`EKFAC`,
         :class:`Nystrom`, or anything with their ``prepare``.
@@ -60,11 +60,11 @@ class CG:
         (convolutions on CPU).
 
     The value returned is never worse than zero: beside the iterates :math:`q_j`, whose residuals
-    :math:`r_j` need not fall, their mean with weights :math:`1/\|r_j\|^2` is kept. It is the
+    :math:`r_j` need not fall, their mean with weights :math:`1/‖r_j‖^2` is kept. It is the
     iterate of MINRES: its residual falls in every step, and on a singular positive semi-definite
     matrix it tends to the least-squares solution (of least norm where the system is consistent),
     where the plain iterates grow without bound. It is returned in their place when the last
-    residual is above :math:`\|g\|`, and when the curvature vanishes.
+    residual is above :math:`‖g‖`, and when the curvature vanishes.
 
     A direction of negative curvature ends the iteration, with status ``negative_curvature`` and
     its value in ``stats["min_curvature"]``; one whose curvature is zero up to rounding ends it
@@ -235,8 +235,8 @@ def _recurrence(
     r"""The residual norm of the value by recurrence, and a bound on its distance from the true one.
 
     Each step rounds its parts of x and r: Greenbaum, "Estimating the attainable accuracy of
-    recursively computed residual methods", 1997, has :math:`O(k)\,\epsilon\,(\|A\| \max_j \|x_j\| +
-    \|r\|)`. The largest curvature met stands for the norm of A, and a factor of ten for what it
+    recursively computed residual methods", 1997, has :math:`O(k) ϵ (‖A‖ max_j ‖x_j‖ +
+    ‖r‖)`. The largest curvature met stands for the norm of A, and a factor of ten for what it
     misses.
     """
     norm = jnp.sqrt(jnp.where(averaged, first.rr / last.weight, last.rr))

@@ -19,8 +19,8 @@ from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed
 class Dense:
     r"""Solves :math:`A q = g` by the eigenvalues of the whole matrix, all leaves coupled.
 
-    .. math:: q = \sum_{|\lambda_i| > \tau} \frac{v_i^\top g}{\lambda_i}\, v_i,
-        \qquad \tau = n\,\epsilon\,\max_i|\lambda_i|
+    .. math:: q = ∑_{|λ_i| > τ} \frac{v_iᵀ g}{λ_i} v_i,
+        τ = n ϵ max_i|λ_i|
 
     Args:
       max_size: largest n accepted; the matrix takes :math:`n^2` numbers.

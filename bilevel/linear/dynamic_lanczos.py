@@ -49,8 +49,8 @@ class DynamicLanczos:
     r"""Solves :math:`A q = g` along an outer loop, one Lanczos vector per call.
 
     .. math::
-        q_k = \bar q + Q_j T_j^{-1} Q_j^\top (g_k - A\bar q), \qquad
-        A_k q_j^\perp \to (Q_{j+1}, T_{j+1})
+        q_k = \bar q + Q_j T_j^{-1} Q_jᵀ (g_k - A\bar q),
+        A_k q_j^⊥ → (Q_{j+1}, T_{j+1})
 
     An outer loop solves a sequence of systems whose matrix and right side move little from call to
     call. The Krylov subspace :math:`Q` and the projection :math:`T` of the matrix are kept, and

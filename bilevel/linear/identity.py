@@ -15,7 +15,7 @@ from bilevel.linear.base import LinearSolution, as_map, finish
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    r"""The T1–T2 approximation :math:`q = s\,g`, which puts :math:`H := I/s`.
+    r"""The T1–T2 approximation :math:`q = s g`, which puts :math:`H := I/s`.
 
     Exact when :math:`H = I/s`; otherwise not even a descent direction in general, which
     ``stats["residual_norm"]`` shows. Useful far from convergence, and with an adaptive outer

@@ -24,8 +24,8 @@ class Extremes(NamedTuple):
     r"""The smallest and largest Ritz value and how far an eigenvalue can be from each.
 
     Some eigenvalue lies within ``error`` of each value (the residual of its Ritz vector). The
-    largest Ritz value is at most :math:`\lambda_{max}`, the smallest at least
-    :math:`\lambda_{min}`.
+    largest Ritz value is at most :math:`λ_{max}`, the smallest at least
+    :math:`λ_{min}`.
     """
 
     smallest: float

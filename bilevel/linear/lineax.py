@@ -30,7 +30,7 @@ class Lineax:
     it is that of a ``FixedPoint`` or a ``Root``.
 
     Two things are done for it. The system is solved as :math:`(cA)(q/c) = g` with a large c,
-    because ``lineax.CG`` takes curvature below about :math:`100\,\epsilon\,n` for a breakdown,
+    because ``lineax.CG`` takes curvature below about :math:`100 ϵ n` for a breakdown,
     which any mean loss with many parameters has. And the start is one steepest-descent step
     instead of zero, because it multiplies its start by A, and XLA on CPU can return wrong
     numbers for a product with a constant zero.

@@ -1,4 +1,4 @@
-r"""The truncated Neumann series :math:`q = a \sum_{j=0}^{K} (I - aA)^j g`."""
+r"""The truncated Neumann series :math:`q = a ∑_{j=0}^{K} (I - aA)^j g`."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -21,30 +21,30 @@ KEPT = 10
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Neumann:
-    r""":math:`q_K = a \sum_{j=0}^{K} (I - aA)^j g` with exactly :math:`K` products.
+    r""":math:`q_K = a ∑_{j=0}^{K} (I - aA)^j g` with exactly :math:`K` products.
 
-    K products make K+1 terms. For :math:`0 < a < 2/\lambda_{max}` and :math:`A \succeq \mu I`
+    K products make K+1 terms. For :math:`0 < a < 2/λ_{max}` and :math:`A ⪰ μ I`
 
-    .. math:: \|q_K - A^{-1}g\| \le \rho^{K+1}\,\|g\|/\mu, \qquad \rho = \max_i |1 - a\lambda_i|,
+    .. math:: ‖q_K - A^{-1}g‖ ≤ ρ^{K+1} ‖g‖/μ, ρ = max_i |1 - aλ_i|,
 
     and a truncated series acts like damping of about :math:`1/(a(K+1))`.
 
     Args:
-      num_matvecs: :math:`K \ge 0`.
+      num_matvecs: :math:`K ≥ 0`.
       step_size: :math:`a > 0`, in units of 1/curvature. ``None`` takes the inverse of the largest
         curvature that the products of the series meet: no product is spent on it (one for K = 0).
       unroll: write the loop out step by step; ``None`` decides by itself (convolutions
         on CPU).
 
-    Without a step size the first :math:`m = \min(K, 10)` products build an orthonormal basis of
+    Without a step size the first :math:`m = min(K, 10)` products build an orthonormal basis of
     the Krylov space of g (Lanczos), which holds every one of these terms whatever the step; the
     step is chosen afterwards. With the tridiagonal matrix T of the basis V and the norm
-    :math:`\beta` of what the last product added,
+    :math:`β` of what the last product added,
 
-    .. math:: \frac1a = \lambda_{max}\begin{pmatrix} T & \beta e_m \\ \beta e_m^\top & \alpha
-        \end{pmatrix}, \quad \alpha = \beta^2 (T^{-1})_{mm}, \qquad
-        \frac1a = \max_{y \in \operatorname{span} V} \frac{\|Ay\|^2}{y^\top A y}
-        \le \lambda_{max}(A):
+    .. math:: 1/a = λ_{max}\begin{pmatrix} T & β e_m \\ β e_mᵀ & α
+        \end{pmatrix},  α = β^2 (T^{-1})_{mm},
+        1/a = max_{y ∈ span V} \frac{‖Ay‖^2}{yᵀ A y}
+        ≤ λ_{max}(A):
 
     the largest curvature under which no term is longer than the one before it. Products after
     these are made with that step.
@@ -56,9 +56,9 @@ class Neumann:
     stocBiO); without a step size ten batches more come first, for a power iteration.
 
     For a ``FixedPoint`` of T and a step of one (``None`` means that there), it is the series
-    :math:`\sum_j (\partial T^\top)^j g` of the map, convergent where T contracts.
+    :math:`∑_j (∂Tᵀ)^j g` of the map, convergent where T contracts.
 
-    Cost: K products; three vectors, without a step size :math:`\min(K, 10)` more. ``x0`` is not
+    Cost: K products; three vectors, without a step size :math:`min(K, 10)` more. ``x0`` is not
     used: partial sums cannot be warm-started. A derivative of the value takes the step for a
     constant. Raises ``ValueError``/``TypeError`` for a bad count or step.
 
@@ -199,7 +199,7 @@ def _from_krylov(
 def _lanczos(
     amap: LinearMap, rhs: Vector, steps: int, unroll: bool
 ) -> tuple[Vector, jax.Array, jax.Array, jax.Array]:
-    r"""``steps + 1`` vectors, stacked, and :math:`\alpha, \beta` of ``A V_m = V_{m+1} T``.
+    r"""``steps + 1`` vectors, stacked, and :math:`α, β` of ``A V_m = V_{m+1} T``.
 
     That equation is what the series needs, and it holds to rounding without the vectors being
     orthogonal. ``dead`` marks those beyond an exhausted space, which are zero.

@@ -37,17 +37,17 @@ class _Sketch(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Nystrom:
-    r"""Solves :math:`(M_k + \rho I)\,q = g` with :math:`M_k` of rank k, :math:`\rho` the damping.
+    r"""Solves :math:`(M_k + ρ I) q = g` with :math:`M_k` of rank k, :math:`ρ` the damping.
 
-    .. math:: M_k = (M\Omega)(\Omega^\top M \Omega)^{+}(M\Omega)^\top, \qquad
-        q = \tfrac1\rho\bigl(g - C(\rho I + C^\top C)^{-1}C^\top g\bigr), \quad M_k = CC^\top
+    .. math:: M_k = (MΩ)(Ωᵀ M Ω)^{+}(MΩ)ᵀ,
+        q = \tfrac1ρ(g - C(ρ I + Cᵀ C)^{-1}Cᵀ g),  M_k = CCᵀ
 
-    :math:`\Omega` (n x k) picks k random coordinates, or is Gaussian. With :math:`M` PSD and
-    :math:`e = \|M - M_k\|`
+    :math:`Ω` (n x k) picks k random coordinates, or is Gaussian. With :math:`M` PSD and
+    :math:`e = ‖M - M_k‖`
 
-    .. math:: \|q - (M+\rho I)^{-1}g\| \le \frac{\|g\|}{\rho}\,\frac{e}{\rho + e},
+    .. math:: ‖q - (M+ρ I)^{-1}g‖ ≤ ‖g‖/ρ \frac{e}{ρ + e},
 
-    exact at full rank. No iteration, so nothing can diverge for any :math:`\rho > 0`.
+    exact at full rank. No iteration, so nothing can diverge for any :math:`ρ > 0`.
 
     ``CG(preconditioner=Nystrom(rank))`` uses the same sketch to turn the largest eigenvalues into
     one, and CG does the rest: k products more, and the exact solution.
@@ -59,7 +59,7 @@ class Nystrom:
       refresh_every: calls of a loop that one sketch serves, carried in the state of the response.
         The residual, which is that of the matrix as it is now, tells when it is too old.
 
-    The operator must be damped (``Hessian(damping=...)``); the core :math:`\Omega^\top M\Omega`
+    The operator must be damped (``Hessian(damping=...)``); the core :math:`Ωᵀ MΩ`
     is inverted on its positive eigenvalues only, and a clearly negative one gives status
     ``negative_curvature``.
 
@@ -145,9 +145,9 @@ class Nystrom:
     ) -> tuple[Prepared, Refreshed | None]:
         r"""The preconditioner of CG; its stats tell nothing.
 
-        With :math:`M_k = U \Lambda U^\top`, and :math:`\lambda_k` the least of :math:`\Lambda`,
+        With :math:`M_k = U Λ Uᵀ`, and :math:`λ_k` the least of :math:`Λ`,
 
-        .. math:: P^{-1} = (\lambda_k + \rho)\,U(\Lambda + \rho I)^{-1}U^\top + (I - UU^\top)
+        .. math:: P^{-1} = (λ_k + ρ) U(Λ + ρ I)^{-1}Uᵀ + (I - UUᵀ)
         """
         (low_rank, _), made, state = self._sketch_from(mv, rhs, key, state)
         gram = contract(low_rank, low_rank)
@@ -190,7 +190,7 @@ class Nystrom:
         return refreshed(lambda: self._sketch(amap, rhs, key), self.rank, self.refresh_every, state)
 
     def _sketch(self, amap: LinearMap, rhs: Vector, key: Key) -> "_Sketch":
-        r"""C with :math:`M_k = CC^\top`, by k products, and the eigenvalues of the core."""
+        r"""C with :math:`M_k = CCᵀ`, by k products, and the eigenvalues of the core."""
         # The k largest of n uniform numbers are a uniform draw without replacement.
         chosen = (
             None

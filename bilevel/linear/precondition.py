@@ -20,7 +20,7 @@ class Prepared(NamedTuple):
     r"""A preconditioner for one matrix.
 
     Attributes:
-      apply: :math:`r \mapsto P^{-1} r`, symmetric positive definite.
+      apply: :math:`r ↦ P^{-1} r`, symmetric positive definite.
       num_products: products spent on it.
       stats: what it says of itself.
     """
@@ -60,14 +60,14 @@ def prepared_from(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Diagonal:
-    r"""The Jacobi preconditioner :math:`P = \operatorname{diag}(A)`.
+    r"""The Jacobi preconditioner :math:`P = diag(A)`.
 
     Where the operator knows its diagonal (``GaussNewton`` of a :class:`~bilevel.LinearModel`
     plus a separable penalty) it is exact and costs less than one gradient. Otherwise it is the
     mean of ``num_probes`` samples drawn with ``key``: for ``GaussNewton`` of any other model,
 
-    .. math:: \operatorname{diag}(J^\top Q J) \approx
-        \frac1m \sum_{i=1}^m J^\top s_i \odot J^\top Q s_i
+    .. math:: diag(Jᵀ Q J) ≈
+        1/m ∑_{i=1}^m Jᵀ s_i ⊙ Jᵀ Q s_i
 
     with signs :math:`s_i` on the outputs, whose error is of the size of the entry, plus the
     damping and the diagonal of a separable penalty. In a leaf with two axes or more the samples
@@ -77,8 +77,8 @@ class Diagonal:
 
     For other operators it is Hutchinson's
 
-    .. math:: \operatorname{diag}(A) \approx \frac1m \sum_{i=1}^m z_i \odot A z_i,
-        \qquad z_i \in \{-1, 1\}^n,
+    .. math:: diag(A) ≈ 1/m ∑_{i=1}^m z_i ⊙ A z_i,
+        z_i ∈ \{-1, 1\}^n,
 
     whose error in entry i is about the norm of the rest of row i over :math:`\sqrt m`, often far
     above the entry. An entry that is too small magnifies its direction: each is raised to twice
@@ -174,10 +174,10 @@ class Diagonal:
 def _pooled(mean: jax.Array, variance: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""Estimates drawn towards the product of their means, and what is left of their variances.
 
-    With :math:`F` that product, :math:`\nu` the mean of :math:`variance / F^2` and :math:`\tau^2`
+    With :math:`F` that product, :math:`ν` the mean of :math:`variance / F^2` and :math:`τ^2`
     what :math:`(mean / F - 1)^2` has on average above it, an entry's own estimate has the weight
-    :math:`\tau^2 / (\tau^2 + \nu)`: the posterior mean under a normal prior of relative width
-    :math:`\tau` about F.
+    :math:`τ^2 / (τ^2 + ν)`: the posterior mean under a normal prior of relative width
+    :math:`τ` about F.
     """
     others = tuple(range(mean.ndim - 1))
     rows = jnp.mean(mean, axis=-1, keepdims=True)

@@ -18,7 +18,7 @@ from bilevel.linear.base import LinearSolution, as_map, finish, require_symmetri
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stochastic:
-    r"""Minimizes :math:`\tfrac12 q^\top A q - g^\top q` with one product per step.
+    r"""Minimizes :math:`½ qᵀ A q - gᵀ q` with one product per step.
 
     With ``fresh_batches=True`` product i uses batch i, so the solve never holds more than one
     batch and its noise averages out instead of being solved for. On one fixed batch,
@@ -26,7 +26,7 @@ class Stochastic:
 
     Args:
       tx: an optax transformation; its step size must suit the curvature of the worst batch
-        (below :math:`2/\lambda_{max}` for SGD).
+        (below :math:`2/λ_{max}` for SGD).
       steps: K, the number of products.
       unroll: write the loop out step by step; ``None`` decides by itself.
 
@@ -83,8 +83,9 @@ class Stochastic:
         else:
             # See `cg._start`: a zero start must not be a compile-time constant.
             x0 = jax.lax.optimization_barrier(tree.cast_like(x0, rhs))
-            # What an earlier solve spoilt must not spoil this one.
-            q = tree.where(tree.all_finite(x0), x0, jax.tree.map(jnp.zeros_like, x0))
+            # What an earlier solve spoilt must not spoil this one. Number by number: any start will
+            # do, and one flag for all would be two passes over them.
+            q = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), x0)
             opt_state = self.tx.init(q)
 
         def body(i, carry):

@@ -15,7 +15,9 @@ from bilevel.linear.base import (
     LinearSolution,
     as_map,
     contract,
+    contract_leaf,
     finish,
+    replicated,
     require_fixed,
     require_symmetric,
 )
@@ -24,9 +26,9 @@ from bilevel.linear.base import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Woodbury:
-    r"""Solves :math:`(J^\top Q J + D)\,q = g` exactly by the push-through identity
+    r"""Solves :math:`(Jᵀ Q J + D) q = g` exactly by the push-through identity
 
-    .. math:: q = D^{-1}\bigl(g - J^\top (I + QJD^{-1}J^\top)^{-1} Q J D^{-1} g\bigr)
+    .. math:: q = D^{-1}(g - Jᵀ (I + Q J D^{-1}Jᵀ)^{-1} Q J D^{-1} g)
 
     with J (m x n) the Jacobian of the model's m = batch x outputs numbers, Q (m x m) the
     Hessian of the output loss, and D the damping plus the diagonal of a separable penalty.
@@ -37,11 +39,11 @@ class Woodbury:
       structured: go through the layers of the model where there are any.
 
     With ``GaussNewton(..., independent_examples=True)`` no row of J is stored for dense layers and
-    convolutions with their biases: for a layer with inputs a and gradients :math:`\delta` at its
+    convolutions with their biases: for a layer with inputs a and gradients :math:`δ` at its
     outputs
 
-    .. math:: (J D^{-1} J^\top)_{nc,md} =
-        \sum_l (a_{ln}^\top a_{lm} + 1)\,\delta_{lnc}^\top\delta_{lmd} / \rho
+    .. math:: (J D^{-1} Jᵀ)_{nc,md} =
+        ∑_l (a_{l n}ᵀ a_{l m} + 1) δ_{l n c}ᵀδ_{l m d} / ρ
 
     with sums over positions for a convolution, and unit by unit where a penalty gives every
     weight its own D. Layers are read off the model's program; other leaves keep their rows, and
@@ -54,7 +56,7 @@ class Woodbury:
 
     Cost: m backward passes, :math:`O(m^2 n + m^3)` arithmetic, mn numbers of memory. Through
     layers as many backward passes of the batch as an example has outputs,
-    :math:`O(m^2 \sum_l d_l + m^3)` arithmetic with d the layers' outputs (times their inputs over
+    :math:`O(m^2 ∑_l d_l + m^3)` arithmetic with d the layers' outputs (times their inputs over
     m where D is not one number), some m x m matrices of memory: 668 672 weights and 2560 outputs
     take about 45 gradients and 90 MiB, where rows would take 7 GB. Worth it for m below about 2500
     and accuracy beyond some thirty CG steps. Raises ``ValueError`` without a Gauss–Newton operator
@@ -109,7 +111,7 @@ class Woodbury:
             rows, weights, diagonal = amap.factors()
             self._check_size(weights.shape[0])
             diagonal = tree.cast_like(diagonal, rhs)
-            value = _by_rows(tree.accumulate(rows), weights, diagonal, rhs)
+            value = _by_rows(tree.accumulate(rows), replicated(weights), diagonal, rhs)
             stats = {"num_matvecs": jnp.asarray(weights.shape[0], jnp.int32)}
         low = jnp.min(jnp.stack([jnp.min(d) for d in jax.tree.leaves(diagonal)]))
         stats["min_curvature"] = low
@@ -140,7 +142,7 @@ def _by_rows(rows: Vector, weights: jax.Array, diagonal: Vector, rhs: Vector) ->
     projected = functools.reduce(
         jnp.add,
         [
-            h.reshape(m, -1) @ g.reshape(-1)
+            contract_leaf(h, g, 0)
             for h, g in zip(jax.tree.leaves(half), jax.tree.leaves(scaled), strict=True)
         ],
     )

@@ -1,10 +1,10 @@
 r"""Cross-validation as one bilevel problem: K inner solutions in one tree.
 
 .. math::
-    F(\lambda) = \frac1K \sum_{k=1}^{K} f(w_k^*(\lambda), \lambda; \text{test}_k), \qquad
-    w_k^*(\lambda) = \operatorname*{argmin}_w h(w, \lambda; \text{train}_k)
+    F(λ) = 1/K ∑_{k=1}^{K} f(w_k^*(λ), λ; test_k),
+    w_k^*(λ) = \operatorname*{argmin}_w h(w, λ; train_k)
 
-The inner loss of all is :math:`\sum_k h(w_k)`: its Hessian has one block per fold, and each block
+The inner loss of all is :math:`∑_k h(w_k)`: its Hessian has one block per fold, and each block
 is that of a single fit.
 """
 

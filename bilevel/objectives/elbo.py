@@ -1,11 +1,11 @@
 r"""A variational objective that weighs the data up: the prior's strength in closed form.
 
 .. math::
-    \frac1N \sum_i \mathrm{E}_q\,\ell_i(w) + \frac{1}{\kappa N}\,\mathrm{KL}(q \| p), \qquad
-    q = \mathcal N(m, s^2 I), \quad p = \mathcal N(\mu_0, t I)
+    1/N ∑_i E_q ℓ_i(w) + \frac{1}{κ N} \mathrm{KL}(q ‖ p),
+    q = \mathcal N(m, s^2 I),  p = \mathcal N(μ_0, t I)
 
-With :math:`\kappa = 1` it is the evidence lower bound. With many more parameters than examples its
-KL term drowns the data and the best prior is one that fits nothing; :math:`\kappa = D/N` restores
+With :math:`κ = 1` it is the evidence lower bound. With many more parameters than examples its
+KL term drowns the data and the best prior is one that fits nothing; :math:`κ = D/N` restores
 the balance.
 """
 
@@ -46,8 +46,8 @@ class Variational(NamedTuple):
 class DataEmphasizedELBO:
     r"""The negative data-emphasized evidence lower bound per example.
 
-    .. math:: t^* = s^2 + \frac{\|m - \mu_0\|^2}{d}, \qquad
-        \mathrm{KL}(t^*) = \frac{d}{2}\log\frac{t^*}{s^2}
+    .. math:: t^* = s^2 + \frac{‖m - μ_0‖^2}{d},
+        \mathrm{KL}(t^*) = d/2 log \frac{t^*}{s^2}
 
     The variance of the prior needs no search: the best one is inserted, in closed form, for each
     group of parameters. One training run takes the place of a grid over weight decays.
@@ -60,7 +60,7 @@ class DataEmphasizedELBO:
         is weighed by 1 / D in place of 1 / N. 1 is the plain bound.
       separate: parts of the names of leaves, such as ``"head"``: those of each part get a prior
         variance of their own, the others share one.
-      center: :math:`\mu_0`, a tree like the parameters (those of pre-training); zero if ``None``.
+      center: :math:`μ_0`, a tree like the parameters (those of pre-training); zero if ``None``.
       prior_variance: t, above 0, in place of the closed form: one number, or one per part of
         ``separate`` and then one for the others.
       samples: of the parameters, in each evaluation.
@@ -73,7 +73,7 @@ class DataEmphasizedELBO:
     Raises:
       TypeError, ValueError: for settings and trees that do not fit.
 
-    Cost: one loss per sample. Its value bounds the evidence only for :math:`\kappa = 1`.
+    Cost: one loss per sample. Its value bounds the evidence only for :math:`κ = 1`.
 
     Example:
       >>> import jax, jax.numpy as jnp, bilevel
@@ -165,7 +165,7 @@ class DataEmphasizedELBO:
         return jnp.mean(jax.vmap(one)(noise)) + self.kl(params) / (kappa * self.num_examples)
 
     def kl(self, params: Variational) -> Scalar:
-        r""":math:`\mathrm{KL}(q \| p)`, summed over the groups."""
+        r""":math:`\mathrm{KL}(q ‖ p)`, summed over the groups."""
         self._check(params)
         sizes, distances = self._groups(params)
         variance, s2 = self.prior_variances(params), params.scale**2
@@ -183,7 +183,7 @@ class DataEmphasizedELBO:
         return jnp.asarray(given, distances.dtype)
 
     def _groups(self, params: Variational) -> tuple[Any, jax.Array]:
-        r"""Sizes d and :math:`\|m - \mu_0\|^2` of the groups."""
+        r"""Sizes d and :math:`‖m - μ_0‖^2` of the groups."""
         mean = params.mean
         moved = mean if self.center is None else tree.sub(mean, self.center)
         moved = dict(tree.paths(tree.accumulate(moved), ""))

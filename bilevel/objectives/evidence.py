@@ -1,8 +1,8 @@
 r"""The Laplace evidence: hyperparameters from the training data alone.
 
 .. math::
-    -\log p(y \mid \lambda) \approx \sum_i \ell_i(w^*) + \tfrac12 \|w^*\|^2_{P_0}
-        + \tfrac12 \log|I + M|, \qquad M = Q^{1/2} J P_0^{-1} J^\top Q^{1/2}
+    -log p(y ∣ λ) ≈ ∑_i ℓ_i(w^*) + ½ ‖w^*‖^2_{P_0}
+        + ½ log|I + M|,  M = Q^{1/2} J P_0^{-1} Jᵀ Q^{1/2}
 
 The log-determinant is that of a kernel matrix of the examples. Cutting it into blocks can only
 raise it (Fischer), so every partition bounds the evidence from below, and one block at a time gives
@@ -54,7 +54,7 @@ def named_precision(hparams: Hparams) -> Any:
 class LaplaceEvidence:
     r"""The negative log evidence per example, by Laplace's approximation, or a bound above it.
 
-    The prior is :math:`w_j \sim \mathcal N(0, e^{-\lambda_j})`, with one log precision for all, per
+    The prior is :math:`w_j ∼ \mathcal N(0, e^{-λ_j})`, with one log precision for all, per
     tensor, per unit or per weight; the likelihood and the model may read hyperparameters too
     (observation noise, augmentation). No validation data: all data are trained on.
 
@@ -64,7 +64,7 @@ class LaplaceEvidence:
       likelihood: ``likelihood(outputs, hparams, batch) -> (examples,)``: negative log-likelihoods
         in nats, with their constants that depend on hyperparameters. Convex in the outputs.
       num_examples: N, of all data; batches may hold fewer.
-      log_precision: ``log_precision(hparams)`` gives :math:`\lambda`: a number, or a dictionary as
+      log_precision: ``log_precision(hparams)`` gives :math:`λ`: a number, or a dictionary as
         of :func:`~bilevel.regularizers.penalty_init` that names every leaf. By default
         ``hparams["log_precision"]``.
       outputs: ``"full"`` keeps all outputs of an example together, ``"independent"`` cuts between
@@ -153,7 +153,7 @@ class LaplaceEvidence:
     outer_batch = inner_batch
 
     def inner(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
-        r""":math:`\frac1b\sum_i \ell_i + \frac1{2N}\|w\|^2_{P_0}`: negative log posterior / N."""
+        r""":math:`1/b ∑_i ℓ_i + \frac1{2N}‖w‖^2_{P_0}`: negative log posterior / N."""
         likelihoods = self._likelihoods(params, hparams, batch)
         return jnp.mean(likelihoods) + self._prior(params, hparams) / self.num_examples
 
@@ -228,7 +228,7 @@ class LaplaceEvidence:
         return flat, jax.hessian(loss)(outputs)
 
     def _volume(self, params: Params, hparams: Hparams, batch: Batch, key: Any) -> Scalar:
-        r""":math:`\log|I + M|` of a batch, of the blocks that are kept."""
+        r""":math:`log|I + M|` of a batch, of the blocks that are kept."""
         precisions = self._precisions(params, hparams)
         if self.frozen_curvature:
             params = jax.lax.stop_gradient(params)

@@ -1,9 +1,9 @@
 r"""Two stages: pre-training is the inner problem, the outer loss is taken after fine-tuning.
 
 .. math::
-    F(\lambda) = f\bigl(T_K(w^*(\lambda))\bigr), \qquad
-    w^*(\lambda) = \operatorname*{argmin}_w h(w, \lambda), \qquad
-    T(v) = v - u(\nabla \ell(v))
+    F(λ) = f(T_K(w^*(λ))),
+    w^*(λ) = \operatorname*{argmin}_w h(w, λ),
+    T(v) = v - u(∇ℓ(v))
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from bilevel.problem.validate import check_inner_problem, check_losses
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldOut:
-    r"""Train on some examples, judge on the others: :math:`F(\lambda) = f(w^*(\lambda), \lambda)`.
+    r"""Train on some examples, judge on the others: :math:`F(λ) = f(w^*(λ), λ)`.
 
     Args:
       split: a pair (train, test) of index arrays, or of boolean masks, without a common example.

@@ -1,15 +1,15 @@
 r"""A prior on many hyperparameters: each group around a mean of its own.
 
 .. math::
-    \min_{\lambda, m}\; F(\lambda) + \frac\tau2 \sum_g \sum_{j \in g} (\lambda_j - m_g)^2
+    min_{λ, m} F(λ) + \frac τ2 ∑_g ∑_{j ∈ g} (λ_j - m_g)^2
 
-One hyperparameter for all is :math:`\tau = \infty`, independent ones :math:`\tau = 0`. With
+One hyperparameter for all is :math:`τ = ∞`, independent ones :math:`τ = 0`. With
 
-.. math:: \lambda_j = m_g + \frac{\delta_j}{\sqrt{1 + \tau}}, \qquad
-    \frac\tau2 (\lambda_j - m_g)^2 = \frac12\,\frac{\tau}{1 + \tau}\,\delta_j^2
+.. math:: λ_j = m_g + \frac{δ_j}{\sqrt{1 + τ}},
+    \frac τ2 (λ_j - m_g)^2 = \frac12 \frac{τ}{1 + τ} δ_j^2
 
 both are ordinary points of one family: at infinity the deviations no longer reach
-:math:`\lambda`.
+:math:`λ`.
 """
 
 import dataclasses
@@ -51,13 +51,14 @@ class HyperPrior:
 
     Args:
       like: hyperparameters of the shapes to come, any tree.
-      strength: :math:`\tau \ge 0`, in units of the outer loss; ``float("inf")`` shares one number
-        per group exactly. May be traced (``vmap`` over strengths).
+      strength: :math:`τ ≥ 0`, in units of the outer loss; ``float("inf")`` shares one number
+        per group exactly. May be traced (``vmap`` over strengths). Beside a mean negative
+        log-likelihood of n examples, :math:`1 / (n s^2)` lets logarithms deviate by s: 0.5 to 2.
       groups: ``"all"``: one mean; ``"tensor"``: one per leaf; ``"unit"``: one per entry of the
         last axis of each leaf; or a tree like ``like`` of whole numbers from 0 on, the group of
         each hyperparameter, across leaves.
-      degrees: degrees of freedom :math:`\nu` of a Student-t in place of the Gaussian,
-        :math:`\frac{\nu+1}2 \sum_j \log(1 + \tau d_j^2 / \nu)`: a few may lie far out.
+      degrees: degrees of freedom :math:`ν` of a Student-t in place of the Gaussian,
+        :math:`\frac{ν+1}2 ∑_j log(1 + τ d_j^2 / ν)`: a few may lie far out.
       leaves: parts of the names of the leaves that it holds for; all if ``None``.
 
     Use: the loop moves ``init(hparams)`` and reads ``outer(loss)``, ``inner(loss)`` in place of
@@ -134,7 +135,7 @@ class HyperPrior:
         return Deviations(means, deviation, others)
 
     def hparams(self, moved: Deviations) -> Hparams:
-        r""":math:`\lambda = m + \delta / \sqrt{1 + \tau}`, as the losses read them."""
+        r""":math:`λ = m + δ / \sqrt{1 + τ}`, as the losses read them."""
         spread = self._spread(jnp.result_type(*moved.deviation.values()))
         wide = self._wide(moved.mean, moved.deviation)
         inside = {path: wide[path] + spread * x for path, x in moved.deviation.items()}
@@ -187,7 +188,7 @@ class HyperPrior:
         return reading(inner)
 
     def _spread(self, dtype: Any) -> jax.Array:
-        r""":math:`1 / \sqrt{1 + \tau}`, which is 0 at infinity."""
+        r""":math:`1 / \sqrt{1 + τ}`, which is 0 at infinity."""
         strength = jnp.asarray(self.strength, dtype)
         # A traced strength below zero gives no number that looks like one.
         return 1 / jnp.sqrt(1 + jnp.where(strength >= 0, strength, jnp.nan))

@@ -1,8 +1,8 @@
-r"""The curvature of a likelihood in function space: :math:`M = R J P_0^{-1} J^\top R`.
+r"""The curvature of a likelihood in function space: :math:`M = R J P_0^{-1} Jᵀ R`.
 
 J is the Jacobian of the model's outputs, :math:`P_0` the prior precision and :math:`R = Q^{1/2}`
-the root of the Hessian of each example's loss in its outputs. Then :math:`\log|I + M|` is
-:math:`\log|P| - \log|P_0|` of the Laplace approximation, from a matrix of examples x outputs.
+the root of the Hessian of each example's loss in its outputs. Then :math:`log|I + M|` is
+:math:`log|P| - log|P_0|` of the Laplace approximation, from a matrix of examples x outputs.
 """
 
 import functools
@@ -120,7 +120,7 @@ def likelihood_of(
 
 
 def weighted_rows(rows: Vector, scales: Vector) -> jax.Array:
-    r""":math:`G P_0^{-1} G^\top` for rows ``(m, *leaf)`` and :math:`P_0^{-1/2}` of each leaf."""
+    r""":math:`G P_0^{-1} Gᵀ` for rows ``(m, *leaf)`` and :math:`P_0^{-1/2}` of each leaf."""
     parts = []
     for g, s in zip(jax.tree.leaves(rows), jax.tree.leaves(scales), strict=True):
         wide = s.reshape((1,) * (g.ndim - s.ndim) + s.shape)

@@ -1,7 +1,7 @@
 r"""Leave-one-out in closed form, for fits that are linear in the observations.
 
 .. math::
-    y_i - \hat y_i^{(-i)} = \frac{y_i - \hat y_i}{1 - S_{ii}}, \qquad \hat y = S y
+    y_i - \hat y_i^{(-i)} = \frac{y_i - \hat y_i}{1 - S_{ii}},  \hat y = S y
 
 Leaving an example out of a penalized least-squares fit changes its residual by this factor alone:
 all n fits for the price of one and of a diagonal.
@@ -34,8 +34,8 @@ from bilevel.problem.conditions import Condition
 class LeaveOneOut:
     r"""The mean squared error of leaving out each observation in turn, from one fit.
 
-    .. math:: \frac1n \sum_i \Bigl(\frac{y_i - \hat y_i}{1 - S_{ii}}\Bigr)^2, \qquad
-        S = \frac{\partial\hat y}{\partial y}
+    .. math:: 1/n ∑_i \Bigl(\frac{y_i - \hat y_i}{1 - S_{ii}}\Bigr)^2,
+        S = \frac{∂\hat y}{∂y}
 
     Exact for a squared error *summed* over the examples and a quadratic penalty (ridge, splines,
     kernel ridge), as :class:`CrossValidation` with n folds; for a mean of errors the n fits would
@@ -44,7 +44,7 @@ class LeaveOneOut:
     Args:
       predict: ``predict(params, hparams, batch) -> fit``, shaped like the observations.
       inner: the training loss, or its condition. Without both, use ``risk(estimate, y)``.
-      generalized: put the mean :math:`\operatorname{tr} S / n` in the place of each
+      generalized: put the mean :math:`tr S / n` in the place of each
         :math:`S_{ii}` (generalized cross-validation), which does not depend on the basis.
       observed: ``observed(batch) -> y``; by default the last leaf of the batch.
       response: how S is found for ``outer``: an ``Implicit(...)``.

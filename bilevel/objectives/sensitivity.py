@@ -1,6 +1,6 @@
-r"""How a fit follows the data it is fitted to: products with :math:`J = \partial\hat y/\partial y`.
+r"""How a fit follows the data it is fitted to: products with :math:`J = ∂\hat y/∂y`.
 
-Either of a function :math:`y \mapsto \hat y` that JAX can push tangents through, or of the solution
+Either of a function :math:`y ↦ \hat y` that JAX can push tangents through, or of the solution
 of an inner problem, by the implicit function theorem at the parameters an outer loss is asked at.
 """
 

@@ -6,9 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from bilevel.ground.settings import check_takes, is_function
+from bilevel.ground.settings import check_one_real, check_takes, is_function
 from bilevel.objectives.folds import checked_split
 from bilevel.objectives.hyper_prior import HyperPrior, check_strength
+
+RULES = ("least", "one_standard_error", "clearly_better")
 
 STRENGTHS = (math.inf, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 """From exact sharing on down to what hardly holds."""
@@ -20,9 +22,12 @@ class StrengthChoice(NamedTuple):
     Attributes:
       prior: with the chosen strength: tune once more with it, on all examples.
       strength: the chosen one.
-      strengths: the candidates, (S,).
+      strengths: the candidates, (S,), from the strongest on.
       scores: (S, K), of each candidate on each split.
       means, standard_errors: (S,), over the splits; the error is NaN for one split.
+      gains: (S,), by how much the mean score is below that of the strongest candidate.
+      gain_errors: (S,), their standard errors: of paired differences between examples where
+        ``score`` returns one loss each, else between splits (NaN for one split).
     """
 
     prior: HyperPrior
@@ -31,6 +36,8 @@ class StrengthChoice(NamedTuple):
     scores: np.ndarray
     means: np.ndarray
     standard_errors: np.ndarray
+    gains: np.ndarray
+    gain_errors: np.ndarray
 
 
 def choose_strength(
@@ -40,7 +47,8 @@ def choose_strength(
     splits: Iterable[Any],
     *,
     strengths: Sequence[float] = STRENGTHS,
-    rule: Literal["least", "one_standard_error"] = "least",
+    rule: Literal["least", "one_standard_error", "clearly_better"] = "least",
+    errors: float = 1.0,
 ) -> StrengthChoice:
     r"""The strength of a :class:`HyperPrior` whose tuned hyperparameters do best on new examples.
 
@@ -51,12 +59,16 @@ def choose_strength(
     Args:
       prior: what is to get a strength.
       tune: ``tune(prior, train) -> anything``, with indices of examples.
-      score: ``score(tuned, test) -> float``, less is better.
+      score: ``score(tuned, test)``, less is better: one number, or one loss per example of
+        ``test``, which tells far better how sure a difference is.
       splits: pairs (train, test) of index arrays, at least one.
       strengths: candidates, at least 0. ``float("inf")``, exact sharing, is the fallback.
       rule: ``"least"`` takes the least mean score, the stronger one of equals;
-        ``"one_standard_error"`` the strongest whose scores are within one standard error of the
-        best, split by split (it needs two splits).
+        ``"one_standard_error"`` the strongest whose scores are within ``errors`` standard errors
+        of the best; ``"clearly_better"`` the best if it is more than ``errors`` standard errors
+        better than the strongest candidate, else that one. Standard errors are of paired
+        differences; the last two rules need two splits or a loss per example.
+      errors: how many standard errors.
 
     Raises:
       TypeError, ValueError: for splits, strengths and functions that do not fit, and for scores
@@ -82,35 +94,54 @@ def choose_strength(
         if not is_function(function):
             raise TypeError(f"`{name}` must be a function {call}, got {function!r}.")
         check_takes(name, function, call)
-    if rule not in ("least", "one_standard_error"):
-        raise ValueError(f"`rule` must be 'least' or 'one_standard_error', got {rule!r}.")
+    if rule not in RULES:
+        raise ValueError(f"`rule` must be one of {', '.join(map(repr, RULES))}, got {rule!r}.")
+    check_one_real("errors", errors, 0)
     pairs = [checked_split(split, f"splits[{k}]") for k, split in enumerate(splits)]
-    if not pairs or (rule == "one_standard_error" and len(pairs) < 2):
-        raise ValueError(
-            f"`splits` has {len(pairs)} pairs (train, test), expected at least "
-            f"{1 if rule == 'least' else 2} for rule={rule!r}."
-        )
+    if not pairs:
+        raise ValueError("`splits` has 0 pairs (train, test), expected at least 1.")
     if not len(strengths):
         raise ValueError("`strengths` is empty: name at least one candidate.")
     for k, strength in enumerate(strengths):
         check_strength(f"strengths[{k}]", strength)
     order = sorted((float(s) for s in strengths), reverse=True)
-    scores = np.array(
-        [[float(score(tune(prior.at(s), train), test)) for train, test in pairs] for s in order]
-    )
-    best = _chosen(scores, rule)
-    with np.errstate(invalid="ignore"):
-        errors = (
-            scores.std(axis=1, ddof=1) / np.sqrt(len(pairs))
-            if len(pairs) > 1
-            else np.full(len(order), np.nan)
-        )
+    alone = rule != "least" and len(pairs) == 1
+    losses = [
+        [_judged(score(tune(prior.at(s), train), test), test, alone) for train, test in pairs]
+        for s in order
+    ]
+    scores = np.array([[np.mean(split) for split in row] for row in losses])
+    best = _chosen(losses, scores, rule, errors)
+    gains, gain_errors = _gaps(losses, 0)
     return StrengthChoice(
-        prior.at(order[best]), order[best], np.array(order), scores, scores.mean(axis=1), errors
+        prior.at(order[best]),
+        order[best],
+        np.array(order),
+        scores,
+        scores.mean(axis=1),
+        _standard_error(scores),
+        -gains,
+        gain_errors,
     )
 
 
-def _chosen(scores: np.ndarray, rule: str) -> int:
+def _judged(losses: Any, test: np.ndarray, alone: bool) -> np.ndarray:
+    """One number, or one per example, which a single split with standard errors needs."""
+    array = np.asarray(losses, np.float64)
+    if alone and not array.ndim:
+        raise ValueError(
+            "`splits` has 1 pair (train, test) and `score` returns one number, of which there is "
+            "no standard error: return one loss per tested example, or pass two splits."
+        )
+    if array.shape not in ((), (len(test),)):
+        raise ValueError(
+            f"`score` returned an array of shape {array.shape}, expected one number, or one loss "
+            f"per tested example: ({len(test)},)."
+        )
+    return array
+
+
+def _chosen(losses: list[list[np.ndarray]], scores: np.ndarray, rule: str, errors: float) -> int:
     """The row to take; rows are ordered from the strongest prior on, and NaN never wins."""
     means = np.where(np.isfinite(scores).all(axis=1), scores.mean(axis=1), np.inf)
     best = int(np.argmin(means))
@@ -120,8 +151,29 @@ def _chosen(scores: np.ndarray, rule: str) -> int:
         )
     if rule == "least":
         return best
+    if rule == "clearly_better":
+        strongest = int(np.argmax(np.isfinite(means)))
+        gaps, error = _gaps(losses, strongest)
+        return best if -gaps[best] > errors * error[best] else strongest
+    gaps, error = _gaps(losses, best)
+    return int(np.argmax(np.isfinite(means) & (gaps <= errors * error)))
+
+
+def _gaps(losses: list[list[np.ndarray]], base: int) -> tuple[np.ndarray, np.ndarray]:
+    """How much more each row loses than ``base``, and the standard errors of that."""
     with np.errstate(invalid="ignore"):
-        gaps = scores - scores[best]
-        errors = gaps.std(axis=1, ddof=1) / np.sqrt(scores.shape[1])
-        near = np.isfinite(means) & (gaps.mean(axis=1) <= errors)
-    return int(np.argmax(near))
+        paired = [[a - b for a, b in zip(row, losses[base], strict=True)] for row in losses]
+        means = np.array([[np.mean(split) for split in row] for row in paired])
+        if not all(split.ndim for row in losses for split in row):
+            return means.mean(axis=1), _standard_error(means)
+        # Splits of other sizes aside, the mean over the splits is that over the examples.
+        return means.mean(axis=1), _standard_error(np.array([np.concatenate(r) for r in paired]))
+
+
+def _standard_error(rows: np.ndarray) -> np.ndarray:
+    """Of the mean of each row; NaN where it is of one number."""
+    count = rows.shape[1]
+    if count < 2:
+        return np.full(len(rows), np.nan)
+    with np.errstate(invalid="ignore"):
+        return rows.std(axis=1, ddof=1) / np.sqrt(count)

@@ -1,10 +1,10 @@
 r"""Stein's unbiased estimate of the risk: tune a denoiser on its own noisy data.
 
 .. math::
-    \mathrm{E}\,\mathrm{SURE} = \mathrm{E}\,\|\hat y(y) - \mu\|^2, \qquad
-    \mathrm{SURE} = \|\hat y - y\|^2 - n\sigma^2
-        + 2\sigma^2 \operatorname{tr}\frac{\partial\hat y}{\partial y}
-    \qquad\text{for } y \sim \mathcal N(\mu, \sigma^2 I)
+    E SURE = E ‖\hat y(y) - μ‖^2,
+    SURE = ‖\hat y - y‖^2 - nσ^2
+        + 2σ^2 tr\frac{∂\hat y}{∂y}
+    \text{for } y ∼ \mathcal N(μ, σ^2 I)
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ from bilevel.problem.conditions import Condition
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SURE:
-    r"""Stein's unbiased risk estimate of a fit to :math:`y = \mu + \sigma\varepsilon`.
+    r"""Stein's unbiased risk estimate of a fit to :math:`y = μ + σε`.
 
     .. math::
-        \|\hat y - y\|^2 - n\sigma^2 + 2\sigma^2 \operatorname{tr} J, \qquad
-        J = \frac{\partial\hat y}{\partial y}
+        ‖\hat y - y‖^2 - nσ^2 + 2σ^2 tr J,
+        J = \frac{∂\hat y}{∂y}
 
     No validation data: the data that are fitted tell the error of the fit, because the noise is
     known. Two ways to use it:
@@ -56,12 +56,12 @@ class SURE:
       sigma: standard deviation of the noise, above 0; may be traced.
       predict: ``predict(params, hparams, batch) -> fit``, shaped like the observations.
       inner: the training loss, or its condition.
-      forward: a matrix A for observations :math:`y = A x + \sigma\varepsilon` of an unknown x. The
+      forward: a matrix A for observations :math:`y = A x + σε` of an unknown x. The
         fit is :math:`A\hat x`, and the estimate that of the error of x in what A sees,
-        :math:`\|A^+A(\hat x - x)\|^2` (projected SURE). Without it the estimate is that of
-        :math:`\|A(\hat x - x)\|^2`, the prediction (least-squares form).
+        :math:`‖A^+A(\hat x - x)‖^2` (projected SURE). Without it the estimate is that of
+        :math:`‖A(\hat x - x)‖^2`, the prediction (least-squares form).
       probes: number of random sign vectors that estimate the trace,
-        :math:`\operatorname{tr} J \approx b^\top J b`; ``None`` computes it exactly, with one
+        :math:`tr J ≈ bᵀ J b`; ``None`` computes it exactly, with one
         product per observation.
       seed: of the probes: the same in every call, so that the estimate is a smooth function of the
         hyperparameters.
@@ -69,7 +69,7 @@ class SURE:
         batch.
       response: how J is found for ``outer``: an ``Implicit(...)``.
 
-    The trace of one probe has standard deviation about :math:`\sqrt{2\sum_{i\ne j} J_{ij}^2}`,
+    The trace of one probe has standard deviation about :math:`\sqrt{2∑_{i≠ j} J_{ij}^2}`,
     small beside n for many observations. The estimate itself varies too, and with very many
     hyperparameters its minimum fits the noise.
 
@@ -158,7 +158,7 @@ class SURE:
         return size - variance * total + 2 * variance * self._trace(y, push, weight)
 
     def _trace(self, y: jax.Array, push: Push, weight: jax.Array | None) -> Scalar:
-        r""":math:`\operatorname{tr} W J`."""
+        r""":math:`tr W J`."""
         if self.probes is None:
             matrix = matrix_of(push, y)
             return jnp.trace(matrix) if weight is None else jnp.sum(weight * matrix.T)
@@ -170,7 +170,7 @@ class SURE:
         return jnp.sum(signs * pushed) / self.probes
 
     def _weight(self, y: jax.Array) -> jax.Array | None:
-        r""":math:`(A A^\top)^+`, in which the residual of the prediction is measured."""
+        r""":math:`(A Aᵀ)^+`, in which the residual of the prediction is measured."""
         if self.forward is None:
             return None
         forward = jnp.asarray(self.forward, y.dtype)

@@ -17,6 +17,7 @@ from bilevel.outer.optimizers import complex_momentum as complex_momentum
 from bilevel.outer.optimizers import fedhyper_client as fedhyper_client
 from bilevel.outer.optimizers import fedhyper_global as fedhyper_global
 from bilevel.outer.optimizers import fedhyper_server as fedhyper_server
+from bilevel.outer.optimizers import gauss_newton as gauss_newton
 from bilevel.outer.optimizers import hypergradient_descent as hypergradient_descent
 from bilevel.outer.penalty import PenaltyState as PenaltyState
 from bilevel.outer.penalty import bome as bome

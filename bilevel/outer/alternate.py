@@ -6,7 +6,7 @@ import optax
 
 from bilevel.ground.aliases import Loss
 from bilevel.ground.settings import check_count, check_flag
-from bilevel.hypergradient.base import Response
+from bilevel.hypergradient.base import Response, inner_for
 from bilevel.hypergradient.best_response import BestResponse
 from bilevel.inner.optimizer import InnerTx, check_inner_tx, check_tx
 from bilevel.outer.alternation import Alternation
@@ -19,7 +19,7 @@ from bilevel.space.space import Space
 
 def alternate(
     outer: Loss,
-    inner: Loss,
+    inner: Loss | None,
     response: Response,
     inner_tx: InnerTx,
     outer_tx: optax.GradientTransformation,
@@ -32,16 +32,17 @@ def alternate(
     r"""Alternates K training steps with one step along the hypergradient.
 
     .. math::
-        w_{k+1} &= w_k - u(\nabla_w h(w_k, \lambda)), \qquad k = 0 \dots K-1 \\
-        \rho &\leftarrow \rho - v\Bigl(
-            \bigl(\tfrac{\partial c}{\partial\rho}\bigr)^\top \frac{dF}{d\lambda}(w_K, \lambda)
-            \Bigr), \qquad \lambda = c(\rho)
+        w_{k+1} &= w_k - u(∇_w h(w_k, λ)),  k = 0 … K-1 \\
+        ρ &← ρ - v(
+            (∂c/∂ρ)ᵀ dF/dλ (w_K, λ)
+            ),  λ = c(ρ)
 
     with the updates :math:`u, v` of two optax optimizers and the bounds :math:`c`.
 
     Args:
       outer: validation loss :math:`f`, ``loss(params, hparams, batch) -> scalar``.
-      inner: training loss :math:`h`, of the same form.
+      inner: training loss :math:`h`, of the same form. ``None`` with ``inner_steps=0`` and
+        ``UnrollMap``, whose steps are then all there is (``inner_tx=optax.identity()``).
       response: how the hypergradient is found, such as ``Implicit(CG())``. Parameters that it
         moves (``Unroll`` trains while it differentiates) are kept.
       inner_tx: an optax transformation, or a function ``hparams -> transformation`` for inner
@@ -114,6 +115,7 @@ def alternate(
       >>> bool(abs(info.value) < 0.01)  # the decay that halves the mean of the data is 1
       True
     """
+    inner = inner_for(response, inner)
     check_losses(outer=outer, inner=inner)
     check_inner_tx(inner_tx)
     check_tx("outer_tx", outer_tx)

@@ -7,18 +7,24 @@ import jax.numpy as jnp
 from jax import Array
 
 from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scalar
-from bilevel.ground.batches import check_stack, select_batch, select_batches
+from bilevel.ground.batches import Window, check_stack, select_batch, select_batches
 from bilevel.ground.cost import Cost
 from bilevel.ground.loops import keep_types
 from bilevel.hypergradient.base import Hypergradient, Response, cost_of
+from bilevel.hypergradient.implicit import Implicit
 from bilevel.hypergradient.solve import check_solve, solve
+from bilevel.hypergradient.unroll_map import UnrollMap
 from bilevel.inner.descend import InnerState, descend
 from bilevel.inner.optimizer import InnerTx, build_tx, is_tx, refresh_injected
 from bilevel.outer.base import KEEP, Info, check_model_state, check_state, own
 from bilevel.outer.frozen import Part, trained_leaves
 from bilevel.outer.variable import Mover, Variable
+from bilevel.problem.operators import GaussNewton, Hessian
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_inner, check_point, check_problem, check_same_tree
+
+OPERATORS = (Hessian, GaussNewton)
+"""Those that take one batch after another out of a stack by its index."""
 
 
 class AlternateState(NamedTuple):
@@ -67,8 +73,8 @@ class Alternation:
 
     @property
     def trains(self) -> bool:
-        """Whether the response makes optimizer steps of its own (which see frozen leaves)."""
-        return hasattr(self.response, "inner_tx")
+        """Whether the response makes steps of its own (which see frozen leaves)."""
+        return hasattr(self.response, "inner_tx") or isinstance(self.response, UnrollMap)
 
     def init(
         self, params: Params, hparams: Hparams, model_state: ModelState = None
@@ -234,9 +240,16 @@ class Alternation:
             if count is None:
                 response_batch = select_batch(inner_batches, wanted - 1)
             else:
-                response_batch = select_batches(inner_batches, steps, count)
+                response_batch = self._part_of(inner_batches, steps, count)
         if wanted:
             return select_batch(inner_batches, 0), response_batch
         return (
             response_batch if count is None else select_batch(response_batch, 0)
         ), response_batch
+
+    def _part_of(self, batches: Batch, first: int, count: int) -> Batch:
+        """``count`` batches for the response, uncopied where only this library reads them."""
+        response = self.response
+        if isinstance(response, Implicit) and type(response.operator) in OPERATORS:
+            return Window(batches, first)
+        return select_batches(batches, first, count)

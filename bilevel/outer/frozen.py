@@ -48,7 +48,12 @@ def trained_leaves(tx: optax.GradientTransformation, params: Params) -> tuple[bo
         return moves
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
-    first, second = depends(two_updates, shapes, shapes, blocked=_multiplies_by_zero)
+    try:
+        first, second = depends(two_updates, shapes, shapes, blocked=_multiplies_by_zero)
+    except TypeError as error:
+        if "keyword-only argument" not in str(error):
+            raise
+        return None  # it reads the batch as well, as `gauss_newton`, which trains all leaves
     flags = tuple(a or b for a, b in zip(first, second, strict=True))
     return None if all(flags) or not any(flags) else flags
 

@@ -37,8 +37,8 @@ class GlobalResponseState(NamedTuple):
 
     Attributes:
       trained: base weights (learnt if the network is residual, otherwise only their shapes
-        count) with the parameters :math:`\phi` of the network, and the state of ``inner_tx``.
-      outer: :math:`\lambda`, the current best guess, and the state of ``outer_tx``.
+        count) with the parameters :math:`φ` of the network, and the state of ``inner_tx``.
+      outer: :math:`λ`, the current best guess, and the state of ``outer_tx``.
       step: int32, steps made.
     """
 
@@ -53,7 +53,7 @@ class GlobalResponseState(NamedTuple):
 
     @property
     def network_params(self) -> Any:
-        r"""Parameters :math:`\phi` of the network."""
+        r"""Parameters :math:`φ` of the network."""
         return self.trained.params[1]
 
     @property
@@ -82,22 +82,22 @@ def global_response(
     r"""Hypernetwork training over a distribution of hyperparameters.
 
     .. math::
-        \phi &\leftarrow \phi - u\Bigl(\nabla_\phi \tfrac1S \sum_{s=1}^S
-            h(\hat w_\phi(\lambda_s), \lambda_s)\Bigr),
-            \qquad \lambda_s \sim p(\cdot \mid \lambda) \\
-        \lambda &\leftarrow \lambda - v\bigl(\nabla_\lambda f(\hat w_\phi(\lambda), \lambda)\bigr)
+        φ &← φ - u\Bigl(∇_φ 1/S ∑_{s=1}^S
+            h(\hat w_φ(λ_s), λ_s)\Bigr),
+            λ_s ∼ p(· ∣ λ) \\
+        λ &← λ - v\bigl(∇_λ f(\hat w_φ(λ), λ)\bigr)
 
-    A fixed broad p that ignores :math:`\lambda` is the *global* algorithm; one around
-    :math:`\lambda` the *local* one; ``lambda key, lam: lam`` the simplified joint one, where the
-    movement of :math:`\lambda` is the only variation.
+    A fixed broad p that ignores :math:`λ` is the *global* algorithm; one around
+    :math:`λ` the *local* one; ``lambda key, lam: lam`` the simplified joint one, where the
+    movement of :math:`λ` is the only variation.
 
     Args:
       outer: validation loss, ``loss(params, hparams, batch) -> scalar``.
       inner: training loss of the same form.
       network: usually a :class:`~bilevel.inner.hypernetwork.Hypernetwork`; not a centred one.
       sample: ``(key, hparams) -> hparams``, one draw of p.
-      inner_tx: of :math:`\phi` and the base weights.
-      outer_tx: of :math:`\lambda`; ``optax.set_to_zero()`` only trains. A line search follows
+      inner_tx: of :math:`φ` and the base weights.
+      outer_tx: of :math:`λ`; ``optax.set_to_zero()`` only trains. A line search follows
         the validation loss of the network's weights.
       inner_steps: training steps per outer step.
       draws: S, draws a training step; the batch is shared.

@@ -1,11 +1,11 @@
 r"""The hyperparameters of an outer loop: what the losses read, what the optimizer moves, one move.
 
-With bounds :math:`c` the optimizer moves a raw variable :math:`\rho`, and
+With bounds :math:`c` the optimizer moves a raw variable :math:`ρ`, and
 
 .. math::
-    \rho \leftarrow \rho - v\Bigl(
-        \bigl(\tfrac{\partial c}{\partial\rho}\bigr)^\top \frac{dF}{d\lambda}\Bigr),
-    \qquad \lambda = c(\rho)
+    ρ ← ρ - v(
+        (∂c/∂ρ)ᵀ dF/dλ),
+    λ = c(ρ)
 """
 
 import dataclasses

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = 16
-SUMMARY = ("norm", "min", "mean", "max")
+SUMMARY = ("norm", "min", "median", "mean", "max")
 
 
 def trajectories(
@@ -81,7 +81,11 @@ def _panels(found: Mapping[str, Any], names: Sequence[str] | None) -> list[str]:
     known: list[str] = []
     for name in found:
         base, _, last = name.rpartition("/")
-        summed = last in SUMMARY and all(f"{base}/{part}" in found for part in SUMMARY)
+        summed = last in SUMMARY and all(
+            f"{base}/{part}" in found
+            for part in SUMMARY
+            if part != "median"  # older logs have none
+        )
         if (base if summed else name) not in known:
             known.append(base if summed else name)
     unknown = [name for name in names or () if name not in known and name not in found]

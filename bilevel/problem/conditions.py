@@ -1,12 +1,12 @@
 r"""What defines the inner solution where it is not a stationary point of a smooth loss.
 
-A condition stands in the place of ``inner``. With :math:`R(w, \lambda) = 0` at the solution,
+A condition stands in the place of ``inner``. With :math:`R(w, λ) = 0` at the solution,
 
 .. math::
-    \frac{\partial w^*}{\partial\lambda}
-        = -\Bigl(\frac{\partial R}{\partial w}\Bigr)^{-1} \frac{\partial R}{\partial\lambda}
+    \frac{∂w^*}{∂λ}
+        = -\Bigl(∂R/∂w \Bigr)^{-1} ∂R/∂λ
 
-and for a loss :math:`R = \nabla_w h`. The matrix of a condition need not be symmetric; that of a
+and for a loss :math:`R = ∇_w h`. The matrix of a condition need not be symmetric; that of a
 :class:`Composite` is solved through one that is.
 """
 
@@ -22,19 +22,19 @@ Prox: TypeAlias = Callable[[Params, Hparams, Scalar], Params]
 
 @dataclasses.dataclass(frozen=True)
 class Composite:
-    r"""The inner solution as :math:`w^* = \operatorname{argmin}_w f(w, \lambda) + r(w, \lambda)`.
+    r"""The inner solution as :math:`w^* = argmin_w f(w, λ) + r(w, λ)`.
 
     f is smooth and r convex, known by its proximal operator: L1 and group penalties, constraints.
-    The condition is :math:`0 \in \nabla f + \partial r`, as an equation
+    The condition is :math:`0 ∈ ∇f + ∂r`, as an equation
 
-    .. math:: R(w, \lambda) = \tfrac1s\bigl(w - \operatorname{prox}_{s r}(w - s\nabla f(w))\bigr)
+    .. math:: R(w, λ) = 1/s (w - prox_{s r}(w - s∇f(w)))
 
     in units of the gradient, for any :math:`s > 0`. The Jacobian J of a proximal operator is
     symmetric with eigenvalues in [0, 1] (for L1 and bounds the projector on the support), so that
     the system of the fixed point is solved through a symmetric one, with H the Hessian of f:
 
-    .. math:: \bigl(J H J + \tfrac1s J(I - J)\bigr) z = J g, \qquad
-        q = J z + s\,(g - H J z)
+    .. math:: (J H J + 1/s J(I - J)) z = J g,
+        q = J z + s (g - H J z)
 
     that of the smooth problem on the support, :math:`H_{SS}`, whose condition number decides the
     number of products. ``CG``, ``Dense``, ``Lineax``, ``Neumann`` solve it, with every operator;
@@ -50,7 +50,7 @@ class Composite:
         is the scale on which a weight counts as near its threshold, and where J is no projector
         (groups, an elastic net) the system is best conditioned for s of about one over the
         largest curvature. ``None`` finds it by three power iterations in each solve: for a
-        fixed loss, give :math:`1/\lambda_{max}` and save them.
+        fixed loss, give :math:`1/λ_{max}` and save them.
 
     Cost: one gradient and two or three products to bind (none with ``step_size``), then one product
     with H and two with J (one derivative of ``prox``) for each product. Exact at the solution; the
@@ -92,11 +92,11 @@ class Composite:
 
 @dataclasses.dataclass(frozen=True)
 class FixedPoint:
-    r"""The inner solution as :math:`w^* = T(w^*, \lambda)`.
+    r"""The inner solution as :math:`w^* = T(w^*, λ)`.
 
     Proximal and projected gradient steps, mirror maps, equilibrium models, Sinkhorn's iteration:
     whatever a solver repeats until nothing changes. The system that is solved is the true
-    transpose of :math:`I - \partial_w T`, which :math:`\tfrac12\|w - T(w)\|^2` as a loss would
+    transpose of :math:`I - ∂_w T`, which :math:`½ ‖w - T(w)‖^2` as a loss would
     square.
 
     Args:
@@ -131,7 +131,7 @@ class FixedPoint:
 
 @dataclasses.dataclass(frozen=True)
 class Root:
-    r"""The inner solution as :math:`R(w^*, \lambda) = 0`: KKT conditions and other equations.
+    r"""The inner solution as :math:`R(w^*, λ) = 0`: KKT conditions and other equations.
 
     Args:
       equation: ``equation(params, hparams, batch) -> residual``, a tree like ``params``.

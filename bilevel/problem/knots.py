@@ -27,9 +27,9 @@ def knots(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> j
     r"""How many numbers of a condition change their derivative within the point's own error.
 
     Compares the derivatives in a direction of parameters, and of hyperparameters, at two points
-    on both sides of ``params`` (of :math:`w - s\nabla f(w)`, for the proximal operator of a
+    on both sides of ``params`` (of :math:`w - s∇f(w)`, for the proximal operator of a
     composite condition). They lie as far away as rounding and what is left of the condition,
-    :math:`\max_i |R_i|`, may have put the point: what an unfinished solve cannot decide counts too.
+    :math:`max_i |R_i|`, may have put the point: what an unfinished solve cannot decide counts too.
     A :class:`~bilevel.Root`, whose equation has other units than its solution, counts rounding
     alone.
 

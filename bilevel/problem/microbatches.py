@@ -20,11 +20,11 @@ from bilevel.problem.validate import check_losses, check_scalar
 def accumulate(loss: Loss, parts: int) -> Loss:
     r"""The same loss, read in ``parts`` micro-batches, in the memory of one.
 
-    .. math:: h(w, \lambda; b) = \frac1n \sum_{i=1}^{n} h(w, \lambda; b_i)
+    .. math:: h(w, λ; b) = 1/n ∑_{i=1}^{n} h(w, λ; b_i)
 
     A function of the same arguments, for every place that takes a loss: training steps, products
     of a solve, outer losses, all loops. Its gradient is the mean of the gradients of the parts,
-    and so are the products :math:`Hv` and :math:`B^\top v`: activations of one part are alive at a
+    and so are the products :math:`Hv` and :math:`Bᵀ v`: activations of one part are alive at a
     time. Equal to the loss on the full batch where that is a mean over examples (plus what does
     not depend on the batch); a sum, or a mean over a number of tokens that differs from part to
     part, is not.

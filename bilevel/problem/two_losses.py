@@ -1,21 +1,21 @@
 r"""The bilevel problem: two losses and the derivative products they offer.
 
 .. math::
-    w^*(\lambda) = \operatorname*{argmin}_w h(w, \lambda), \qquad
-    F(\lambda) = f(w^*(\lambda), \lambda)
+    w^*(λ) = \operatorname*{argmin}_w h(w, λ),
+    F(λ) = f(w^*(λ), λ)
 
 with ``inner`` :math:`h` and ``outer`` :math:`f`. Every method of the field is built from
 
 ============================  ==============================================================
-:meth:`Problem.condition`     :math:`R`, zero at the solution: :math:`\nabla_w h` for a loss
-:meth:`Problem.inner_grad`    :math:`\nabla_w h`
-:meth:`Problem.hvp`           :math:`H v`, with :math:`H = \nabla^2_{ww} h`
-:meth:`Problem.cross_vjp`     :math:`B^\top v`, with :math:`B = \partial_\lambda \nabla_w h`
+:meth:`Problem.condition`     :math:`R`, zero at the solution: :math:`∇_w h` for a loss
+:meth:`Problem.inner_grad`    :math:`∇_w h`
+:meth:`Problem.hvp`           :math:`H v`, with :math:`H = ∇^2_{ww} h`
+:meth:`Problem.cross_vjp`     :math:`Bᵀ v`, with :math:`B = ∂_λ ∇_w h`
 :meth:`Problem.products`      both at once
-:meth:`Problem.outer_grads`   :math:`f`, :math:`\nabla_w f` and :math:`\partial_\lambda f`
+:meth:`Problem.outer_grads`   :math:`f`, :math:`∇_w f` and :math:`∂_λ f`
 ============================  ==============================================================
 
-Second derivatives commute, so one JVP of :math:`\nabla_{(w,\lambda)} h` along :math:`(v, 0)`
+Second derivatives commute, so one JVP of :math:`∇_{(w,λ)} h` along :math:`(v, 0)`
 holds both products. All are forward-over-reverse: reverse-over-reverse costs up to three
 times as much for convolutions and more memory everywhere.
 """
@@ -97,9 +97,9 @@ class Problem:
         return not isinstance(self.inner, Condition)
 
     def condition(self, params: Params, hparams: Hparams, batch: Batch) -> Vector:
-        r""":math:`R(w, \lambda)`, zero at the solution: :math:`\nabla_w h`, or :math:`w - T(w)`.
+        r""":math:`R(w, λ)`, zero at the solution: :math:`∇_w h`, or :math:`w - T(w)`.
 
-        For a composite condition :math:`(w - \operatorname{prox}(w - s\nabla f)) / s`.
+        For a composite condition :math:`(w - prox(w - s∇f)) / s`.
         """
         if isinstance(self.inner, Composite):
             composite = self.settled(params, hparams, batch)
@@ -134,7 +134,7 @@ class Problem:
         return dataclasses.replace(self, inner=dataclasses.replace(self.inner, step_size=step))
 
     def ahead(self, params: Params, hparams: Hparams, batch: Batch) -> Params:
-        r""":math:`w - s\nabla f(w)`, where the proximal operator of a settled problem stands."""
+        r""":math:`w - s∇f(w)`, where the proximal operator of a settled problem stands."""
         grad = self.smooth.inner_grad(params, hparams, batch)
         return cast_like(tree.axpy(-self.inner.step_size, grad, params), params)
 
@@ -148,7 +148,7 @@ class Problem:
         return (self.model_state,) if self.has_state else ()
 
     def inner_loss(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
-        """:math:`h(w, \\lambda)` on one batch; advanced model state is discarded."""
+        """:math:`h(w, λ)` on one batch; advanced model state is discarded."""
         if self.has_state:
             return self.inner(params, hparams, batch, self.model_state)[0]
         return self.inner(params, hparams, batch)
@@ -162,7 +162,7 @@ class Problem:
         return self.inner(params, hparams, batch), model_state
 
     def outer_loss(self, params: Params, hparams: Hparams, batch: Batch) -> tuple[Scalar, Any]:
-        """:math:`f(w, \\lambda)` on one batch, with its auxiliary output (``None`` without)."""
+        """:math:`f(w, λ)` on one batch, with its auxiliary output (``None`` without)."""
         if isinstance(params, Point):
             return params.outer_loss(self, hparams, batch)
         if self.has_state:
@@ -173,7 +173,7 @@ class Problem:
         return self.outer(params, hparams, batch), None
 
     def inner_grad(self, params: Params, hparams: Hparams, batch: Batch) -> Vector:
-        r""":math:`\nabla_w h`. Cost: one gradient."""
+        r""":math:`∇_w h`. Cost: one gradient."""
         return jax.grad(self.inner_loss)(params, hparams, batch)
 
     def linearize(
@@ -198,13 +198,13 @@ class Problem:
         return self._second((0,), (0,), (params, hparams, batch), v)[0]
 
     def cross_jvp(self, params: Params, hparams: Hparams, batch: Batch, mu: Hparams) -> Vector:
-        r""":math:`B \mu`, shaped like ``params``. Cost: about 2.5 gradients."""
+        r""":math:`B μ`, shaped like ``params``. Cost: about 2.5 gradients."""
         if not self.has_loss:
             return jax.jvp(lambda lam: self.condition(params, lam, batch), (hparams,), (mu,))[1]
         return self._second((0,), (1,), (params, hparams, batch), mu)[0]
 
     def cross_vjp(self, params: Params, hparams: Hparams, batch: Batch, v: Vector) -> Hparams:
-        r""":math:`B^\top v`, shaped like ``hparams``, as the JVP of :math:`\nabla_\lambda h`.
+        r""":math:`Bᵀ v`, shaped like ``hparams``, as the JVP of :math:`∇_λ h`.
 
         Cost: at most about 2.5 gradients. The compiler prunes it to a forward pass where
         hyperparameters only weigh examples, and to elementwise work where they only
@@ -226,7 +226,7 @@ class Problem:
     def products(
         self, params: Params, hparams: Hparams, batch: Batch, v: Vector
     ) -> tuple[Vector, Hparams]:
-        r""":math:`(H v, B^\top v)` from one JVP of :math:`\nabla_{(w,\lambda)} h`.
+        r""":math:`(H v, Bᵀ v)` from one JVP of :math:`∇_{(w,λ)} h`.
 
         Cost: about 2.5 to 3 gradients together.
         """
@@ -271,7 +271,7 @@ class Problem:
     def outer_grads(
         self, params: Params, hparams: Hparams, batch: Batch
     ) -> tuple[tuple[Scalar, Any], tuple[Vector, Hparams]]:
-        r""":math:`(f, aux), (\nabla_w f, \partial_\lambda f)`. Cost: one outer gradient."""
+        r""":math:`(f, aux), (∇_w f, ∂_λ f)`. Cost: one outer gradient."""
         if isinstance(params, Point):
             return params.outer_grads(self, hparams, batch)
         return jax.value_and_grad(self.outer_loss, argnums=(0, 1), has_aux=True)(

@@ -324,8 +324,8 @@ def check_is_read(
 ) -> None:
     r"""Refuse hyperparameters whose hypergradient is zero by structure under implicit responses.
 
-    A leaf counts as read when :math:`B^\top v` depends on :math:`v` in it, or
-    :math:`\partial_\lambda f` on the outer cotangent.
+    A leaf counts as read when :math:`Bᵀ v` depends on :math:`v` in it, or
+    :math:`∂_λ f` on the outer cotangent.
     """
 
     def direct(cotangent: Any, params: Params, hparams: Hparams, batch: Batch) -> Hparams:

@@ -8,11 +8,11 @@ from bilevel.regularizers.strength import axes, floating, strengths, widened
 
 
 def activation_penalty(activations: jax.Array, strength: jax.Array | float) -> jax.Array:
-    r"""AR: :math:`\mathrm{mean}(\alpha_i\,h^2)` over all entries.
+    r"""AR: :math:`mean(α_i h^2)` over all entries.
 
     Args:
       activations: ``(B, ...)``, usually the dropped output of the last recurrent layer.
-      strength: :math:`\alpha \ge 0`, a scalar or ``(B,)``. Differentiable.
+      strength: :math:`α ≥ 0`, a scalar or ``(B,)``. Differentiable.
 
     Returns:
       A scalar, summed in at least float32; NaN for a traced strength that is negative or not
@@ -33,12 +33,12 @@ def activation_penalty(activations: jax.Array, strength: jax.Array | float) -> j
 def temporal_activation_penalty(
     activations: jax.Array, strength: jax.Array | float, *, time_axis: int = 1
 ) -> jax.Array:
-    r"""TAR: :math:`\mathrm{mean}(\beta_i\,(h_{t+1} - h_t)^2)` over all entries.
+    r"""TAR: :math:`mean(β_i (h_{t+1} - h_t)^2)` over all entries.
 
     Args:
       activations: ``(B, T, d)``, usually the raw output of the last recurrent layer; T at
         least 2.
-      strength: :math:`\beta \ge 0`, a scalar or ``(B,)``. Differentiable.
+      strength: :math:`β ≥ 0`, a scalar or ``(B,)``. Differentiable.
       time_axis: the axis of the steps, counted as in NumPy. With 0 the leading axis holds no
         examples, and ``strength`` must be a scalar.
 

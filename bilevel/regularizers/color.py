@@ -25,14 +25,14 @@ def color_jitter(
 ) -> jax.Array:
     r"""Random brightness, contrast, saturation and hue, in random order, an image at a time.
 
-    With :math:`f \sim U(\max(0, 1-j), 1+j)` for each of the first three strengths :math:`j`,
-    :math:`g(x)` the gray value of a pixel and :math:`\theta \sim U(-j, j)` turns for hue:
+    With :math:`f ∼ U(max(0, 1-j), 1+j)` for each of the first three strengths :math:`j`,
+    :math:`g(x)` the gray value of a pixel and :math:`θ ∼ U(-j, j)` turns for hue:
 
     =============  ================================================
-    brightness     :math:`x \mapsto f x`
-    contrast       :math:`x \mapsto f x + (1-f)\,\mathrm{mean}(g)`
-    saturation     :math:`x \mapsto f x + (1-f)\,g(x)`
-    hue            rotation of the chroma plane of YIQ by :math:`2\pi\theta`
+    brightness     :math:`x ↦ f x`
+    contrast       :math:`x ↦ f x + (1-f) mean(g)`
+    saturation     :math:`x ↦ f x + (1-f) g(x)`
+    hue            rotation of the chroma plane of YIQ by :math:`2πθ`
     =============  ================================================
 
     All four are affine, so an image needs one composed 3 x 3 matrix and offset however they

@@ -83,8 +83,8 @@ def cutout(
 ) -> jax.Array:
     r"""Square holes with uniform centres, a number and a side length an image.
 
-    Image :math:`i` gets :math:`\lfloor n_i \rfloor` holes :math:`[c - L_i/2, c + L_i/2)` with
-    :math:`L_i = \lfloor \ell_i \rfloor`, each around its own uniformly drawn pixel and clipped
+    Image :math:`i` gets :math:`⌊n_i⌋` holes :math:`[c - L_i/2, c + L_i/2)` with
+    :math:`L_i = ⌊ℓ_i⌋`, each around its own uniformly drawn pixel and clipped
     to the image. Neither number has a derivative: they are tuned through a best response,
     which samples them over several integers.
 

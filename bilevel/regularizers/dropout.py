@@ -30,7 +30,7 @@ def dropout_mask(
     broadcast_axes: Sequence[int] = (),
     dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
-    r"""The factors of inverted dropout: :math:`m = \mathrm{Bernoulli}(1 - r) / (1 - r)`.
+    r"""The factors of inverted dropout: :math:`m = Bernoulli(1 - r) / (1 - r)`.
 
     Args:
       key: a PRNG key.
@@ -78,7 +78,7 @@ def dropout_mask(
 def dropout(
     key: Key, x: jax.Array, rate: jax.Array | float, *, broadcast_axes: Sequence[int] = ()
 ) -> jax.Array:
-    r"""Inverted dropout, :math:`x \odot m` with :math:`m` of :func:`dropout_mask`.
+    r"""Inverted dropout, :math:`x ⊙ m` with :math:`m` of :func:`dropout_mask`.
 
     For images ``(B, H, W, C)``, ``broadcast_axes=(1, 2)`` drops whole channels.
 

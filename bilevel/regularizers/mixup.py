@@ -12,10 +12,10 @@ from bilevel.regularizers.strength import floating, strengths, widened
 
 
 def mixup(key: Key, x: Any, targets: Any, alpha: jax.Array | float) -> tuple[Any, Any]:
-    r"""Convex combinations of pairs, :math:`u\,x_i + (1-u)\,x_{\pi(i)}`, targets alike.
+    r"""Convex combinations of pairs, :math:`u x_i + (1-u) x_{π(i)}`, targets alike.
 
-    One :math:`u_i \sim \mathrm{Beta}(\alpha_i, \alpha_i)` an example and one random permutation
-    :math:`\pi` a batch. :math:`\alpha = 0` is the limit of no mixing.
+    One :math:`u_i ∼ Beta(α_i, α_i)` an example and one random permutation
+    :math:`π` a batch. :math:`α = 0` is the limit of no mixing.
 
     Args:
       key: a PRNG key.
@@ -74,11 +74,11 @@ def _arrays(name: str, tree: Any) -> Any:
 
 
 def label_smoothing(targets: jax.Array, amount: jax.Array | float) -> jax.Array:
-    r""":math:`(1 - a)\,y + a / K` over the last axis of ``targets``.
+    r""":math:`(1 - a) y + a / K` over the last axis of ``targets``.
 
     Args:
       targets: ``(B, ..., K)`` one-hot or soft targets, floating-point.
-      amount: :math:`a \in [0, 1]`, a scalar or ``(B,)``. Differentiable.
+      amount: :math:`a ∈ [0, 1]`, a scalar or ``(B,)``. Differentiable.
 
     Returns:
       The shape and dtype of ``targets``, computed in at least float32; NaN in the examples

@@ -8,12 +8,12 @@ from bilevel.regularizers.strength import floating, strengths, widened
 
 
 def input_noise(key: Key, x: jax.Array, std: jax.Array | float) -> jax.Array:
-    r""":math:`x + \sigma\,\varepsilon` with :math:`\varepsilon \sim N(0, I)`.
+    r""":math:`x + σ ε` with :math:`ε ∼ N(0, I)`.
 
     Args:
       key: a PRNG key.
       x: ``(B, ...)``, floating-point.
-      std: :math:`\sigma \ge 0` in units of ``x``; a scalar or ``(B,)``. Differentiable
+      std: :math:`σ ≥ 0` in units of ``x``; a scalar or ``(B,)``. Differentiable
         (reparametrized), so ``Implicit`` can tune it too.
 
     Returns:
@@ -34,12 +34,12 @@ def input_noise(key: Key, x: jax.Array, std: jax.Array | float) -> jax.Array:
 
 
 def input_scaling(key: Key, x: jax.Array, strength: jax.Array | float) -> jax.Array:
-    r""":math:`u\,x` with one :math:`u \sim U(1/(1+k), 1+k)` an example.
+    r""":math:`u x` with one :math:`u ∼ U(1/(1+k), 1+k)` an example.
 
     Args:
       key: a PRNG key.
       x: ``(B, ...)``, floating-point.
-      strength: :math:`k \ge 0`, a scalar or ``(B,)``. Differentiable (reparametrized).
+      strength: :math:`k ≥ 0`, a scalar or ``(B,)``. Differentiable (reparametrized).
 
     Returns and errors as :func:`input_noise`.
 

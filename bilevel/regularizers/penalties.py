@@ -1,6 +1,6 @@
 r"""Penalties on weights: one strength for all, or one per tensor, unit or weight.
 
-Strengths are logarithms, :math:`e^{\lambda}`: any finite :math:`\lambda` is legal, and a step of
+Strengths are logarithms, :math:`e^{λ}`: any finite :math:`λ` is legal, and a step of
 an outer optimizer is a relative change.
 """
 
@@ -21,19 +21,19 @@ from bilevel.regularizers.strength import describe, real_dtype
 def l2_penalty(
     params: Params, log_strength: Any, *, leaves: str | Sequence[str] | None = None
 ) -> Scalar:
-    r""":math:`\tfrac12 \sum_j e^{\lambda_j} w_j^2`.
+    r""":math:`½ ∑_j e^{λ_j} w_j^2`.
 
     Args:
       params: the weights, any pytree.
-      log_strength: :math:`\lambda`: a scalar for all, or a dictionary from the path of a leaf to
+      log_strength: :math:`λ`: a scalar for all, or a dictionary from the path of a leaf to
         a scalar, to ``(out,)`` (one per unit, along the last axis) or to the shape of the leaf,
         as made by :func:`penalty_init`.
       leaves: part of the path of the leaves to penalize, such as ``"kernel"``; all if ``None``.
         With a dictionary, those it names.
 
     Returns:
-      A scalar, summed in at least float32. Its gradient is :math:`e^{\lambda} w`: plain weight
-      decay of strength :math:`e^{\lambda}`.
+      A scalar, summed in at least float32. Its gradient is :math:`e^{λ} w`: plain weight
+      decay of strength :math:`e^{λ}`.
 
     Raises:
       TypeError: a strength that is not a real number, or a penalized leaf that is not
@@ -47,7 +47,7 @@ def l2_penalty(
 def l1_penalty(
     params: Params, log_strength: Any, *, leaves: str | Sequence[str] | None = None
 ) -> Scalar:
-    r""":math:`\sum_j e^{\lambda_j} |w_j|`. Arguments and errors as :func:`l2_penalty`.
+    r""":math:`∑_j e^{λ_j} |w_j|`. Arguments and errors as :func:`l2_penalty`.
 
     At zero the derivative is taken as 0 and the curvature everywhere as 0. Wherever some weight
     is zero at the solution, the gradient of the loss is not zero there, and an implicit
@@ -86,7 +86,7 @@ def penalty_init(
 
     Args:
       params: the weights.
-      strength: :math:`e^{\lambda}`, one number above 0.
+      strength: :math:`e^{λ}`, one number above 0.
       level: one number per leaf, per output unit (last axis) or per weight.
       leaves: part of the paths of the leaves to penalize; all if ``None``.
 

@@ -1,6 +1,6 @@
 r"""Proximal operators of penalties that are not smooth: what :class:`~bilevel.Composite` takes.
 
-.. math:: \operatorname{prox}_{s r}(v) = \operatorname{argmin}_w \tfrac12\|w - v\|^2 + s\, r(w)
+.. math:: prox_{s r}(v) = argmin_w ½ ‖w - v‖^2 + s r(w)
 
 Each is called ``operator(params, strength, step_size)``, as a condition calls it where the
 hyperparameters are the strengths themselves; of logarithms, write
@@ -18,13 +18,13 @@ from bilevel.regularizers.strength import check_strength, floating, real_dtype
 
 
 def l1(params: Params, strength: Any, step_size: Any = 1.0) -> Params:
-    r"""Soft-thresholding, of :math:`r(w) = \sum_j a_j |w_j|`.
+    r"""Soft-thresholding, of :math:`r(w) = ∑_j a_j |w_j|`.
 
-    .. math:: \operatorname{sign}(v_j)\,\max(|v_j| - s a_j,\, 0)
+    .. math:: sign(v_j) max(|v_j| - s a_j, 0)
 
     Args:
       params: v, any pytree of floating-point arrays.
-      strength: :math:`a \ge 0`: a scalar for all, or a tree like ``params`` whose leaves are
+      strength: :math:`a ≥ 0`: a scalar for all, or a tree like ``params`` whose leaves are
         scalars, ``(out,)`` (one per unit, along the last axis) or of the shape of their leaf.
       step_size: s.
 
@@ -40,9 +40,9 @@ def l1(params: Params, strength: Any, step_size: Any = 1.0) -> Params:
 
 
 def elastic_net(params: Params, strength: Any, step_size: Any = 1.0) -> Params:
-    r"""Of :math:`r(w) = \sum_j a_j |w_j| + \tfrac12 b_j w_j^2`: soft-thresholding, then shrinkage.
+    r"""Of :math:`r(w) = ∑_j a_j |w_j| + ½ b_j w_j^2`: soft-thresholding, then shrinkage.
 
-    .. math:: \operatorname{sign}(v_j)\,\frac{\max(|v_j| - s a_j,\, 0)}{1 + s b_j}
+    .. math:: sign(v_j) \frac{max(|v_j| - s a_j, 0)}{1 + s b_j}
 
     Args:
       params, step_size: as in :func:`l1`.
@@ -65,14 +65,14 @@ def elastic_net(params: Params, strength: Any, step_size: Any = 1.0) -> Params:
 def group_lasso(
     params: Params, strength: Any, step_size: Any = 1.0, *, axis: int | tuple[int, ...] = -1
 ) -> Params:
-    r"""Block soft-thresholding, of :math:`r(w) = \sum_G a_G \|w_G\|`.
+    r"""Block soft-thresholding, of :math:`r(w) = ∑_G a_G ‖w_G‖`.
 
-    .. math:: v_G\,\max\Bigl(1 - \frac{s a_G}{\|v_G\|},\, 0\Bigr)
+    .. math:: v_G max \Bigl(1 - \frac{s a_G}{‖v_G‖}, 0\Bigr)
 
     Args:
       params, step_size: as in :func:`l1`. The groups are the vectors along ``axis`` of each leaf:
         with the default, all weights that leave one input of a kernel ``(in, out)``.
-      strength: :math:`a \ge 0`: a scalar for all, or a tree like ``params`` whose leaves are
+      strength: :math:`a ≥ 0`: a scalar for all, or a tree like ``params`` whose leaves are
         scalars or have one number per group, the shape of their leaf without ``axis``.
       axis: the axis, or axes, along which the numbers of a group lie.
 

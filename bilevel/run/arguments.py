@@ -27,11 +27,6 @@ def check_run(alg: Any, state: Any, key: Any) -> None:
             f"`state` must be what `alg.init` returns; it has no {', '.join(missing)}: "
             f"{type(state).__name__}."
         )
-    if jax.process_count() > 1:
-        raise ValueError(
-            "`fit` drives one process. In several, call `jax.jit(alg.step)` in a loop of your own "
-            "and write logs and checkpoints where `jax.process_index() == 0`."
-        )
     if not callable(alg.step):
         raise TypeError(f"`alg.step` must be a function, got {_short(alg.step)}.")
     step = state.step

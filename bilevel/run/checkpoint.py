@@ -6,6 +6,7 @@ is written under another name and renamed when complete, so a folder with a numb
 whole or was damaged afterwards, which the digests show.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground.tree import paths
+from bilevel.run.processes import all_well, by_writer, wait_for_all
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
@@ -132,6 +134,9 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.identity = identity
+        by_writer(self._prepare)
+
+    def _prepare(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f"{_WRITING}probe"
@@ -177,16 +182,23 @@ class Checkpoints:
                 f"space on that disk and call `{self.caller}` again to go on from there, or lower "
                 "`keep`."
             ) from error
-        for old in self.steps()[: -self.keep]:
-            self._remove(old)
+        by_writer(self._drop_old)
         return self._path(step)
 
+    def _drop_old(self) -> None:
+        for old in self.steps()[: -self.keep]:
+            self._remove(old)
+
     def _write(self, writing: Path, step: int, tree: Any, notes: dict[str, Any]) -> None:
+        """Every process writes its part of the arrays, one the rest."""
         arrays = _arrays(tree)
         with self._checkpointer() as checkpointer:
             checkpointer.save(
                 writing / _ARRAYS, args=self._orbax.args.StandardSave(arrays), force=True
             )
+        by_writer(lambda: self._complete(writing, step, tree, notes))
+
+    def _complete(self, writing: Path, step: int, tree: Any, notes: dict[str, Any]) -> None:
         body = {
             "step": step,
             "identity": self.identity,
@@ -222,20 +234,22 @@ class Checkpoints:
           ValueError: for a checkpoint of another run.
           OSError: if every checkpoint is damaged or not finite.
         """
+        wait_for_all()  # what one process removed is not listed by another
         steps = self.steps()
         damaged: list[tuple[Path, str]] = []
         for step in reversed(steps):
             path = self._path(step)
             body, trouble = self._verify(path, step)
-            if body is None:
-                damaged.append((path, trouble))
+            if not all_well(body is not None) or body is None:
+                damaged.append((path, trouble or "another process could not read it"))
                 continue
             self._check_same_run(path, body, like)
             loaded = self._load(path, like)
             if not is_finite(loaded):
                 damaged.append((path, "it holds NaN or infinite parameters"))
                 continue
-            self._set_aside(damaged, path)
+            wait_for_all()
+            by_writer(functools.partial(self._set_aside, damaged, path))
             return Restored(loaded, step, body["notes"])
         if damaged:
             listed = "; ".join(f"{path}: {trouble}" for path, trouble in damaged)

@@ -3,6 +3,7 @@ r"""Host-side driver of any outer loop: progress, logs, checkpoints, resume, ear
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bilevel.ground.aliases import Batch, Key
@@ -16,6 +17,7 @@ from bilevel.run.interrupt import deferred_interrupts
 from bilevel.run.lock import locked
 from bilevel.run.log import JsonLog
 from bilevel.run.loop import Options, Run, begin
+from bilevel.run.processes import by_writer, check_same, placed
 from bilevel.run.record import Record
 from bilevel.run.report import Report
 from bilevel.run.result import FitResult, nonfinite_error
@@ -63,10 +65,10 @@ def fit(
       log: a file for one JSON line per step: ``step``, ``outer_loss``, ``inner_loss``,
         ``hypergrad_norm``, ``status``, the response's stats, ``aux`` where it is scalar,
         ``hparams`` as the outer loss read them (of arrays with more than 16 entries ``norm``,
-        ``min``, ``mean`` and ``max``), ``evaluate``, ``seconds`` since this call began, and
-        ``nonfinite`` where a step was not finite. Lines at or after the first step of this call
-        are removed first, so the file equals that of an uninterrupted run but for ``seconds``;
-        damaged lines are left out with a warning.
+        ``min``, ``median``, ``mean`` and ``max``), ``evaluate``, ``seconds`` since this call
+        began, and ``nonfinite`` where a step was not finite. Lines at or after the first step of
+        this call are removed first, so the file equals that of an uninterrupted run but for
+        ``seconds``; damaged lines are left out with a warning.
       tensorboard: a folder for the same numbers.
       progress: a live progress bar, where there is a terminal.
       checkpoint_dir: a folder for checkpoints. If it holds one that is at least as far as
@@ -100,9 +102,14 @@ def fit(
     effect at the end of a step, a second one at once. Whatever ends the run early, the finished
     steps are logged and saved if that is possible, and the error is raised on.
 
+    Several processes (``jax.distributed``) call it alike, each with what its own devices hold of
+    the batches. Arrays of ``state`` that one process holds alone are put on all devices. Process 0
+    writes logs and shows progress; each writes its part of a checkpoint. See ``docs/devices.md``.
+
     Raises:
-      TypeError, ValueError: for settings out of range, an ``alg`` of another form, and a
-        checkpoint of another run (other ``run_id``, ``key``, tree, shapes or dtypes).
+      TypeError, ValueError: for settings out of range, an ``alg`` of another form, a checkpoint
+        of another run (other ``run_id``, ``key``, tree, shapes or dtypes), and processes that
+        disagree on settings or on the numbers in ``state``.
       OSError: before the first step, if ``checkpoint_dir`` or ``log`` cannot be written, or
         another run holds them; if every checkpoint is damaged; and for a full disk.
       RuntimeError: for a data function that raises, with the step.
@@ -134,25 +141,18 @@ def fit(
     tensorboard = arguments.check_path("tensorboard", tensorboard, folder=True)
     folder = arguments.check_path("checkpoint_dir", checkpoint_dir, folder=True)
     identity = {"run_id": arguments.as_json(run_id), "key": arguments.key_id(key)}
+    state = own(state)
+    check_same(state, {**identity, **options.told(), "on_nonfinite": on_nonfinite})
     data = Data(inner_data, outer_data, response_data)
     with contextlib.ExitStack() as stack:
         check_interrupt = stack.enter_context(deferred_interrupts())
-        if folder is not None:
-            stack.enter_context(locked("checkpoint_dir", folder, folder / ".lock"))
-        if log is not None:
-            stack.enter_context(locked("log", log, log.with_name(f"{log.name}.lock")))
+        by_writer(lambda: _lock(stack, folder, log))
         checkpoints = None if folder is None else Checkpoints(folder, keep, identity)
-        first = begin(options, own(state), data, checkpoints)
-        sinks, history, bar = [], [], None
-        if log is not None:
-            sinks.append(stack.enter_context(contextlib.closing(JsonLog(log, first.done))))
-            history.extend(sinks[0].kept)
-        if tensorboard is not None:
-            board = TensorBoard(tensorboard, first.done)
-            sinks.append(stack.enter_context(contextlib.closing(board)))
-        if wants_bar(progress):
-            bar = stack.enter_context(contextlib.closing(Bar(first.done, steps)))
-            sinks.append(bar)
+        first = begin(options, placed(state), data, checkpoints)
+        opened = by_writer(
+            lambda: _open(stack, log, tensorboard, wants_bar(progress), first.done, steps)
+        )
+        sinks, history, bar = opened or ([], [], None)
         mark = int(first.carry.best.mark_step)
         hold = on_nonfinite != "skip"
         report = Report(sinks, history, callbacks, patience, mark, hold)
@@ -176,3 +176,32 @@ def fit(
             newest = None if checkpoints is None else checkpoints.newest()
             raise nonfinite_error(result, run.done(), newest)
     return result
+
+
+def _lock(stack: contextlib.ExitStack, folder: Path | None, log: Path | None) -> None:
+    if folder is not None:
+        stack.enter_context(locked("checkpoint_dir", folder, folder / ".lock"))
+    if log is not None:
+        stack.enter_context(locked("log", log, log.with_name(f"{log.name}.lock")))
+
+
+def _open(
+    stack: contextlib.ExitStack,
+    log: Path | None,
+    tensorboard: Path | None,
+    with_bar: bool,
+    start: int,
+    steps: int,
+) -> tuple[list[Any], list[Record], Bar | None]:
+    """What takes the records of a run, those that its log already holds, and the bar."""
+    sinks, history, bar = [], [], None
+    if log is not None:
+        sinks.append(stack.enter_context(contextlib.closing(JsonLog(log, start))))
+        history.extend(sinks[0].kept)
+    if tensorboard is not None:
+        board = TensorBoard(tensorboard, start)
+        sinks.append(stack.enter_context(contextlib.closing(board)))
+    if with_bar:
+        bar = stack.enter_context(contextlib.closing(Bar(start, steps)))
+        sinks.append(bar)
+    return sinks, history, bar

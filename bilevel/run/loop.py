@@ -13,6 +13,7 @@ from bilevel.run import arguments
 from bilevel.run.best import Measured, keep_best_jitted, no_best, point_of_jitted
 from bilevel.run.checkpoint import Checkpoints
 from bilevel.run.data import Data
+from bilevel.run.processes import placed, several
 from bilevel.run.record import Record
 from bilevel.run.report import Report
 from bilevel.run.step import Carry, check_step, compiled_step, stays_finite
@@ -49,6 +50,13 @@ class Options:
         check_real("min_delta", self.min_delta, 0)
         arguments.check_callbacks(self.callbacks)
 
+    def told(self) -> dict[str, Any]:
+        """The settings in which the processes of a run must agree, as JSON."""
+        names = ("steps", "checkpoint_every", "keep", "evaluate_every")
+        return {name: int(getattr(self, name)) for name in names} | {
+            "patience": self.patience_note()
+        }
+
     def patience_note(self) -> list[Any]:
         """The rule for stopping, as JSON gives it back."""
         return [None if self.patience is None else int(self.patience), float(self.min_delta)]
@@ -69,7 +77,7 @@ def begin(options: Options, state: Any, data: Data, checkpoints: Checkpoints | N
     dtype = check_step(options.alg, state, data(probe), options.key, probe)
     if options.evaluate is not None:
         dtype = jnp.result_type(float)
-    best = no_best(options.alg, state, dtype)
+    best, halted = placed((no_best(options.alg, state, dtype), jnp.asarray(False)), state)
     found = None
     if checkpoints is not None:
         found = checkpoints.restore(
@@ -80,8 +88,8 @@ def begin(options: Options, state: Any, data: Data, checkpoints: Checkpoints | N
             ),
         )
     if found is None or found.step < done:
-        return Begin(Carry(state, best, jnp.asarray(False)), done, None, None)
-    carry = Carry(found.tree["state"], found.tree["best"], jnp.asarray(False))
+        return Begin(Carry(state, best, halted), done, None, None)
+    carry = Carry(found.tree["state"], found.tree["best"], halted)
     same = found.notes["patience"] == options.patience_note()
     return Begin(carry, found.step, found.step, found.notes["stopped"] if same else None)
 
@@ -165,10 +173,14 @@ class Run:
         self.saved = done
 
     def _rescue(self, error: BaseException) -> None:
-        """Log and save the finished steps; ``error`` stays the one that is raised."""
+        """Log and save the finished steps; ``error`` stays the one that is raised.
+
+        Saving takes all processes, and the others may not have come to this error.
+        """
         try:
-            self.report.settle(ask=False)
-            if self.done() not in (self.start, self.saved):
+            if not several():
+                self.report.settle(ask=False)
+            if not several() and self.done() not in (self.start, self.saved):
                 self._save()
         except Exception as second:
             error.add_note(

@@ -60,7 +60,8 @@ class Passes:
       run: the compiled functions.
       batches: the batches by step, compared where they are read again.
       first, steps: the run.
-      places: states that may be kept, beside the first of a segment.
+      places: states that may be kept, beside the first of a segment; or None: every step leaves
+        what its derivative needs, and none is made again.
       saved: a run on disk, or None.
       check_interrupt: raises where an interrupt is due.
     """
@@ -72,17 +73,17 @@ class Passes:
         hparams: Hparams,
         first: int,
         steps: int,
-        places: int,
+        places: int | None,
         saved: Saved | None,
         progress: bool,
         check_interrupt: Callable[[], None],
     ):
         self._run, self._batches, self._hparams = run, batches, hparams
-        self._first, self._end, self._places = first, first + steps, places
+        self._first, self._end, self._links = first, first + steps, places is None
         self._saved, self._check_interrupt = saved, check_interrupt
         length = steps if saved is None else saved.every
         starts = range(first, self._end, length)
-        self._segments = [Segment(s, min(length, self._end - s), places) for s in starts]
+        self._segments = [Segment(s, min(length, self._end - s), places or 0) for s in starts]
         self._bar = _Bar(steps) if wants_bar(progress) else None
 
     def close(self) -> None:
@@ -107,15 +108,24 @@ class Passes:
             done = step - self._first
             if saved is not None and done % saved.every == 0 and (done == 0 or step > resumed):
                 told = self._save(done, state, told)
-            if step >= last.first:
-                last.pass_by(step, state)
-            state, seen = self._run.advance(state, self._hparams, self._batches(step))
+            if step >= last.first and self._links:
+                state, seen = self._link(last, state, step)
+            else:
+                if step >= last.first:
+                    last.pass_by(step, state)
+                state, seen = self._run.advance(state, self._hparams, self._batches(step))
             told.append(seen)
             step += 1
             self._told("forward", step - self._first)
         if saved is not None and resumed < self._end:
             told = self._save(self._end - self._first, state, told)
         return state, np.asarray(jax.device_get(told), np.float64)
+
+    def _link(self, segment: Segment, state: InnerState, step: int) -> tuple[InnerState, jax.Array]:
+        batch = self._batches(step)
+        state, seen, pullback = self._run.link(state, self._hparams, batch)
+        segment.links.append(pullback)
+        return state, seen
 
     def _save(self, done: int, state: InnerState, told: list[Any]) -> list[Any]:
         told = [[float(x) for x in row] for row in jax.device_get(told)]
@@ -139,31 +149,55 @@ class Passes:
         def advance(state: InnerState, step: int) -> InnerState:
             return self._run.advance(state, self._hparams, self._batches(step))[0]
 
-        def pull(state: InnerState, step: int) -> None:
+        def moved(new: Any) -> None:
             nonlocal carried, pulled
-            self._check_interrupt()
-            batch = self._batches(step)
-            carried = self._run.pull(state, self._hparams, batch, *carried)
+            carried = new
             pulled += 1
             self._told("backward", pulled)
+            self._check_interrupt()
+
+        def pull(state: InnerState, step: int) -> None:
+            batch = self._batches(step)
+            moved(self._run.pull(state, self._hparams, batch, *carried))
 
         for segment in reversed(self._segments):
             if segment.first + segment.steps > self._end - pulled:
                 continue  # an earlier process did it
-            if not segment.is_filled():
-                self._fill(segment, begun, advance)
-            segment.reverse(advance, pull)
-            segment.kept.clear()
+            if self._links:
+                self._fill_links(segment, begun)
+                for step in reversed(range(segment.first, segment.first + segment.steps)):
+                    self._batches.compare(step)
+                    moved(self._run.follow(segment.links.pop(), *carried))
+            else:
+                if not segment.is_filled():
+                    self._fill(segment, begun, advance)
+                segment.reverse(advance, pull)
+                segment.kept.clear()
             if progress is not None:
                 progress.save(pulled, carried, {})
         return carried
 
-    def _fill(self, segment: Segment, begun: InnerState, advance: Callable[..., Any]) -> None:
-        at, state = self._first, begun
+    def _start_of(self, segment: Segment, begun: InnerState) -> tuple[int, InnerState]:
+        """The newest state at or before a segment, and its step."""
         if self._saved is not None:
             found = self._saved.state_at(segment.first - self._first, begun)
             if found is not None:
-                at, state = self._first + found[0], found[1]
+                return self._first + found[0], found[1]
+        return self._first, begun
+
+    def _fill_links(self, segment: Segment, begun: InnerState) -> None:
+        if len(segment.links) == segment.steps:
+            return
+        segment.links.clear()
+        at, state = self._start_of(segment, begun)
+        for step in range(at, segment.first + segment.steps):
+            if step >= segment.first:
+                state, _ = self._link(segment, state, step)
+            else:
+                state, _ = self._run.advance(state, self._hparams, self._batches(step))
+
+    def _fill(self, segment: Segment, begun: InnerState, advance: Callable[..., Any]) -> None:
+        at, state = self._start_of(segment, begun)
         for step in range(at, segment.last_kept() + 1):
             if step >= segment.first:
                 segment.pass_by(step, state)

@@ -16,6 +16,9 @@ Record = dict[str, Any]
 SMALL = 16
 """A hyperparameter array of up to this many entries is written out; a larger one is summed up."""
 
+HALVINGS = 20
+"""Steps of the bisection for a median, which is exact to the range of the entries by 2 ** 20."""
+
 
 def _named(tree: Any, default: str) -> dict[str, Any]:
     """Leaves by their path, written ``net/decay``."""
@@ -29,7 +32,8 @@ def _named(tree: Any, default: str) -> dict[str, Any]:
 def numbers_of(info: Any, hparams: Hparams) -> dict[str, Any]:
     """Every scalar of an outer step by its name in the log, and the hyperparameters.
 
-    Of a hyperparameter array with more than ``SMALL`` entries: norm, least, mean and largest.
+    Of a hyperparameter array with more than ``SMALL`` entries: norm, least, median, mean and
+    largest.
     """
     numbers = {"outer_loss": info.value}
     names = {"inner_value": "inner_loss", "hypergrad_norm": "hypergrad_norm", "result": "status"}
@@ -50,13 +54,27 @@ def numbers_of(info: Any, hparams: Hparams) -> dict[str, Any]:
 
 
 def _summary(path: str, leaf: jax.Array) -> dict[str, jax.Array]:
-    x = accumulate(leaf)  # no median: it would sort a million weights at every step
+    x = accumulate(leaf)
+    low, high = jnp.min(x), jnp.max(x)
     return {
         f"{path}/norm": jnp.sqrt(jnp.sum(x * x)),
-        f"{path}/min": jnp.min(x),
+        f"{path}/min": low,
+        f"{path}/median": _median(x, low, high),
         f"{path}/mean": jnp.mean(x),
-        f"{path}/max": jnp.max(x),
+        f"{path}/max": high,
     }
+
+
+def _median(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The least entry that half of all do not exceed, by counting: a sort would gather shards."""
+
+    def halve(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = low + (high - low) / 2
+        enough = 2 * jnp.sum(x <= middle) >= x.size
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    return jax.lax.fori_loop(0, HALVINGS, halve, (low, high))[1]
 
 
 def record_of(

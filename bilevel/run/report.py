@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from bilevel.run.arguments import wants_to_stop
+from bilevel.run.processes import on_host
 from bilevel.run.record import Record, record_of
 from bilevel.run.step import PARTS
 
@@ -60,7 +61,7 @@ class Report:
         """Write the records of all but the last ``leave`` steps; ``ask`` the callbacks."""
         while len(self._pending) > leave and self.stopped is None:
             i, numbers, evaluated = self._pending[0]
-            numbers = jax.device_get(numbers)
+            numbers = on_host(numbers)
             self._mark = int(numbers.pop("mark_step"))
             finite = numbers.pop("finite")
             bad = [name for name in PARTS if not finite.get(name, True)]

@@ -31,15 +31,23 @@ class Steps(NamedTuple):
       pull: ``(state, hparams, batch, cotangents, found) -> (cotangents, found)``: through the
         step that begins at ``state``; cotangents are those of its floats, in a list, and
         ``found`` accumulates the gradient in the hyperparameters.
+      link: ``advance`` that also returns what the derivative of the step needs, activations
+        included: ``(state, told, pullback)``.
+      follow: ``(pullback, cotangents, found)``: ``pull`` by what ``link`` returned, which computes
+        nothing of the step again.
       pull_begin: ``(params, hparams, model_state, opt_state, cotangents)``: the derivatives in
         parameters and hyperparameters, through ``begin``.
+      checked: forms of arguments for which the checks were made, which trace the step anew.
     """
 
     begin: Callable[..., InnerState]
     advance: Callable[..., tuple[InnerState, jax.Array]]
     end: Callable[..., Any]
     pull: Callable[..., tuple[list[Any], Hparams]]
+    link: Any
+    follow: Callable[..., tuple[list[Any], Hparams]]
     pull_begin: Callable[..., tuple[Params, Hparams]]
+    checked: set[Any]
 
 
 def compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
@@ -76,6 +84,21 @@ def _compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
         given, more = jax.vjp(floats, floats_of(state), hparams)[1](given)
         return given, tree.add(found, more)
 
+    def link(state: InnerState, hparams: Hparams, batch: Batch) -> Any:
+        def floats(values: list[Any], hparams: Hparams) -> Any:
+            # Reverse over reverse: with all activations at hand it has the fewest products.
+            new, told = step(with_floats(state, values), hparams, batch, False)
+            return floats_of(new), (new, told)
+
+        # The two are programs of their own, so nothing needs to be kept from being merged.
+        kept = jax.checkpoint(floats, prevent_cse=False, policy=_is_kept)
+        _, pullback, (new, told) = jax.vjp(kept, floats_of(state), hparams, has_aux=True)
+        return new, told, pullback
+
+    def follow(pullback: Any, given: Any, found: Any) -> Any:
+        given, more = pullback(given)
+        return given, tree.add(found, more)
+
     def pull_begin(params: Params, hparams: Hparams, model_state: Any, old: Any, given: Any) -> Any:
         def floats(params: Params, hparams: Hparams) -> list[Any]:
             return floats_of(begin(params, hparams, model_state, old))
@@ -87,8 +110,16 @@ def _compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
         jax.jit(lambda state, hparams, batch: step(state, hparams, batch, False)),
         jax.jit(end),
         jax.jit(pull, donate_argnums=(3, 4)),
+        jax.jit(link),
+        jax.jit(follow, donate_argnums=(1, 2)),
         jax.jit(pull_begin),
+        set(),
     )
+
+
+def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Of what a step computes: products are kept, what is cheap is computed again."""
+    return primitive.name in ("dot_general", "conv_general_dilated")
 
 
 _cached_steps = functools.lru_cache(maxsize=8)(_compiled_steps)
@@ -121,9 +152,17 @@ class Batches:
         self._last = first + steps - 1
         self.seen: dict[int, int] = {}
 
+    def compare(self, step: int) -> None:
+        """Read the batch of a step again, if it is one of those that are compared."""
+        if self._is_compared(step):
+            self(step)
+
+    def _is_compared(self, step: int) -> bool:
+        return step == self._last or (step - self._first) % self._every == 0
+
     def __call__(self, step: int) -> Batch:
         batch = self._source(step)
-        if step == self._last or (step - self._first) % self._every == 0:
+        if self._is_compared(step):
             found = _check_sum(batch)
             if self.seen.setdefault(step, found) != found:
                 raise ValueError(
@@ -156,7 +195,11 @@ def _check_sum(arrays: Any) -> int:
 def _numbers(arrays: Any) -> Iterator[np.ndarray]:
     for leaf in jax.tree.leaves(arrays):
         is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
-        yield np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+        leaf = jax.random.key_data(leaf) if is_key else leaf
+        if getattr(leaf, "is_fully_addressable", True):
+            yield np.asarray(leaf)
+        else:  # of several processes, each compares its own part
+            yield from (np.asarray(part.data) for part in leaf.addressable_shards)
 
 
 class Segment:
@@ -171,6 +214,7 @@ class Segment:
         self.first, self.steps = first, steps
         self._plan: Reversal = plan(steps, min(places, steps))
         self.kept: dict[int, Any] = {}
+        self.links: list[Any] = []
         at, self._keeps = first, {}
         for count, place in self._plan.forward:
             at += count

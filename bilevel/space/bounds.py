@@ -53,7 +53,7 @@ def _keep_inside_jvp(low: float, high: float, primals: Any, tangents: Any) -> An
 
 @dataclasses.dataclass(frozen=True)
 class Free:
-    r"""No bounds: :math:`\lambda = \rho`."""
+    r"""No bounds: :math:`λ = ρ`."""
 
     def constrain(self, raw: jax.Array) -> jax.Array:
         """The identity."""
@@ -73,10 +73,10 @@ class Free:
 
 @dataclasses.dataclass(frozen=True)
 class Positive:
-    r""":math:`\lambda = e^\rho > 0`, elementwise.
+    r""":math:`λ = e^ρ > 0`, elementwise.
 
-    The exponential rather than a softplus: :math:`dF/d\rho = \lambda\, dF/d\lambda` is the change
-    of F per *relative* change of :math:`\lambda`, so one step size suits decays of 1e-6 and of 1.
+    The exponential rather than a softplus: :math:`dF/dρ = λ dF/dλ` is the change
+    of F per *relative* change of :math:`λ`, so one step size suits decays of 1e-6 and of 1.
     Raw values below -87 and above 88 stay at the smallest and largest positive number of float32.
     """
 
@@ -85,7 +85,7 @@ class Positive:
         return _smallest(dtype), float(jnp.finfo(dtype).max)
 
     def constrain(self, raw: jax.Array) -> jax.Array:
-        r""":math:`e^\rho`."""
+        r""":math:`e^ρ`."""
         raw = _real(raw)
         wide = raw.astype(accumulator_dtype(raw.dtype))
         # One step below log(max), or rounding makes the exponential (and its derivative) infinite.
@@ -95,7 +95,7 @@ class Positive:
         return _finish(value, wide, raw.dtype, self.limits(raw.dtype))
 
     def unconstrain(self, value: jax.Array) -> jax.Array:
-        r""":math:`\log\lambda`."""
+        r""":math:`log λ`."""
         value = _real(value)
         return jnp.log(value.astype(accumulator_dtype(value.dtype))).astype(value.dtype)
 
@@ -110,13 +110,13 @@ class Positive:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    r""":math:`\lambda = lo + (hi - lo)\,\sigma(\rho)`, elementwise, inside the open interval.
+    r""":math:`λ = lo + (hi - lo) σ(ρ)`, elementwise, inside the open interval.
 
     Args:
       lo: lower end.
       hi: upper end, above ``lo``.
 
-    The gradient with respect to :math:`\rho` shrinks as :math:`(\lambda-lo)(hi-\lambda)/(hi-lo)`
+    The gradient with respect to :math:`ρ` shrinks as :math:`(λ-lo)(hi-λ)/(hi-lo)`
     toward the ends: a value that starts at an end hardly moves, so start well inside.
 
     Raises:
@@ -155,7 +155,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Integer:
-    r"""A whole number, relaxed to the open interval :math:`(lo - \tfrac12, hi + \tfrac12)`.
+    r"""A whole number, relaxed to the open interval :math:`(lo - ½, hi + ½)`.
 
     Args:
       lo: smallest whole number.
@@ -229,9 +229,9 @@ class Integer:
 
 @dataclasses.dataclass(frozen=True)
 class Simplex:
-    r"""Positive weights that sum to one over the last axis: :math:`\lambda = softmax(\rho)`.
+    r"""Positive weights that sum to one over the last axis: :math:`λ = softmax(ρ)`.
 
-    One direction of :math:`\rho` (a constant added to all) moves nothing; ``unconstrain`` gives
+    One direction of :math:`ρ` (a constant added to all) moves nothing; ``unconstrain`` gives
     the representative of mean zero, and gradients have no component along it. A weight never
     rounds to zero.
     """

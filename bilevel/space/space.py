@@ -1,10 +1,10 @@
 r"""Bounds on hyperparameters, by a change of variables.
 
-The outer optimizer moves a *raw* variable :math:`\rho` that may take any real value; the losses
-read :math:`\lambda = c(\rho)`, which cannot leave its bounds. By the chain rule
+The outer optimizer moves a *raw* variable :math:`ρ` that may take any real value; the losses
+read :math:`λ = c(ρ)`, which cannot leave its bounds. By the chain rule
 
 .. math::
-    \frac{dF}{d\rho} = \Bigl(\frac{\partial c}{\partial\rho}\Bigr)^\top \frac{dF}{d\lambda}
+    dF/dρ = (∂c/∂ρ)ᵀ dF/dλ
 
 so a hypergradient through bounds costs nothing but one transposed product with :math:`c`.
 
@@ -115,11 +115,11 @@ class Space:
             raise ValueError("`bounds` is empty: name at least one hyperparameter.")
 
     def constrain(self, raw: Hparams) -> Hparams:
-        r""":math:`\lambda = c(\rho)`: what the losses read. Any finite ``raw`` is legal."""
+        r""":math:`λ = c(ρ)`: what the losses read. Any finite ``raw`` is legal."""
         return self._map(lambda bound, x, _: bound.constrain(x), raw, inside=True)
 
     def unconstrain(self, hparams: Hparams) -> Hparams:
-        r""":math:`\rho = c^{-1}(\lambda)`. Concrete values are checked, traced ones cannot be."""
+        r""":math:`ρ = c^{-1}(λ)`. Concrete values are checked, traced ones cannot be."""
 
         def leaf(bound: Bound, x: jax.Array, name: str) -> jax.Array:
             if not isinstance(x, Tracer):

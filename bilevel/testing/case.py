@@ -43,12 +43,12 @@ class Exact:
     r"""The minimizer and the derivatives there, as flat float64 arrays.
 
     Attributes:
-      params: :math:`w^*(\lambda)`, (n,).
-      hessian: :math:`H = \nabla^2_{ww} h`, (n, n); of a condition :math:`\partial_w R`, which need
+      params: :math:`w^*(λ)`, (n,).
+      hessian: :math:`H = ∇^2_{ww} h`, (n, n); of a condition :math:`∂_w R`, which need
         not be symmetric.
-      cross: :math:`B = \partial_\lambda \nabla_w h`, (n, p).
-      outer_grad: :math:`g = \nabla_w f`, (n,).
-      direct: :math:`\partial_\lambda f`, (p,).
+      cross: :math:`B = ∂_λ ∇_w h`, (n, p).
+      outer_grad: :math:`g = ∇_w f`, (n,).
+      direct: :math:`∂_λ f`, (p,).
     """
 
     params: np.ndarray
@@ -58,12 +58,12 @@ class Exact:
     direct: np.ndarray
 
     def adjoint(self, damping: float = 0.0) -> np.ndarray:
-        r""":math:`q = (H^\top + \rho I)^{-1} g`, (n,)."""
+        r""":math:`q = (Hᵀ + ρ I)^{-1} g`, (n,)."""
         matrix = self.hessian.T + damping * np.eye(len(self.hessian))
         return np.linalg.solve(matrix, self.outer_grad)
 
     def series(self, num_matvecs: int, step_size: float) -> np.ndarray:
-        r""":math:`a \sum_{j=0}^{K} (I - aH)^j g` summed term by term: K products, K + 1 terms."""
+        r""":math:`a ∑_{j=0}^{K} (I - aH)^j g` summed term by term: K products, K + 1 terms."""
         term = total = self.outer_grad
         for _ in range(num_matvecs):
             term = term - step_size * self.hessian.T @ term
@@ -71,7 +71,7 @@ class Exact:
         return step_size * total
 
     def hypergrad(self, adjoint: np.ndarray | None = None) -> np.ndarray:
-        r""":math:`\partial_\lambda f - B^\top q`, (p,), for the exact q or the one given."""
+        r""":math:`∂_λ f - Bᵀ q`, (p,), for the exact q or the one given."""
         return self.direct - self.cross.T @ (self.adjoint() if adjoint is None else adjoint)
 
 
@@ -116,7 +116,7 @@ class Case:
         return self.exact(flatten(self.hparams))
 
     def solution(self, hparams: Hparams) -> Params:
-        r""":math:`w^*(\lambda)` at other hyperparameters, shaped like ``params``."""
+        r""":math:`w^*(λ)` at other hyperparameters, shaped like ``params``."""
         return unflatten(self.exact(flatten(hparams)).params, self.params)
 
     def hypergrad(self, hparams: Hparams | None = None) -> Hparams:
@@ -125,7 +125,7 @@ class Case:
         return unflatten(self.exact(flatten(hparams)).hypergrad(), hparams)
 
     def adjoint(self, damping: float = 0.0) -> Vector:
-        r""":math:`(H + \rho I)^{-1}\nabla_w f`, shaped like ``params``."""
+        r""":math:`(H + ρ I)^{-1}∇_w f`, shaped like ``params``."""
         return unflatten(self.truth().adjoint(damping), self.params)
 
     def astype(self, dtype: Any) -> "Case":
@@ -178,7 +178,7 @@ DIRECT = 0.3
 
 
 def add_direct(data_loss: Loss, direction: Any) -> Loss:
-    r"""``data_loss`` plus :math:`\tau\,(\sum_k \sin\lambda_k)(a^\top w)`.
+    r"""``data_loss`` plus :math:`τ (∑_k sin λ_k)(aᵀ w)`.
 
     The term makes the outer loss depend on the hyperparameters, and its gradient in the
     parameters depend on them too.

@@ -32,7 +32,7 @@ def _outer(rng: np.random.Generator, n: int, like: Any) -> tuple[Any, Any, Any]:
 
 
 def equilibrium_case(rng: np.random.Generator) -> Case:
-    r"""The equilibrium :math:`w = M w + C\lambda + c` of a map that contracts, not symmetric."""
+    r"""The equilibrium :math:`w = M w + Cλ + c` of a map that contracts, not symmetric."""
     n, p = 5, 3
     m, c, shift = draw(rng, n, n), draw(rng, n, p), draw(rng, n)
     m *= 0.6 / np.linalg.norm(m, 2)

@@ -109,9 +109,9 @@ def _least_squares(data: Any, lam: np.ndarray, direction: np.ndarray, form: Any)
 def ridge_cases(rng: np.random.Generator) -> list[Case]:
     r"""Ridge regression tuned through its penalty, its data weights and its labels.
 
-    :math:`h = |Xw - y|^2/2n + \tfrac12\sum_j e^{\lambda_j} w_j^2`, with one penalty or one for
-    each parameter; :math:`\tfrac1{2n}\sum_i \sigma(\lambda_i)(x_i^\top w - y_i)^2 + c|w|^2/2`;
-    and :math:`\lambda = y`.
+    :math:`h = |Xw - y|^2/2n + ½ ∑_j e^{λ_j} w_j^2`, with one penalty or one for
+    each parameter; :math:`\tfrac1{2n}∑_i σ(λ_i)(x_iᵀ w - y_i)^2 + c|w|^2/2`;
+    and :math:`λ = y`.
     """
     n, d, ridge = 9, 4, 0.3
     like = _vector_like(d)
@@ -181,8 +181,8 @@ def ridge_cases(rng: np.random.Generator) -> list[Case]:
 def multi_output_case(rng: np.random.Generator) -> Case:
     r"""Fewer outputs than parameters, coupled by a matrix that is tuned: the push-through case.
 
-    :math:`h = \tfrac1{2b}\sum_i r_i^\top Q(\lambda)\, r_i + e^{\lambda_0}|W|^2/2` with
-    :math:`r_i = W^\top x_i - y_i` and :math:`Q = S + \operatorname{diag}(e^{\lambda})`.
+    :math:`h = \tfrac1{2b}∑_i r_iᵀ Q(λ) r_i + e^{λ_0}|W|^2/2` with
+    :math:`r_i = Wᵀ x_i - y_i` and :math:`Q = S + diag(e^{λ})`.
     """
     b, d, c = 3, 4, 2
     root = draw(rng, c, c)
@@ -229,7 +229,7 @@ def multi_output_case(rng: np.random.Generator) -> Case:
 
 
 def logistic_cases(rng: np.random.Generator) -> list[Case]:
-    r"""Logistic regression, :math:`\sum_i \log(1 + e^{-y_i x_i^\top w})` and the two penalties."""
+    r"""Logistic regression, :math:`∑_i log(1 + e^{-y_i x_iᵀ w})` and the two penalties."""
     n, d = 12, 3
     like = _vector_like(d)
 

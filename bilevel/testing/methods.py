@@ -23,7 +23,7 @@ class CheckFailed(AssertionError):
 
 
 def relative_error(got: Any, expected: Any) -> float:
-    r""":math:`\|a - b\| / \|b\|` over all leaves, in float64; NaN counts as infinite."""
+    r""":math:`‖a - b‖ / ‖b‖` over all leaves, in float64; NaN counts as infinite."""
     a, b = flatten(got), flatten(expected)
     if a.shape != b.shape:
         return float("inf")
@@ -209,9 +209,9 @@ def check_solver(
     Args:
       solver: sees products only; one that needs factors is tested by :func:`check_response`.
       cases: default all of :func:`~bilevel.testing.cases`.
-      reference: ``reference(exact) -> q`` to expect, by default :math:`(H + \rho I)^{-1}g`.
+      reference: ``reference(exact) -> q`` to expect, by default :math:`(H + ρ I)^{-1}g`.
       rtol: relative error allowed in :math:`q`.
-      damping: :math:`\rho`.
+      damping: :math:`ρ`.
       key: handed to every solve.
 
     Raises:

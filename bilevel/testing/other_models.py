@@ -35,11 +35,11 @@ def quadratic_case(rng: np.random.Generator) -> Case:
     r"""The general quadratic pair in inner z (5 numbers) and outer x (4 numbers).
 
     .. math::
-        h = \tfrac12 z^\top A z + \tfrac12 x^\top B x + x^\top C z + a^\top z + b^\top x, \qquad
-        f = \tfrac12 z^\top F z + \tfrac12 x^\top G x + x^\top K z + c^\top z + e^\top x
+        h = ½ zᵀ A z + ½ xᵀ B x + xᵀ C z + aᵀ z + bᵀ x,
+        f = ½ zᵀ F z + ½ xᵀ G x + xᵀ K z + cᵀ z + eᵀ x
 
-    with minimizer :math:`z^* = -A^{-1}(C^\top x + a)` and hypergradient
-    :math:`Gx + Kz^* + e - CA^{-1}(Fz^* + K^\top x + c)`.
+    with minimizer :math:`z^* = -A^{-1}(Cᵀ x + a)` and hypergradient
+    :math:`Gx + Kz^* + e - CA^{-1}(Fz^* + Kᵀ x + c)`.
     """
     n, p = 5, 4
 

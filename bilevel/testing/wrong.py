@@ -42,7 +42,7 @@ class WrongEstimator:
 
 @dataclasses.dataclass(frozen=True)
 class FlippedSign(Implicit):
-    r""":math:`+B^\top q` for :math:`-B^\top q`."""
+    r""":math:`+Bᵀ q` for :math:`-Bᵀ q`."""
 
     def vjp(self, *args: Any, **kwargs: Any) -> Any:
         """The pullback with the wrong sign."""

@@ -38,7 +38,7 @@ class Influence(NamedTuple):
     r"""How the query loss follows the weight of each training example.
 
     Attributes:
-      scores: :math:`\partial L / \partial\theta_i` at weights one, (n,), or (q, n) with
+      scores: :math:`∂L / ∂θ_i` at weights one, (n,), or (q, n) with
         ``per_query``. Removing example i changes L by about ``-scores[i]``: examples with
         negative scores help.
       value: L, the mean loss of the queries, or each one's, (q,).
@@ -71,11 +71,11 @@ def influence(
     r"""The derivative of a query loss in the weight of every training example.
 
     .. math::
-        h(w, \theta) = \frac1n \sum_i \theta_i\, \ell_i(w) + \text{penalty}(w), \qquad
-        \text{scores}_i = \frac{\partial L(w(\theta))}{\partial\theta_i}\Big|_{\theta = 1}
+        h(w, θ) = 1/n ∑_i θ_i ℓ_i(w) + penalty(w),
+        scores_i = \frac{∂L(w(θ))}{∂θ_i}\Big|_{θ = 1}
 
     With ``Implicit(...)`` that is the influence function
-    :math:`-\tfrac1n \nabla L^\top H^{-1} \nabla\ell_i`: one solve and one product give all
+    :math:`-1/n ∇Lᵀ H^{-1} ∇ℓ_i`: one solve and one product give all
     examples. With ``Unroll(...)`` it is the exact derivative of the whole training run, from
     ``params`` through every step that ``response`` makes.
 
@@ -167,7 +167,9 @@ def retraining(
 
     Weights are (n,), one for each example of ``data``, which a weight of zero removes. Arguments
     as of :func:`influence`. The function can be jitted and vmapped; for
-    :func:`~bilevel.datamodel_score` and :func:`~bilevel.metasmoothness`.
+    :func:`~bilevel.datamodel_score` and :func:`~bilevel.metasmoothness`. It is a pytree of the
+    arrays that it reads (a ``jax.tree_util.Partial``): pass it to a jitted function of your own as
+    an argument, and the data are no constants of the compiled program.
     """
     if not isinstance(run, Unroll):
         raise TypeError(
@@ -175,14 +177,15 @@ def retraining(
             "solver of your own write the function `weights -> params` instead."
         )
     params = jax.tree.map(jnp.asarray, params)
-    _, problem, batches = _weighted(losses, run, params, data, penalty, batches)
+    batches = _weighted(losses, run, params, data, penalty, batches)[2]
 
-    def train(weights: jax.Array) -> Params:
+    def train(params: Params, data: Batch, batches: jax.Array, weights: jax.Array) -> Params:
+        problem = _problem(losses, data, penalty)
         tx = build_tx(run.inner_tx, weights)
         state = start(tx, params)
         return descend(problem, tx, state, weights, batches, steps=run.steps)[0].params
 
-    return train
+    return jax.tree_util.Partial(train, params, data, batches)
 
 
 def _weighted(
@@ -199,6 +202,19 @@ def _weighted(
     n = len(jax.tree.leaves(data)[0])
     if penalty is not None:
         check_takes("penalty", penalty, PENALTY)
+    stack: Any = None
+    if isinstance(response, Unroll):
+        stack = _stack(batches, response.steps, n)
+    elif batches is not None:
+        raise ValueError(
+            "`batches` says what each training step reads, and only `Unroll` makes steps: leave it "
+            "out, an implicit response reads all of `data`."
+        )
+    return jnp.ones(n, dtype), _problem(losses, data, penalty), stack
+
+
+def _problem(losses: Losses, data: Batch, penalty: Callable[[Params], Any] | None) -> Problem:
+    """The problem whose hyperparameters are weights of the examples, and batches their rows."""
 
     def inner(params: Params, weights: jax.Array, index: Any) -> jax.Array:
         here, batch = weights, data
@@ -212,15 +228,7 @@ def _weighted(
     def outer(params: Params, weights: jax.Array, batch: Any) -> jax.Array:
         return tree.vdot(params, params)  # never evaluated but for its shape
 
-    stack: Any = None
-    if isinstance(response, Unroll):
-        stack = _stack(batches, response.steps, n)
-    elif batches is not None:
-        raise ValueError(
-            "`batches` says what each training step reads, and only `Unroll` makes steps: leave it "
-            "out, an implicit response reads all of `data`."
-        )
-    return jnp.ones(n, dtype), Problem(outer, inner), stack
+    return Problem(outer, inner)
 
 
 def _stack(batches: Any, steps: int, n: int) -> jax.Array:

@@ -44,7 +44,7 @@ def datamodel_score(
 ) -> DatamodelScore:
     r"""The linear datamodelling score (LDS): retrain on random subsets, compare ranks.
 
-    .. math:: \hat L(S) = L - \sum_{i \notin S} \text{scores}_i
+    .. math:: \hat L(S) = L - ∑_{i ∉ S} scores_i
 
     Each subset S leaves out the same share of examples at random; the runs on the subsets are
     trained together, by ``vmap``.
@@ -84,14 +84,18 @@ def datamodel_score(
         )
     dtype = found.scores.dtype
 
-    def retrained(key: Key) -> Any:
-        gone = jax.random.permutation(key, n) < out
-        weights = jnp.where(gone, 0, 1).astype(dtype)
-        return weights, query(train(weights), queries)
+    @jax.jit
+    def run(train: Callable[[jax.Array], Params], queries: Batch, keys: Key) -> Any:
+        def retrained(key: Key) -> Any:
+            gone = jax.random.permutation(key, n) < out
+            weights = jnp.where(gone, 0, 1).astype(dtype)
+            return weights, query(train(weights), queries)
 
-    keys = jax.random.split(key, subsets)
-    run = jax.jit(lambda keys: jax.lax.map(retrained, keys, batch_size=min(at_once, subsets)))
-    weights, actual = map(np.asarray, run(keys))
+        return jax.lax.map(retrained, keys, batch_size=min(at_once, subsets))
+
+    # What `train` carries, such as the training data, is an argument and not a constant.
+    train = jax.tree_util.Partial(train)
+    weights, actual = map(np.asarray, run(train, queries, jax.random.split(key, subsets)))
     scores = np.atleast_2d(found.scores)
     if found.scores.ndim == 1:
         actual = actual.mean(1, keepdims=True)

@@ -49,16 +49,16 @@ class Diagnosis:
       support: parameters that respond: n, or those on the support of a ``Composite``, of which
         curvature, solver and advice speak.
       loss: the inner loss, of a ``Composite`` its smooth part.
-      grad_norm: :math:`\|\nabla_w h\|`, or the norm of the condition.
-      stationarity: :math:`\|\nabla_w h\| / (\lambda_{max}\|w\|)`: by how much, relative to
-        their length, one gradient step of size :math:`1/\lambda_{max}` would move the parameters.
+      grad_norm: :math:`‖∇_w h‖`, or the norm of the condition.
+      stationarity: :math:`‖∇_w h‖ / (λ_{max}‖w‖)`: by how much, relative to
+        their length, one gradient step of size :math:`1/λ_{max}` would move the parameters.
       stationary: whether that is at most 1e-3.
       min_curvature, max_curvature: extreme eigenvalues of the operator as given.
       min_error, max_error: an eigenvalue lies within this distance of each. A large
         ``min_error`` asks for more ``num_steps``.
       damping: what to *add* so that the condition number is at most 1e4; 0 if nothing.
       condition: the condition number with that damping.
-      step_size: :math:`1/\lambda_{max}`, damping included: for ``Neumann`` and for plain SGD.
+      step_size: :math:`1/λ_{max}`, damping included: for ``Neumann`` and for plain SGD.
       cg_steps: CG steps to a relative error of 1e-4 by the classical bound, at most n.
       solver: the linear solver advised.
       operator: the operator advised, damping included.
@@ -107,9 +107,9 @@ def diagnose(
     Extreme eigenvalues come from Lanczos' method with full reorthogonalization; damping and
     expected steps from
 
-    .. math:: \rho = \max\Bigl(0, \frac{\lambda_{max} - \kappa\lambda_{min}}{\kappa - 1}\Bigr),
-        \ \kappa = 10^4, \qquad
-        k = \left\lceil \tfrac12\sqrt{\kappa_\rho}\,\ln\frac{2}{10^{-4}} \right\rceil
+    .. math:: ρ = max \Bigl(0, \frac{λ_{max} - κλ_{min}}{κ - 1}\Bigr),
+        \ κ = 10^4,
+        k = \left ⌈½ \sqrt{κ_ρ} ln \frac{2}{10^{-4}} \right⌉
 
     Args:
       inner: ``inner(params, hparams, batch) -> scalar``, or a ``Composite``.
@@ -280,7 +280,8 @@ def _conclude(
         advice.append(
             f"The parameters are not at a minimum (a gradient step would move them by "
             f"{stationarity:.1e} of their length): train further, or use a response that does not "
-            "assume a minimum, such as `Unroll(...)`."
+            "assume a minimum, such as `Unroll(...)` (whether the derivative of a training run is "
+            "of use, `metasmoothness(...)` tells before it is taken)."
         )
     if low < -1e-4 * scale:
         advice.append(

@@ -21,8 +21,9 @@ from bilevel.ground.settings import (
     is_function,
 )
 from bilevel.ground.status import Status
-from bilevel.hypergradient.base import Response
+from bilevel.hypergradient.base import Response, no_loss
 from bilevel.hypergradient.transform import hypergrad_solve
+from bilevel.hypergradient.unroll_map import UnrollMap
 from bilevel.linear.cg import CG
 from bilevel.linear.dense import Dense
 from bilevel.problem.conditions import Condition
@@ -40,13 +41,13 @@ class HypergradCheck:
     r"""What :func:`check_hypergrad` found, one entry per direction; the gradient's own is first.
 
     Attributes:
-      derivatives: :math:`\langle d, \mathrm{hypergrad}\rangle`.
+      derivatives: :math:`⟨d, hypergrad⟩`.
       differences: central differences of :math:`F` along :math:`d`.
       errors: relative, ``|derivatives - differences|`` over the larger of the two, and of
         the root mean square derivative in a random direction.
       noise: what rounding and the unfinished re-solves alone can contribute to ``errors``.
       step: the half-width of the differences, in units of the hyperparameters.
-      stationarity: :math:`\|\nabla_w h\|` where the hypergradient was evaluated, and the largest
+      stationarity: :math:`‖∇_w h‖` where the hypergradient was evaluated, and the largest
         one after a re-solve.
       distance: from ``params`` to the re-solved parameters, relative to the longer of the two.
       status: that of the hypergradient itself, as ``hypergrad_solve`` reports it.
@@ -74,7 +75,7 @@ class HypergradCheck:
 
 def check_hypergrad(
     outer: Loss,
-    inner: Loss | Condition,
+    inner: Loss | Condition | None,
     response: Response,
     params: Params,
     hparams: Hparams,
@@ -93,8 +94,8 @@ def check_hypergrad(
 ) -> HypergradCheck:
     r"""Compare ``hypergrad`` with
 
-    .. math:: \frac{F(\lambda + s d) - F(\lambda - s d)}{2 s}, \qquad
-        F(\lambda) = f(w^*(\lambda), \lambda)
+    .. math:: \frac{F(λ + s d) - F(λ - s d)}{2 s},
+        F(λ) = f(w^*(λ), λ)
 
     where :math:`w^*` is solved anew on both sides, along the hypergradient's own direction and
     ``directions`` - 1 random ones.
@@ -103,11 +104,12 @@ def check_hypergrad(
       outer, inner, response, params, hparams, inner_batch, outer_batch: as for
         :func:`~bilevel.hypergrad`. The hypergradient is evaluated at ``params``.
       solve: ``solve(params, hparams, inner_batch) -> params``, your own solver, to rounding
-        error. By default Newton's method with CG and a line search, jitted, from ``params``.
+        error. By default Newton's method with CG and a line search, jitted, from ``params``; the
+        steps of an :class:`~bilevel.UnrollMap`.
       directions: how many.
       key: of the random directions; also handed to ``response``. Fixed by default.
-      step: s, for directions of length one; by default :math:`\epsilon^{1/3}\max(1,
-        \|\lambda\|)`, the best compromise between rounding and curvature.
+      step: s, for directions of length one; by default :math:`ϵ^{1/3}max(1,
+        ‖λ‖)`, the best compromise between rounding and curvature.
       tolerance: relative; 1e-4 in float64 and 5e-2 in float32 by default.
       resolve_first: evaluate the hypergradient at the re-solved parameters instead, to tell a
         wrong response from parameters that are not at a minimum.
@@ -117,17 +119,21 @@ def check_hypergrad(
     Returns:
       :class:`HypergradCheck`. A re-solve that did not converge is never passed over: then
       ``converged`` and ``passed`` are False and the message says how much noise it left, as
-      estimated by :math:`|\nabla_w f^\top H^{-1}\nabla_w h|`.
+      estimated by :math:`|∇_w fᵀ H^{-1}∇_w h|`.
 
     Raises:
       ValueError: for a ``step`` so small that the differences would be rounding error
-        (below :math:`\sqrt\epsilon\,\max(1, \|\lambda\|)`), and what ``hypergrad`` raises.
+        (below :math:`\sqrt ϵ max(1, ‖λ‖)`), and what ``hypergrad`` raises.
 
     Cost: one hypergradient and ``2 * directions + 1`` inner solves. A tool for tests and for the
     host: not for use under ``jit``. Give your own ``solve`` for networks with convolutions on
     CPU, where the default one's loops are slow. For non-convex problems it follows the minimum that
     Newton's method finds from ``params``: look at ``distance``.
     """
+    runs = isinstance(response, UnrollMap)
+    if runs:  # what it returns depends on the start, and there is no minimum to be found
+        inner, resolve_first = no_loss, False
+        solve = jax.jit(response.run) if solve is None else solve
     _check_arguments(outer, inner, response, params, hparams, inner_batch, outer_batch, solve, key)
     check_count("directions", directions)
     for name, flag in (
@@ -147,7 +153,7 @@ def check_hypergrad(
         if solve is None:
             w = _newton(losses, start, lam, inner_batch, model_state)
         else:
-            w = solve(start, lam, inner_batch)
+            w = solve(params if runs else start, lam, inner_batch)
         return _evaluate(losses, w, lam, inner_batch, outer_batch, model_state), w
 
     here, w = value(hparams, params)
@@ -331,9 +337,9 @@ def _evaluate(
 def _newton_direction(
     problem: Problem, w: Params, hparams: Hparams, batch: Batch
 ) -> tuple[Vector, Vector, jax.Array]:
-    r"""``(\nabla h, p, p' \nabla h)`` with :math:`p \approx -H^{-1}\nabla h`, which descends.
+    r"""``(\nabla h, p, p' \nabla h)`` with :math:`p ≈ -H^{-1}∇h`, which descends.
 
-    For a condition :math:`(R, -A^{-1}R, -\|R\|^2)`, the slope of :math:`\tfrac12\|R\|^2`.
+    For a condition :math:`(R, -A^{-1}R, -‖R‖^2)`, the slope of :math:`½ ‖R‖^2`.
     """
     if not problem.has_loss:
         residual, mv = Jacobian().bind(problem, w, hparams, batch, fresh=False)

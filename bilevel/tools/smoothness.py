@@ -37,9 +37,9 @@ def metasmoothness(
 ) -> Metasmoothness:
     r"""Whether the outcome of training moves smoothly with the hyperparameters.
 
-    .. math:: \Delta(z) = \frac{f(z + hv) - f(z)}{h}, \qquad
-        S = \frac{\sum_j |\Delta_j(z)|\, \operatorname{sign}\Delta_j(z)\,
-        \operatorname{sign}\Delta_j(z + hv)}{\sum_j |\Delta_j(z)|}
+    .. math:: Δ(z) = \frac{f(z + hv) - f(z)}{h},
+        S = \frac{∑_j |Δ_j(z)| signΔ_j(z)
+        signΔ_j(z + hv)}{∑_j |Δ_j(z)|}
 
     A gradient describes what a step of size h does only where the outcome is smooth on that
     scale. Settings of training with a higher score (larger batches, smoother activations, norms,
@@ -71,8 +71,9 @@ def metasmoothness(
             signs, hparams, lambda key, shape, dtype: jax.random.rademacher(key, shape, dtype)
         )
     check_same_tree(direction, hparams, "direction")
-    runs = jax.jit(train)
-    outcomes = [runs(tree.axpy(i * step, direction, hparams)) for i in range(3)]
+    run = jax.jit(lambda train, hparams: train(hparams))
+    train = jax.tree_util.Partial(train)  # what it carries is an argument, not a constant
+    outcomes = [run(train, tree.axpy(i * step, direction, hparams)) for i in range(3)]
     first, second = (tree.sub(b, a) for a, b in zip(outcomes, outcomes[1:], strict=False))
     agree = jax.tree.map(lambda a, b: jnp.abs(a) * jnp.sign(a) * jnp.sign(b), first, second)
     total = sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(first))

@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +31,13 @@ METHODS = {
 }
 
 
-def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+def run(
+    config: Config, seed: int, out: Path, resume: bool, methods: Sequence[str] = tuple(METHODS)
+) -> None:
     """All sets and methods on one seed; what a resumed run had finished is skipped."""
     records = record.Records(out, seed)
     for name in config.sets:
-        wanted = [m for m in METHODS if not _finished(records, name, m, config)]
+        wanted = [m for m in methods if not _finished(records, name, m, config)]
         if not wanted:
             continue
         parts = problem.load(name, config, seed)

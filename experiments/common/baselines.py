@@ -8,7 +8,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from experiments.common.record import Records, read
+
 SAMPLERS = ("random", "tpe")
+# Optuna draws ten at random before it models: more than half of what the budgets here pay for.
+STARTUP = 4
 
 
 class Trial(NamedTuple):
@@ -30,7 +34,7 @@ def search(
     sampler: str,
     seed: int,
     done: Sequence[float] = (),
-    startup: int = 10,
+    startup: int = STARTUP,
     log: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
     """Minimises `objective(hparams)` with `floor(budget / cost)` trials by ask and tell.
@@ -86,6 +90,64 @@ def search(
         if log is not None and not replayed:
             log(trials[-1])
     return trials
+
+
+class Tried(NamedTuple):
+    """What an objective of `recorded` gives: the loss to minimise, and what else is measured.
+
+    `measure` is called only if the trial is the best so far: the test part is read for winners.
+    """
+
+    value: float
+    measure: Callable[[], Mapping[str, Any]]
+
+
+def recorded(
+    objective: Callable[[dict[str, Any], int], Tried],
+    space: Mapping[str, Any],
+    *,
+    records: Records,
+    method: str,
+    trials: int,
+    cost: float,
+    sampler: str,
+    startup: int = STARTUP,
+    prefix: str = "",
+) -> None:
+    """A search whose records tell the best trial so far; one that was interrupted goes on.
+
+    Each trial is one record of `method`: what was measured of the best, its setting (names with
+    `prefix`), and the loss of the trial itself, `trial_loss`. The objective is told the number of
+    the trial. The arguments are otherwise those of `search`.
+    """
+    before = read(records.out, seed=records.seed, method=method)
+    kept: dict[str, Any] = dict(before[-1].metrics) if before else {}
+    lowest = min((r.metrics["trial_loss"] for r in before), default=math.inf)
+    latest: list[Tried] = []
+
+    def value(setting: dict[str, Any]) -> float:
+        latest.append(objective(setting, len(before) + len(latest)))
+        return latest[-1].value
+
+    def log(trial: Trial) -> None:
+        nonlocal kept, lowest
+        if trial.value < lowest:
+            lowest = trial.value
+            setting = {f"{prefix}{name}": float(x) for name, x in trial.hparams.items()}
+            kept = {**latest[-1].measure(), **setting}
+        records.append(method, trial.number, trial.cost, **{**kept, "trial_loss": trial.value})
+
+    search(
+        value,
+        space,
+        budget=trials * cost,
+        cost=cost,
+        sampler=sampler,
+        seed=records.seed,
+        done=[r.metrics["trial_loss"] for r in before],
+        startup=startup,
+        log=log,
+    )
 
 
 def best(trials: Sequence[Trial]) -> Trial:

@@ -63,6 +63,11 @@ def self_tuning(network: Network, inner_steps: int, outer: float = 1.0) -> Cost:
     return cycle._replace(outer_gradients=outer * cycle.outer_gradients)
 
 
+def stretches(budget: float, cost: float, points: int) -> int:
+    """Steps of a cost that a budget pays for: a multiple of the points that are measured."""
+    return int(budget // cost // points) * points
+
+
 def global_response(draws: int, outer: float = 1.0) -> Cost:
     """One step of `bilevel.global_response` with one inner step: a gradient for every draw."""
     return Cost(draws, 0, outer)

@@ -1,8 +1,10 @@
-"""`python -m experiments list | run NAME | report`."""
+"""`python -m experiments list | new NAME | run NAME | report`."""
 
 import argparse
 import contextlib
 import importlib.util
+import inspect
+import shlex
 import shutil
 import sys
 import time
@@ -11,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.run.lock import locked
-from experiments.common import expected, outputs, record, report
+from experiments.common import expected, outputs, record, report, settings, template
 from experiments.common.catalog import claim_of, configuration, discover, folder_of, part
 from experiments.common.files import DataMissing, HashMismatch
 from experiments.common.outputs import RunnerError
+from experiments.common.protocol import FIRST_TUNING
 
 SEEDS = {"smoke": 1, "cpu": 3, "paper": 3}
+SHADES = {"met": "green", "not met": "red", "within noise": "yellow", "not judged": "dim"}
 NEEDED = ("matplotlib", "optuna", "PIL", "pooch", "rich", "sklearn")
 
 
@@ -34,19 +38,42 @@ def execute(
     name: str,
     *,
     preset: str = "cpu",
-    seeds: int | None = None,
+    seeds: Sequence[int] | None = None,
     out: Path | None = None,
     resume: bool = False,
+    changes: Sequence[str] = (),
+    methods: Sequence[str] | None = None,
     package: str = "experiments",
 ) -> tuple[Path, dict[str, Any]]:
     """Runs an experiment, draws its figures and judges it; returns its folder and its summary."""
     module, config = part(package, name, "run"), configuration(package, name, preset)
-    seeds = SEEDS[preset] if seeds is None else seeds
+    config = settings.changed(config, changes)
+    seeds = range(SEEDS[preset]) if seeds is None else seeds
     out = Path("results") / name / preset if out is None else out
     folder = folder_of(package) / name
+    if methods is not None:
+        methods = _methods(name, module, methods)
+    identity = outputs.describe(
+        name, preset, config, folder, methods=methods, changed=sorted(changes)
+    )
     with _alone(out):
-        run = outputs.claim(out, outputs.describe(name, preset, config, folder), seeds, resume)
+        run = outputs.claim(out, identity, seeds, resume)
         return out, _execute(name, module, config, out, run, resume, package)
+
+
+def _methods(name: str, module: Any, wanted: Sequence[str]) -> list[str]:
+    """The methods of a run of some only, in the order of the experiment."""
+    if "methods" not in inspect.signature(module.run).parameters:
+        raise RunnerError(
+            f"`--methods`: {name} runs its methods together; its run() takes no `methods`"
+        )
+    unknown = [method for method in wanted if method not in module.METHODS]
+    if unknown or not wanted:
+        raise RunnerError(
+            f"`--methods`: {name} has no method {', '.join(map(repr, unknown)) or repr('')}; it "
+            f"has: {', '.join(module.METHODS)}"
+        )
+    return [method for method in module.METHODS if method in wanted]
 
 
 @contextlib.contextmanager
@@ -72,7 +99,8 @@ def _execute(
             run["begun"].append(seed)
             outputs.save(out, run)
         start = time.monotonic()
-        module.run(config, seed, out, resume and begun)
+        chosen = {"methods": tuple(run["methods"])} if run.get("methods") else {}
+        module.run(config, seed, out, resume and begun, **chosen)
         run["done"].append(seed)
         run["minutes"] += (time.monotonic() - start) / 60
         outputs.save(out, run)
@@ -92,8 +120,14 @@ def summarise(name: str, out: Path, package: str = "experiments") -> dict[str, A
     if own is not None:
         statistics = {**statistics, **own(records)}
     entries = expected.load(folder_of(package) / name / "expected.json")
-    verdicts = expected.judge(entries, statistics, run["preset"])
-    figures = part(package, name, "figure").figures(out)
+    partial = bool(run.get("methods"))
+    verdicts = expected.judge(entries, statistics, run["preset"], partial=partial)
+    figures: list[Path] = []
+    try:
+        figures = part(package, name, "figure").figures(out)
+    except (KeyError, IndexError, ValueError, OSError):
+        if not partial:  # a picture of all methods cannot be drawn from some
+            raise
     return {
         "run": {key: value for key, value in run.items() if key != "begun"},
         "statistics": statistics,
@@ -131,9 +165,11 @@ def show(summary: dict[str, Any], chosen: Sequence[str] | None = None) -> None:
     console.print(results)
     claims = Table("claim", "value", "bound", "", title="what was expected")
     for verdict in summary["verdicts"]:
-        word = {True: "[green]met[/]", False: "[red]not met[/]", None: "not judged"}[verdict["met"]]
         value = "" if verdict["value"] is None else f"{verdict['value']:.4g}"
+        if verdict["low"] is not None:
+            value += f" [{verdict['low']:.3g}, {verdict['high']:.3g}]"
         bound = f"{verdict['relation']} {verdict['bound']:g}"
+        word = f"[{SHADES[verdict['word']]}]{verdict['word']}[/]"
         claims.add_row(verdict["name"], value, bound, f"{word} {verdict['reason']}".strip())
     console.print(claims)
 
@@ -147,14 +183,28 @@ def _list(package: str) -> int:
 
 def _run(options: argparse.Namespace, package: str) -> int:
     require()
-    out, summary = execute(
-        options.name,
-        preset=options.preset,
-        seeds=options.seeds,
-        out=options.out,
-        resume=options.resume,
-        package=package,
-    )
+    changes, methods = options.set or [], options.methods
+    if options.commit_summary and (changes or methods):
+        raise RunnerError("`--commit-summary` keeps a preset as it is: leave out --set, --methods")
+    seeds = None if options.seeds is None else settings.seeds(options.seeds)
+    if options.commit_summary and seeds and max(seeds) >= FIRST_TUNING:
+        raise RunnerError(
+            f"`--commit-summary`: seeds of {FIRST_TUNING} and more are for choosing settings, and "
+            f"are not reported; got --seeds {options.seeds}"
+        )
+    from experiments.common import figures
+
+    with figures.formats(options.format.split(",")):
+        out, summary = execute(
+            options.name,
+            preset=options.preset,
+            seeds=seeds,
+            out=options.out,
+            resume=options.resume,
+            changes=changes,
+            methods=None if methods is None else methods.split(","),
+            package=package,
+        )
     show(summary, getattr(part(package, options.name, "run"), "TABLE", None))
     print(f"records, figures and summary are in {out}")
     if options.commit_summary:
@@ -164,8 +214,14 @@ def _run(options: argparse.Namespace, package: str) -> int:
             drawn = out / "figures" / name
             shutil.copyfile(drawn if drawn.exists() else out / name, committed / name)
         print(f"summary and figures kept in {options.name}/results")
-    unmet = any(verdict["met"] is False for verdict in summary["verdicts"])
+    unmet = any(verdict["word"] == "not met" for verdict in summary["verdicts"])
     return 1 if options.check and unmet else 0
+
+
+def _new(options: argparse.Namespace, package: str) -> int:
+    folder = template.write(options.name, package)
+    print(f"written: {folder}; try it: python -m experiments run {options.name} --preset smoke")
+    return 0
 
 
 def _report(options: argparse.Namespace, package: str) -> int:
@@ -178,26 +234,27 @@ def _report(options: argparse.Namespace, package: str) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number of seeds, at least 1, got {text!r}"
-        )
-    return int(text)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     main_parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = main_parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="list the experiments and what each claims")
+    new = commands.add_parser("new", help="write the template of an experiment")
+    new.add_argument("name")
     run = commands.add_parser("run", help="run one experiment and judge it")
     run.add_argument("name")
     run.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
-    run.add_argument("--seeds", type=_count, help="seeds 0 .. N-1 (default: 1 for smoke, else 3)")
+    run.add_argument(
+        "--seeds", help="N for 0 .. N-1, or seeds such as 3-12 (default: 1 for smoke, else 3)"
+    )
+    run.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="a setting in place of the preset's"
+    )
+    run.add_argument("--methods", metavar="A,B", help="some methods only (default: all)")
+    run.add_argument("--format", default="png", help="of figures: png (always), pdf, svg; a,b")
     run.add_argument("--out", type=Path, help="output folder (default: results/NAME/PRESET)")
     run.add_argument("--resume", action="store_true", help="continue the run that --out holds")
-    run.add_argument("--check", action="store_true", help="exit 1 if an expectation is not met")
+    run.add_argument("--check", action="store_true", help="exit 1 if a claim is not met")
     run.add_argument(
         "--commit-summary",
         action="store_true",
@@ -221,6 +278,8 @@ def main(arguments: Sequence[str] | None = None, package: str = "experiments") -
                 return _list(package)
             case "run":
                 return _run(options, package)
+            case "new":
+                return _new(options, package)
             case _:
                 return _report(options, package)
     except (RunnerError, DataMissing, HashMismatch) as error:
@@ -235,6 +294,8 @@ def main(arguments: Sequence[str] | None = None, package: str = "experiments") -
 def _again(options: argparse.Namespace) -> str:
     """The command that continues an interrupted run."""
     words = ["python -m experiments run", options.name, "--preset", options.preset]
-    words += ["--seeds", str(options.seeds)] if options.seeds else []
+    words += ["--seeds", options.seeds] if options.seeds else []
+    words += [word for change in options.set or [] for word in ("--set", shlex.quote(change))]
+    words += ["--methods", options.methods] if options.methods else []
     words += ["--out", str(options.out)] if options.out else []
     return " ".join([*words, "--resume"])

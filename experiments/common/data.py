@@ -303,3 +303,16 @@ def diabetes(*, valid: int = 100, test: int = 100, seed: int = 0) -> Dataset:
     x, y = load_diabetes(return_X_y=True)
     full = Split(np.asarray(x, np.float64), np.asarray(y, np.float64))
     return _dataset(full, None, valid=valid, held_out=test, seed=seed, what="diabetes")
+
+
+def parkinsons(*, valid: int = 600, test: int = 600, seed: int = 0) -> Dataset:
+    """UCI Parkinsons Telemonitoring (Tsanas and Little 2009): float64 (n, 19), total UPDRS.
+
+    Age, sex, time and 16 measures of the voice. Rows of one subject lie in all parts.
+    """
+    path = locate("parkinsons_telemonitoring/parkinsons_updrs.data.gz")
+    text = gzip.decompress(path.read_bytes()).decode()
+    table = np.loadtxt(io.StringIO(text), np.float64, skiprows=1)
+    # The columns left out: the subject, and the two scores.
+    full = Split(np.delete(table, (0, 4, 5), axis=1), table[:, 5])
+    return _dataset(full, None, valid=valid, held_out=test, seed=seed, what="parkinsons")

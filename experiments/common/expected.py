@@ -2,40 +2,46 @@
 
 `expected.json` is a list of objects: `name` (the claim in words), `expression`, `relation` (one of
 <=, <, >=, >; by default <=), `bound`, `source` (where the bound comes from), and optionally
-`published` (the paper's own figure), and `presets` (the presets that the bound is meant for; all
-if absent). An expression is arithmetic on statistics such as
+`published` (the paper's own figure), `presets` (the presets that the bound is meant for; all
+if absent) and `headline` (one per experiment, its row of the report: see `HEADLINE`). An
+expression is arithmetic on statistics such as
 `cg.validation_loss.mean / random_search.validation_loss.mean`: method, metric, then one of mean,
 std, median, min, max, over seeds, of the last record of each. It is parsed, never evaluated as
 Python.
+
+A claim on means is judged by its interval over seeds (`uncertainty.py`): met, not met, or within
+noise, where the interval holds the bound.
 """
 
-import ast
-import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from experiments.common import record
+from experiments.common import record, uncertainty
+from experiments.common.expressions import evaluate as evaluate
+from experiments.common.uncertainty import interval as interval
+from experiments.common.uncertainty import statistics as statistics
 
 RELATIONS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
-BINARY = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-}
-CALLS = {"abs": abs, "min": min, "max": max, "sqrt": math.sqrt, "log": math.log, "exp": math.exp}
-FIELDS = {"name", "expression", "relation", "bound", "source", "published", "presets"}
+FIELDS = {
+    "name", "expression", "relation", "bound", "source", "published", "presets", "headline",
+}  # fmt: skip
 REQUIRED = ("name", "expression", "bound", "source")
+# claim: one sentence; ours, opponent: statistics such as `cg.test_loss`, whose means are told;
+# published: the paper's figure with model and data; scale: how far ours is from the paper's.
+HEADLINE = {"claim", "ours", "opponent", "published", "scale"}
+WORDS = ("met", "not met", "within noise", "not judged")
 
 
 class Verdict(NamedTuple):
-    """One inequality, evaluated. `met` is None where the preset is not the one it is meant for."""
+    """One inequality, evaluated.
+
+    `met` is that of the value alone, None where the preset is not the one it is meant for. `word`
+    is the verdict, one of `WORDS`, by the interval from `low` to `high` where there is one; `how`
+    says what that interval is.
+    """
 
     name: str
     value: float | None
@@ -45,28 +51,10 @@ class Verdict(NamedTuple):
     source: str
     published: float | str | None
     reason: str
-
-
-def statistics(values: Iterable[float]) -> dict[str, Any]:
-    """Mean, standard deviation, median, minimum, maximum and count of one number per seed."""
-    array = np.asarray(list(values), np.float64)
-    return {
-        "mean": float(array.mean()),
-        "std": float(array.std(ddof=1)) if array.size > 1 else 0.0,
-        "median": float(np.median(array)),
-        "min": float(array.min()),
-        "max": float(array.max()),
-        "seeds": int(array.size),
-    }
-
-
-def interval(values: list[float]) -> dict[str, Any]:
-    """The usual statistics, and the ends of the 95 % interval of the mean (Student's t)."""
-    from scipy.stats import t
-
-    told = statistics(values)
-    half = t.ppf(0.975, len(values) - 1) * told["std"] / math.sqrt(len(values)) if values[1:] else 0
-    return {**told, "low": told["mean"] - half, "high": told["mean"] + half}
+    word: str = "not judged"
+    low: float | None = None
+    high: float | None = None
+    how: str = ""
 
 
 def paired(
@@ -75,64 +63,21 @@ def paired(
     """a less b, or a over b, in the last records of every seed that has both; with its interval."""
     last = record.final(records)
     seeds = sorted(seed for method, seed in last if method == a and (b, seed) in last)
-    pairs = [(last[a, s].metrics[metric], last[b, s].metrics[metric]) for s in seeds]
-    return interval([x / y if ratio else x - y for x, y in pairs])
+    pairs = {s: (last[a, s].metrics[metric], last[b, s].metrics[metric]) for s in seeds}
+    return interval({s: x / y if ratio else x - y for s, (x, y) in pairs.items()})
 
 
 def summarise(records: Iterable[record.Record]) -> dict[str, Any]:
     """`{method: {metric: statistics}}` of the last record of each method and seed."""
-    columns: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (method, _), last in record.final(records).items():
+    columns: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for (method, seed), last in record.final(records).items():
         for metric, value in {"cost": last.cost, **last.metrics}.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                columns[method][metric].append(float(value))
+                columns[method][metric][seed] = float(value)
     return {
         method: {metric: statistics(values) for metric, values in metrics.items()}
         for method, metrics in columns.items()
     }
-
-
-def _value(node: ast.AST, summary: dict[str, Any], text: str) -> Any:
-    match node:
-        case ast.Expression(body=body):
-            return _value(body, summary, text)
-        case ast.Constant(value=int() | float() as value):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand, summary, text)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
-            return BINARY[type(op)](_value(left, summary, text), _value(right, summary, text))
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in CALLS:
-            return CALLS[name](*(_value(argument, summary, text) for argument in args))
-        case ast.Name(id=key):
-            return _lookup(summary, key, text)
-        case ast.Attribute(value=inner, attr=key):
-            return _lookup(_value(inner, summary, text), key, text)
-    raise ValueError(
-        f"the expression {text!r} may hold numbers, names, + - * / ** and {sorted(CALLS)}"
-    )
-
-
-def _lookup(table: Any, key: str, text: str) -> Any:
-    if not isinstance(table, dict) or key not in table:
-        known = ", ".join(sorted(table)) if isinstance(table, dict) else "nothing below it"
-        raise ValueError(f"the expression {text!r} asks for {key!r}, but there is only: {known}")
-    return table[key]
-
-
-def evaluate(expression: str, summary: dict[str, Any]) -> float:
-    """The value of an arithmetic expression on summary statistics."""
-    try:
-        tree = ast.parse(expression, mode="eval")
-    except SyntaxError as error:
-        raise ValueError(f"the expression {expression!r} is not arithmetic: {error.msg}") from None
-    try:
-        value = _value(tree, summary, expression)
-    except ZeroDivisionError:
-        return math.nan
-    if isinstance(value, dict):
-        raise ValueError(f"the expression {expression!r} stops short of a number: {sorted(value)}")
-    return float(value)
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -142,38 +87,68 @@ def load(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path.name} must hold a list of inequalities")
     for entry in entries:
         missing = [field for field in REQUIRED if field not in entry]
-        unknown = sorted(set(entry) - FIELDS)
+        unknown = sorted((set(entry) - FIELDS) | (set(entry.get("headline", {})) - HEADLINE))
         if missing or unknown or entry.get("relation", "<=") not in RELATIONS:
             raise ValueError(
                 f"{path.name}: {entry.get('name', entry)!r} must have {', '.join(REQUIRED)}, a "
                 f"relation of {', '.join(RELATIONS)}, and nothing unknown; missing: {missing}, "
                 f"unknown: {unknown}"
             )
+    if sum("headline" in entry for entry in entries) > 1:
+        raise ValueError(f"{path.name}: one entry at most may have a headline")
     return entries
 
 
-def judge(entries: Iterable[dict[str, Any]], summary: dict[str, Any], preset: str) -> list[Verdict]:
-    """Evaluates every inequality; one that cannot be evaluated, or is NaN, is not met."""
+def judge(
+    entries: Iterable[dict[str, Any]],
+    summary: dict[str, Any],
+    preset: str,
+    *,
+    partial: bool = False,
+) -> list[Verdict]:
+    """Evaluates every inequality; one that cannot be evaluated, or is NaN, is not met.
+
+    `partial` is for a run of some methods only, or from before a claim was made: what cannot be
+    evaluated then is not judged.
+    """
     verdicts = []
     for entry in entries:
         relation, bound = entry.get("relation", "<="), float(entry["bound"])
-        value, met, reason = None, None, f"not meant for preset {preset}"
+        told: dict[str, Any] = {"reason": f"not meant for preset {preset}", "met": None}
+        value = None
         if preset in entry.get("presets", (preset,)):
             try:
                 value = evaluate(entry["expression"], summary)
-                met, reason = bool(RELATIONS[relation](value, bound)), ""
+                told = _verdict(entry["expression"], summary, value, relation, bound)
             except ValueError as error:
-                met, reason = False, str(error)
+                told = {"met": None if partial else False, "reason": str(error)}
+                told["word"] = "not judged" if partial else "not met"
         verdicts.append(
             Verdict(
                 name=entry["name"],
                 value=value,
                 relation=relation,
                 bound=bound,
-                met=met,
                 source=entry["source"],
                 published=entry.get("published"),
-                reason=reason,
+                **told,
             )
         )
     return verdicts
+
+
+def _verdict(
+    expression: str, summary: dict[str, Any], value: float, relation: str, bound: float
+) -> dict[str, Any]:
+    """Whether the value meets the bound, and whether all of its interval does."""
+    holds = RELATIONS[relation]
+    met = bool(holds(value, bound))
+    told: dict[str, Any] = {"met": met, "reason": "", "word": "met" if met else "not met"}
+    spread = uncertainty.spread(expression, summary)
+    if spread is None:
+        return told
+    ends = {bool(holds(end, bound)) for end in (spread.low, spread.high)}
+    # The claim may be on an end of an interval ("upper end at most 1"): then it is met by that.
+    if len(ends) == 2 and not (met and spread.how == uncertainty.ENDS):
+        told["word"] = "within noise"
+    return told | spread._asdict()

@@ -13,6 +13,7 @@ from zlib import crc32
 import matplotlib
 import numpy as np
 
+from experiments.common.outputs import RunnerError
 from experiments.common.record import Record
 
 matplotlib.use("Agg")
@@ -32,6 +33,7 @@ COLOURS = {
     "random_search": BLACK,
     "tpe": BROWN,
     "cg": BLUE,
+    "cg_per_weight_stopped": GOLD,
     "neumann": ORANGE,
     "nystrom": PURPLE,
     "woodbury": NAVY,
@@ -67,6 +69,8 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 10,
     "image.cmap": "viridis",
+    "svg.hashsalt": "experiments",
+    "svg.fonttype": "none",
 }
 
 
@@ -85,11 +89,43 @@ def label(method: str) -> str:
     return {"cg": "CG", "tpe": "TPE", "stn": "STN"}.get(method, method.replace("_", " "))
 
 
+FORMATS = ("png", "pdf", "svg")
+_wanted: list[str] = []
+
+
+@contextmanager
+def formats(names: Sequence[str]) -> Iterator[None]:
+    """Inside, every figure is also saved in these formats, beside its PNG."""
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown:
+        raise RunnerError(
+            f"`--format` must be of {', '.join(FORMATS)}, with commas between, got {unknown[0]!r}"
+        )
+    before, _wanted[:] = list(_wanted), [name for name in names if name != "png"]
+    try:
+        yield
+    finally:
+        _wanted[:] = before
+
+
+def save(drawn: "Figure", path: Path) -> None:
+    """Saves a PNG, and what `formats` asks for beside it, without time stamps or versions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, metadata={"Software": None})
+    stamps: dict[str, Any] = {
+        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+        "svg": {"Date": None, "Creator": None},
+    }
+    for name in _wanted:
+        drawn.savefig(path.with_suffix(f".{name}"), metadata=stamps[name])
+
+
 @contextmanager
 def figure(
     path: Path, *, rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 4.0
 ) -> Iterator[tuple["Figure", Any]]:
-    """Opens a figure (inches; one cell, or an array of cells) and saves it as a PNG at the end.
+    """Opens a figure (inches; one cell, or an array of cells) and saves it as a PNG at the end
+    (and in the `formats` asked for).
 
     The file carries no time stamp and no version of the drawing library, so equal records give an
     equal figure.
@@ -100,8 +136,7 @@ def figure(
         drawn, axes = plt.subplots(rows, columns, figsize=(width, height))
         try:
             yield drawn, axes
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drawn.savefig(path, metadata={"Software": None})
+            save(drawn, path)
         finally:
             plt.close(drawn)
 

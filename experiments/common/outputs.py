@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,9 @@ from experiments.common import record
 FILE = "run.json"
 LIBRARIES = ("jax", "jaxlib", "numpy", "optax", "flax")
 # What makes two runs the same run. The seeds are not part of it: a run may be given more of them.
-IDENTITY = ("experiment", "preset", "config", "revision", "code", "versions", "device", "x64")
+IDENTITY = (
+    "experiment", "preset", "config", "methods", "revision", "code", "versions", "device", "x64",
+)  # fmt: skip
 
 
 class RunnerError(Exception):
@@ -52,8 +54,20 @@ def _code(folders: tuple[Path, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe(name: str, preset: str, config: Any, folder: Path) -> dict[str, Any]:
-    """Everything that says which run this is and on what it runs; no path of the machine."""
+def describe(
+    name: str,
+    preset: str,
+    config: Any,
+    folder: Path,
+    *,
+    methods: Sequence[str] | None = None,
+    changed: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Everything that says which run this is and on what it runs; no path of the machine.
+
+    `methods` are those of a run of some methods only, `changed` the settings that are not as the
+    preset has them.
+    """
     import jax
 
     if not is_dataclass(config) or isinstance(config, type):
@@ -69,6 +83,8 @@ def describe(name: str, preset: str, config: Any, folder: Path) -> dict[str, Any
                 "experiment": name,
                 "preset": preset,
                 "config": asdict(config),
+                "methods": methods,
+                "changed": changed,
                 "revision": _git(root, "rev-parse", "HEAD") or "not a git checkout",
                 "dirty": bool(changes),
                 "code": _code((root / "bilevel", folder.parent / "common", folder)),
@@ -95,7 +111,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     return lines
 
 
-def claim(out: Path, identity: dict[str, Any], seeds: int, resume: bool) -> dict[str, Any]:
+def claim(
+    out: Path, identity: dict[str, Any], seeds: Sequence[int], resume: bool
+) -> dict[str, Any]:
     """Makes the folder hold this run, or refuses because it holds another one.
 
     Returns:
@@ -112,7 +130,7 @@ def claim(out: Path, identity: dict[str, Any], seeds: int, resume: bool) -> dict
         if resume:
             raise RunnerError(f"{out} holds no run to resume; leave out --resume to start one")
         started = {"started": now(), "ended": None, "minutes": 0.0, "status": "running"}
-        return {**identity, **started, "seeds": list(range(seeds)), "begun": [], "done": []}
+        return {**identity, **started, "seeds": list(seeds), "begun": [], "done": []}
     try:
         old = record.read_json(path)
     except ValueError as error:
@@ -133,7 +151,7 @@ def claim(out: Path, identity: dict[str, Any], seeds: int, resume: bool) -> dict
             f"{out} already holds this run ({old['status']}, seeds done: {old['done']}). "
             "Continue it with --resume, name another folder with --out, or delete it."
         )
-    seeds_wanted = sorted({*old["seeds"], *range(seeds)})
+    seeds_wanted = sorted({*old["seeds"], *seeds})
     return {**old, "seeds": seeds_wanted, "status": "running", "ended": None}
 
 

@@ -19,6 +19,7 @@ import numpy as np
 FILE = "records.jsonl"
 # Method and metric names are used in the expressions of expected.json.
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SEEDS = re.compile(r'"values": \{[^{}]*\}')
 # JSON has no word for these; a diverged run must still be a valid file.
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -65,7 +66,10 @@ def write_json(path: Path, content: Any) -> None:
     """Writes a whole JSON file or nothing: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n", "utf-8")
+    text = json.dumps(plain(content), indent=2, allow_nan=False)
+    # The values of all seeds stand in one line.
+    text = SEEDS.sub(lambda found: re.sub(r"\s+", " ", found[0]), text)
+    partial.write_text(text + "\n", "utf-8")
     os.replace(partial, path)
 
 

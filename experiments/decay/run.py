@@ -1,6 +1,7 @@
 """Runs `decay`: weight decays of four granularities by hypergradients, and by search."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from experiments.decay.config import Config
 SEARCHES = ("grid", "random_search", "tpe")
 # Every granularity, and the two finest once more with a part of the validation images held back.
 TUNED = (*problem.GRANULARITY, "per_unit_stopped", "per_weight_stopped")
+METHODS = ("no_tuning", *SEARCHES, *(f"tuned_{name}" for name in TUNED))
 TABLE = (
     "hyperparameters",
     "validation_loss",
@@ -28,7 +30,9 @@ TABLE = (
 Batches = dict[str, dict[str, jax.Array]]
 
 
-def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+def run(
+    config: Config, seed: int, out: Path, resume: bool, methods: Sequence[str] = METHODS
+) -> None:
     """All methods on one seed; what a resumed run had finished is skipped."""
     records = record.Records(out, seed)
     batches = _batches(config, seed)
@@ -36,7 +40,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     todo = {"no_tuning": _no_tuning, **dict.fromkeys(SEARCHES, _search)}
     todo |= {f"tuned_{name}": _tune for name in TUNED}
     for method, work in todo.items():
-        if record.read(out, seed=seed, method=method):
+        if method not in methods or record.read(out, seed=seed, method=method):
             continue
         # The points along the way have a name of their own: a method's one record is its result.
         records.rewind(f"{method}_path")

@@ -9,6 +9,8 @@ class Config:
 
     Attributes:
       train, valid: examples of the two parts; the other digits are the test part.
+      held: of the validation examples, those that tell the stopped method where to stop; it tunes
+        on the others.
       hidden: units of the hidden layer.
       inner_lr: step size of the Adam that trains the network, for every method.
       inner_steps: full-batch training steps between two hypergradients.
@@ -17,6 +19,7 @@ class Config:
       start: log decay at the start of tuning, and of the network that is not tuned.
       low, high: range of log decays, searched uniformly by the black-box methods.
       trial_steps: training steps of one black-box trial.
+      trial_points: measurements along it, of which the best in validation is the trial's result.
       products: curvature products of one hypergradient, for CG and for Neumann.
       damping: of the curvature matrix.
       checkpoint_every: outer steps between two checkpoints.
@@ -24,6 +27,7 @@ class Config:
 
     train: int = 300
     valid: int = 300
+    held: int = 100
     hidden: int = 64
     inner_lr: float = 0.01
     inner_steps: int = 50
@@ -33,6 +37,7 @@ class Config:
     low: float = -12.0
     high: float = 0.0
     trial_steps: int = 500
+    trial_points: int = 10
     products: int = 10
     damping: float = 1e-3
     checkpoint_every: int = 20

@@ -1,6 +1,7 @@
 """Runs `digits`: tune weight decays by hypergradients, and by search at equal cost."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,32 @@ import bilevel
 from experiments.common import baselines, data, record
 from experiments.digits import problem
 from experiments.digits.config import Config
-from experiments.digits.methods import BLACK_BOX, GRADIENT, outer_steps, response, step_cost
+from experiments.digits.methods import BLACK_BOX, GRADIENT, held, outer_steps, response, step_cost
 
 TOTAL = 1797  # images in the set
-TABLE = ("validation_loss", "test_loss", "test_error", "relative_residual")
+METHODS = ("no_tuning", *BLACK_BOX, *GRADIENT)
+TABLE = (
+    "validation_loss",
+    "test_loss",
+    "chosen_test_loss",
+    "chosen_test_error",
+    "relative_residual",
+)
 
 
-def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+def run(
+    config: Config, seed: int, out: Path, resume: bool, methods: Sequence[str] = METHODS
+) -> None:
     """All methods on one seed, each skipped if a resumed run had finished it."""
     records = record.Records(out, seed)
     batches = _batches(config, seed)
-    _no_tuning(config, seed, batches, records)
-    for method in BLACK_BOX:
-        _search(method, config, seed, batches, records)
-    for method in GRADIENT:
-        _tune(method, config, seed, batches, records, out)
+    for method in methods:
+        if method == "no_tuning":
+            _no_tuning(config, seed, batches, records)
+        elif method in BLACK_BOX:
+            _search(method, config, seed, batches, records)
+        else:
+            _tune(method, config, seed, batches, records, out)
 
 
 def _batches(config: Config, seed: int) -> dict[str, Any]:
@@ -61,7 +73,9 @@ def _pieces(config: Config) -> tuple[Any, Any, Any]:
 
 def _metrics(operator: bilevel.GaussNewton, params: Any, batches: Any) -> dict[str, jax.Array]:
     measured = {}
-    for name, part in (("validation", "valid"), ("test", "test")):
+    for name, part in (("validation", "valid"), ("test", "test"), ("held", "held")):
+        if part not in batches:
+            continue
         logits = operator.model(params, None, batches[part])
         measured[f"{name}_loss"] = problem.cross_entropy(logits, None, batches[part])
         measured[f"{name}_error"] = jnp.mean(jnp.argmax(logits, -1) != batches[part]["y"])
@@ -72,20 +86,34 @@ def _floats(metrics: Any) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
+class Stopped:
+    """The best point along a run so far, by a loss that is not the test part's."""
+
+    def __init__(self, by: str):
+        self.by, self.lowest, self.kept = by, np.inf, {}
+
+    def after(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """What the method would hand over if it ended here."""
+        if metrics[self.by] < self.lowest:
+            self.lowest = metrics[self.by]
+            names = ("validation_loss", "test_loss", "test_error")
+            self.kept = {f"chosen_{name}": metrics[name] for name in names}
+        return self.kept
+
+
 def _no_tuning(config: Config, seed: int, batches: Any, records: record.Records) -> None:
     """One network at the starting decay, trained with the whole budget."""
-    if record.read(records.out, seed=seed, method="random_search"):
-        return  # a resumed run that got this far has these records
-    records.rewind("no_tuning")
+    if records.finished("no_tuning", int(config.budget) // max(1, int(config.budget) // 40)):
+        return
     _, train, evaluate = _pieces(config)
     params = problem.initial(config, seed)
     hparams = problem.decays(params, config.start, per_weight=False)
     state = bilevel.InnerState(params, optax.adam(config.inner_lr).init(params))
-    every = max(1, int(config.budget) // 40)
+    every, best = max(1, int(config.budget) // 40), Stopped("validation_loss")
     for step in range(int(config.budget) // every):
         state = train(state, hparams, batches["train"], steps=every)
         metrics = _floats(evaluate(state.params, batches))
-        records.append("no_tuning", step, every * (step + 1), **metrics)
+        records.append("no_tuning", step, every * (step + 1), **metrics, **best.after(metrics))
 
 
 def _search(method: str, config: Config, seed: int, batches: Any, records: record.Records) -> None:
@@ -93,35 +121,34 @@ def _search(method: str, config: Config, seed: int, batches: Any, records: recor
     _, train, evaluate = _pieces(config)
     tx = optax.adam(config.inner_lr)
     start = problem.initial(config, seed)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(start)]
-    before = record.read(records.out, seed=seed, method=method)
-    best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
-    measured: dict[str, float] = {}
+    names = [_plain(jax.tree_util.keystr(path)) for path, _ in jax.tree.leaves_with_path(start)]
 
-    def objective(setting: dict[str, Any]) -> float:
+    def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
         leaves = [jnp.float32(setting[name]) for name in names]
         hparams = jax.tree.unflatten(jax.tree.structure(start), leaves)
-        first = bilevel.InnerState(start, tx.init(start))
-        last = train(first, hparams, batches["train"], steps=config.trial_steps)
-        measured.update(_floats(evaluate(last.params, batches)))
-        return measured["validation_loss"]
+        state, best = bilevel.InnerState(start, tx.init(start)), Stopped("validation_loss")
+        every, chosen = config.trial_steps // config.trial_points, {}
+        for _ in range(config.trial_points):
+            state = train(state, hparams, batches["train"], steps=every)
+            chosen = best.after(_floats(evaluate(state.params, batches)))
+        measured = {name.removeprefix("chosen_"): x for name, x in chosen.items()} | chosen
+        return baselines.Tried(best.lowest, lambda: measured)
 
-    def log(trial: baselines.Trial) -> None:
-        nonlocal best
-        if trial.value < best["validation_loss"]:
-            best = dict(measured)
-        records.append(method, trial.number, trial.cost, **{**best, "trial_loss": trial.value})
-
-    baselines.search(
+    baselines.recorded(
         objective,
         {name: (config.low, config.high) for name in names},
-        budget=config.budget,
+        records=records,
+        method=method,
+        trials=int(config.budget // config.trial_steps),
         cost=config.trial_steps,
         sampler={"random_search": "random", "tpe": "tpe"}[method],
-        seed=seed,
-        done=[r.metrics["trial_loss"] for r in before],
-        log=log,
+        prefix="decay_",
     )
+
+
+def _plain(path: str) -> str:
+    """``['hidden']['kernel']`` as ``hidden_kernel``."""
+    return path.strip("[]'").replace("']['", "_")
 
 
 @functools.cache
@@ -154,6 +181,16 @@ def _spread(hparams: Any) -> dict[str, jax.Array]:
     }
 
 
+def _outer(method: str, config: Config, batches: Any) -> Any:
+    """What the outer loss reads: images to tune on, to test on, and to stop by if there are any."""
+    cut = config.valid - held(method, config)
+    tuned_on, kept = (
+        {k: x[part] for k, x in batches["valid"].items()} for part in (slice(cut), slice(cut, None))
+    )
+    more = {"held": kept} if held(method, config) else {}
+    return {"valid": tuned_on, "test": batches["test"], **more}
+
+
 def _tune(
     method: str, config: Config, seed: int, batches: Any, records: record.Records, out: Path
 ) -> None:
@@ -164,7 +201,7 @@ def _tune(
     records.rewind(method)
     algorithm = _algorithm(method, config)
     params = problem.initial(config, seed)
-    hparams = problem.decays(params, config.start, per_weight=method.endswith("per_weight"))
+    hparams = problem.decays(params, config.start, per_weight="per_weight" in method)
     folder = out / "runs" / f"{method}_{seed}"
     # Full-batch training: the same stack, on the device, for every step.
     stack = jax.tree.map(
@@ -174,7 +211,7 @@ def _tune(
         algorithm,
         algorithm.init(params, hparams),
         stack,
-        {"valid": batches["valid"], "test": batches["test"]},
+        _outer(method, config, batches),
         steps=steps,
         key=jax.random.key(seed),
         log=folder / "log.jsonl",
@@ -182,8 +219,10 @@ def _tune(
         checkpoint_every=config.checkpoint_every,
         run_id=f"digits {method} seed {seed}",
     )
+    best = Stopped("held_loss" if held(method, config) else "validation_loss")
     for entry in result.history:
         metrics = {k.removeprefix("aux/"): v for k, v in entry.items() if k.startswith("aux/")}
+        metrics |= best.after(metrics)
         records.append(
             method,
             entry["step"],

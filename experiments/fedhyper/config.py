@@ -19,6 +19,7 @@ class Config:
       rounds: of every run.
       poor, best: the two first rates of the clients: too low, and the best of a grid for FedAvg.
       server_rates: bounds of the rate that the server-side local scheduler sends.
+      momentum_rates: bounds of the factor of the global scheduler with momentum.
       global_hyper, server_hyper, client_hyper: rates of the three schedulers.
       normalized: whether the global scheduler takes cosines; plain inner products are the paper's.
       target: validation accuracy that rounds are counted to.
@@ -37,6 +38,7 @@ class Config:
     poor: float = 0.03
     best: float = 0.3
     server_rates: tuple[float, float] = (1e-3, 0.5)
+    momentum_rates: tuple[float, float] = (0.8, 1.5)
     global_hyper: float = 1.0
     server_hyper: float = 1.0
     client_hyper: float = 0.1

@@ -93,7 +93,8 @@ def optimizers(method: str, config: Config, rate: Any) -> tuple[Any, Any]:
             config.global_hyper, normalized=config.normalized
         ),
         "momentum": lambda: bilevel.fedhyper_global(
-            config.global_hyper, momentum=0.9, min_rate=0.8, normalized=config.normalized
+            config.global_hyper, momentum=0.9, min_rate=config.momentum_rates[0],
+            max_rate=config.momentum_rates[1], normalized=config.normalized,
         ),
         "server": lambda: bilevel.fedhyper_server(
             rate, config.server_hyper, min_rate=config.server_rates[0],

@@ -107,29 +107,21 @@ def _search(method: str, config: Decays, records: record.Records, parts: Any) ->
     key, pixels = jax.random.key(records.seed), parts[0][0].shape[1]
     rng = np.random.default_rng(records.seed)
     trial = decays.plain(config)
-    best = (np.inf, np.inf)
-    latest = {"test": np.inf}
 
-    def value(hparams: dict[str, Any]) -> float:
+    def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
         if method == "random_per_weight":
             lam = decays.random_decays(config, pixels, rng)
         else:
-            lam = jnp.float32(hparams["lam"])
-        valid, test = trial(lam, key, *parts)
-        latest["test"] = float(test)
-        return float(valid)
+            lam = jnp.float32(setting["lam"])
+        valid, test = (float(x) for x in trial(lam, key, *parts))
+        return baselines.Tried(valid, lambda: {"validation_loss": valid, "test_loss": test})
 
-    def log(done: baselines.Trial) -> None:
-        nonlocal best
-        best = min(best, (done.value, latest["test"]))
-        records.append(method, done.number, done.cost, validation_loss=best[0], test_loss=best[1])
-
-    baselines.search(
-        value,
+    baselines.recorded(
+        objective,
         {"lam": (config.low, config.high)},
-        budget=config.budget,
+        records=records,
+        method=method,
+        trials=config.trials,
         cost=config.budget / config.trials,
         sampler="tpe" if method.startswith("tpe") else "random",
-        seed=records.seed,
-        log=log,
     )

@@ -22,10 +22,6 @@ TITLES = {
     "digits_hessian": "MLP on digits, damped Hessian",
     "digits_gauss_newton": "MLP on digits, damped Gauss–Newton",
 }
-ROWS = {
-    "relative_error": "relative error of the hypergradient",
-    "one_minus_cosine": "1 − cosine to the true hypergradient",
-}
 
 
 def figures(out: Path) -> list[Path]:
@@ -35,27 +31,26 @@ def figures(out: Path) -> list[Path]:
 
 
 def _truth(records: list[record.Record], path: Path) -> Path:
-    """Error and direction against curvature products; a column for each problem."""
+    """Error against curvature products; a panel for each problem, all on one scale."""
     known = {r.method for r in records}
     problems = [name for name in TITLES if f"{name}_neumann" in known]
-    width = 3.9 * len(problems) + 0.6
-    with draw.figure(path, rows=2, columns=len(problems), width=width, height=7.4) as (
-        drawn,
-        axes,
-    ):
-        for column, name in enumerate(problems):
-            for row, (metric, text) in enumerate(ROWS.items()):
-                cell = axes[row, column]
-                for method in METHODS:
-                    _curve(cell, records, f"{name}_{method}", metric, method)
-                cell.set_yscale("log")
+    rows = -(-(len(problems) + 1) // 3)  # the last cell holds the legend
+    with draw.figure(path, rows=rows, columns=3, width=11.5, height=3.3 * rows) as (drawn, axes):
+        cells = np.ravel(axes)
+        for cell, name in zip(cells, problems, strict=False):
+            for method in METHODS:
+                _curve(cell, records, f"{name}_{method}", "relative_error", method)
+            cell.set(yscale="log", ylim=(1e-10, 3e1))
+            cell.set_title(f"{TITLES[name]}\n{_facts(records, name)}", fontsize=10.5)
+        for place, cell in enumerate(cells[: len(problems)]):
+            if place % 3 == 0:
+                cell.set_ylabel("relative error")
+            if place + 3 >= len(problems):
                 cell.set_xlabel("curvature products")
-                if column == 0:
-                    cell.set_ylabel(text)
-                if row == 0:
-                    cell.set_title(f"{TITLES[name]}\n{_facts(records, name)}")
-        drawn.legend(
-            *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS)
+        for cell in cells[len(problems) :]:
+            cell.axis("off")
+        cells[len(problems)].legend(
+            *cells[0].get_legend_handles_labels(), loc="center left", fontsize=11
         )
         drawn.suptitle("How near to the true hypergradient does a number of products come?")
     return path

@@ -13,6 +13,10 @@ STYLES = {
     "greedy_10": ("greedy, 10 steps", draw.GOLD, "-"),
     "greedy": ("greedy, 1 step", draw.ORANGE, "-"),
     "constant": ("best constant", draw.GREY, "--"),
+    "d_adaptation": ("D-Adaptation", draw.PURPLE, ":"),
+    "prodigy": ("Prodigy", draw.GREEN, ":"),
+    "schedule_free": ("schedule-free", draw.OLIVE, ":"),
+    "mechanic": ("Mechanic", draw.BROWN, ":"),
 }
 TITLES = {"quadratic": "noisy quadratic, exact", "mlp": "MLP, Fashion-MNIST", "cnn": "CNN"}
 
@@ -47,6 +51,8 @@ def _of(finished: list[record.Record], problem: str) -> dict[str, list[record.Re
 
 def _schedules(axes, finished: list[record.Record], problem: str) -> None:
     for method, records in _of(finished, problem).items():
+        if "rates" not in records[0].metrics:  # one that chooses its own
+            continue
         rates = np.stack([np.asarray(r.metrics["rates"]) for r in records])
         if rates.ndim == 3:  # seeds, layers, windows: the geometric mean over layers
             rates = np.exp(np.log(rates).mean(1))

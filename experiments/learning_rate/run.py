@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from experiments.common import record
-from experiments.learning_rate import problem, quadratic, schedules, tune
+from experiments.learning_rate import free, problem, quadratic, schedules, tune
 from experiments.learning_rate.config import Config
 
 RATES = (0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.5)
@@ -26,6 +26,8 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
         _grid(model, config, seed, images, records)
         for length in (config.steps, *config.short[model]):
             _tune(model, length, config, seed, images, records)
+        for method in free.METHODS:
+            _free(model, method, config, seed, images, records)
 
 
 def name(model: str, length: int, config: Config) -> str:
@@ -64,14 +66,31 @@ def _quadratic(config: Config, records: record.Records) -> None:
         )
 
 
+def _free(
+    model: str, method: str, config: Config, seed: int, images: Any, records: record.Records
+) -> None:
+    """An optimizer without a rate to tune, in the runs in which schedules are replayed."""
+    if _finished(records, f"{model}_{method}"):
+        return
+    go = free.replay(config, model, method)
+    told = _means(go, config, seed, images, config.replays, 0)
+    records.append(f"{model}_{method}", 0, config.steps, **told)
+
+
 def _replayed(
     model: str, schedule: Any, config: Config, seed: int, images: Any, count: int, offset: int
 ) -> dict[str, Any]:
     """Means over fresh runs: other initial weights and batches than any the schedule has seen."""
+    go = functools.partial(tune.replay(config, model), schedule)
+    return _means(go, config, seed, images, count, offset)
+
+
+def _means(
+    go: Any, config: Config, seed: int, images: Any, count: int, offset: int
+) -> dict[str, Any]:
+    key = _key(seed, 1)
     runs = [
-        tune.replay(config, model)(
-            schedule, images["train"], images["test"], jax.random.fold_in(_key(seed, 1), offset + i)
-        )
+        go(images["train"], images["test"], jax.random.fold_in(key, offset + i))
         for i in range(count)
     ]
     means = jax.tree.map(lambda *x: np.mean(np.stack(x), 0), *runs)

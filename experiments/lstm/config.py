@@ -23,7 +23,8 @@ class Config:
       rate, decay, penalty: dropout rates, log decays and log activation penalties at the start
         of tuning, and of the model that is not tuned.
       rates, decays: ends of the ranges of the rates and of the log decays. A weight that a decay
-        has killed has no hypergradient to come back by: the upper end keeps all alive.
+        has killed has no hypergradient to come back by, and one per weight runs away to any upper
+        end there is: -9 keeps all alive, -4 did not.
       inner_steps: training steps between two hypergradients.
       warm_up: part of the budget that is spent on plain training before tuning begins: while
         the model still under-fits, a hypergradient only asks to learn faster.
@@ -32,6 +33,11 @@ class Config:
       products: Hessian products of one hypergradient; 0 is the identity (T1-T2).
       budget: G that every method may spend on one corpus.
       points: measurements of the validation loss along a run.
+      trials: of TPE over the strengths that `few` tunes; none: no search.
+      startup: of these, drawn at random.
+      trial_budget: G of one trial, held to its strengths from the start.
+      searched: ends of the rates, and of the log penalties, among which TPE searches; log decays
+        are searched in their whole range.
       eval_batch: parallel streams of a measurement.
     """
 
@@ -51,7 +57,7 @@ class Config:
     decay: float = -12.0
     penalty: float = -9.0
     rates: tuple[float, float] = (0.005, 0.9)
-    decays: tuple[float, float] = (-16.0, -4.0)
+    decays: tuple[float, float] = (-16.0, -9.0)
     inner_steps: int = 4
     warm_up: float = 0.2
     outer_lr: float = 0.1
@@ -59,6 +65,10 @@ class Config:
     products: int = 0
     budget: float = 2_400.0
     points: int = 20
+    trials: int = 8
+    startup: int = 4
+    trial_budget: float = 1_200.0
+    searched: tuple[tuple[float, float], tuple[float, float]] = ((0.005, 0.7), (-12.0, 0.0))
     eval_batch: int = 50
 
 
@@ -73,6 +83,9 @@ def smoke() -> Config:
         steps=16,
         budget=300.0,
         points=5,
+        trials=2,
+        startup=1,
+        trial_budget=100.0,
         eval_batch=10,
     )
 
@@ -97,6 +110,8 @@ def paper() -> Config:
         patience=5,
         budget=200_000.0,
         points=100,
+        trials=20,
+        trial_budget=100_000.0,
         eval_batch=10,
         inner_steps=1,
         outer_lr=1e-3,

@@ -9,7 +9,7 @@ from experiments.common import figures as draw
 from experiments.common import record
 
 SETS = {"wikitext2": "WikiText-2", "ptb": "Penn Treebank", "markov": "a made-up text"}
-SHADES = {"untuned": draw.GREY, "few": draw.BLUE, "many": draw.ORANGE}
+SHADES = {"untuned": draw.GREY, "tpe": draw.BROWN, "few": draw.BLUE, "many": draw.ORANGE}
 
 
 def figures(out: Path) -> list[Path]:
@@ -28,7 +28,7 @@ def _last(records: list[record.Record], method: str) -> list[dict[str, Any]]:
 
 def _label(method: str, ends: list[dict[str, Any]]) -> str:
     count = f"{ends[0]['hyperparameters']:,}".replace(",", " ")
-    return "not tuned" if method == "untuned" else f"{count} tuned"
+    return {"untuned": "not tuned", "tpe": f"{count} by TPE"}.get(method, f"{count} tuned")
 
 
 def _perplexities(records: list[record.Record], sets: list[str], path: Path) -> Path:
@@ -63,10 +63,10 @@ def _perplexities(records: list[record.Record], sets: list[str], path: Path) -> 
             right.set(
                 ylabel="perplexity",
                 title="at the best validation point: ● validation  ■ test",
-                xlim=(-0.5, 2.5),
+                xlim=(-0.5, 3.5),
             )
             right.margins(y=0.15)
-            right.set_xticks(range(3), ["not tuned", "few", "many"])
+            right.set_xticks(range(4), ["not tuned", "TPE", "few", "many"])
     return path
 
 

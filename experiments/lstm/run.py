@@ -1,8 +1,9 @@
 """Runs `lstm`: a language model untuned, with a few tuned strengths, and with one per weight."""
 
 import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import numpy as np
 import optax
 
 import bilevel
-from experiments.common import budget, record
+from experiments.common import baselines, budget, record
 from experiments.lstm import corpus, problem
 from experiments.lstm.config import Config
 
-METHODS = ("untuned", "few", "many")
+METHODS = ("untuned", "tpe", "few", "many")
 TABLE = (
     "hyperparameters",
     "validation_perplexity",
@@ -24,7 +25,9 @@ TABLE = (
 )
 
 
-def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+def run(
+    config: Config, seed: int, out: Path, resume: bool, methods: Sequence[str] = METHODS
+) -> None:
     """All methods on all corpora; what a resumed run had finished is skipped."""
     records = record.Records(out, seed)
     for name in config.sets:
@@ -38,8 +41,11 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
             )
         }
         parts["ids"] = jnp.asarray(text.validation)
-        for method in METHODS:
-            _one(f"{name}_{method}", method, config, seed, text.words, parts, records)
+        for method in methods:
+            if method == "tpe":
+                _search(f"{name}_tpe", config, seed, text.words, parts, records)
+            else:
+                _one(f"{name}_{method}", method, config, seed, text.words, parts, records)
 
 
 def outer_cost(config: Config) -> float:
@@ -48,12 +54,16 @@ def outer_cost(config: Config) -> float:
     return budget.training(config.inner_steps).plus(hypergradient).total
 
 
-def stretches(config: Config, tuned: bool) -> list[tuple[bool, int]]:
-    """``(tuned, outer steps)`` between two measurements, at about equal costs, in the budget."""
-    each = config.budget / config.points
+def stretches(config: Config, tuned: bool, part: float = 1.0) -> list[tuple[bool, int]]:
+    """``(tuned, outer steps)`` between two measurements, at about equal costs, in the budget.
+
+    `part` of the budget has that part of the measurements.
+    """
+    points = max(1, round(part * config.points))
+    each = part * config.budget / points
     plan, spent = [], 0.0
-    for i in range(config.points):
-        now = tuned and (i + 0.5) / config.points > config.warm_up
+    for i in range(points):
+        now = tuned and (i + 0.5) / points > config.warm_up
         cost = outer_cost(config) if now else float(config.inner_steps)
         # What a stretch leaves of its share is the next one's.
         steps = int(((i + 1) * each - spent) // cost)
@@ -62,27 +72,23 @@ def stretches(config: Config, tuned: bool) -> list[tuple[bool, int]]:
     return plan
 
 
-def _one(
-    name: str,
-    method: str,
-    config: Config,
-    seed: int,
-    words: int,
-    parts: dict[str, jax.Array],
-    records: record.Records,
-) -> None:
-    """One run of one method: stretches of one compiled scan, a measurement after each."""
-    plan = stretches(config, method != "untuned")
-    last = sum(count for _, count in plan)
-    done = record.read(records.out, seed=seed, method=name)
-    if done and done[-1].step == last:
-        return
-    records.rewind(name)
-    key = jax.random.key(seed)
-    params = problem.initial(config, words, jax.random.fold_in(key, 1))
-    hparams = problem.hparams(config, params, many=method == "many")
-    algorithm, evaluate = pieces(config)
-    state = algorithm.init(params, hparams, problem.zero_carry(config, config.batch))
+class Point(NamedTuple):
+    """Where a run is after a stretch, and the best it has been."""
+
+    state: Any
+    cost: float
+    loss: float
+    lr: float
+    best: Any
+    best_loss: float
+    best_cost: float
+
+
+def follow(
+    config: Config, state: Any, plan: list[tuple[bool, int]], parts: Any, key: jax.Array
+) -> Iterator[Point]:
+    """Stretches of one compiled scan; the step size falls whenever the validation loss stalls."""
+    evaluate = pieces(config)[1]
     best, best_loss, best_cost, losses = state, np.inf, 0.0, []
     lr, cost = config.lr, 0.0
     for tuned, count in plan:
@@ -95,30 +101,117 @@ def _one(
             # Fall, and wait as long again before the next fall.
             lr, losses = lr * config.shrink, losses[-1:]
             state = with_rate(state, lr)
-        metrics: dict[str, Any] = {}
-        if int(state.step) == last:
-            for part in ("validation", "test", "train"):
-                metrics[f"{part}_perplexity"] = np.exp(float(evaluate(best.params, parts[part])))
-            metrics["hyperparameters"] = sum(x.size for x in jax.tree.leaves(hparams))
-            metrics["best_cost"] = best_cost
+        yield Point(state, cost, losses[-1], lr, best, best_loss, best_cost)
+
+
+def _start(config: Config, seed: int, words: int, many: bool) -> tuple[Any, Any, jax.Array]:
+    key = jax.random.key(seed)
+    params = problem.initial(config, words, jax.random.fold_in(key, 1))
+    return params, problem.hparams(config, params, many), key
+
+
+def _ends(config: Config, point: Point, parts: Any, hparams: Any) -> dict[str, float]:
+    """What is measured once a run is over, at its best validation point."""
+    evaluate = pieces(config)[1]
+    return {
+        **{
+            f"{part}_perplexity": float(np.exp(float(evaluate(point.best.params, parts[part]))))
+            for part in ("validation", "test", "train")
+        },
+        "hyperparameters": sum(x.size for x in jax.tree.leaves(hparams)),
+        "best_cost": point.best_cost,
+    }
+
+
+def _one(
+    name: str,
+    method: str,
+    config: Config,
+    seed: int,
+    words: int,
+    parts: dict[str, jax.Array],
+    records: record.Records,
+) -> None:
+    """One run of one method, a measurement after each stretch."""
+    plan = stretches(config, method != "untuned")
+    last = sum(count for _, count in plan)
+    done = record.read(records.out, seed=seed, method=name)
+    if done and done[-1].step == last:
+        return
+    records.rewind(name)
+    params, hparams, key = _start(config, seed, words, method == "many")
+    state = pieces(config)[0].init(params, hparams, problem.zero_carry(config, config.batch))
+    point = None
+    for point in follow(config, state, plan, parts, key):
+        ended = int(point.state.step) == last
         records.append(
             name,
-            int(state.step),
-            cost,
-            now_perplexity=float(np.exp(losses[-1])),
-            best_perplexity=float(np.exp(best_loss)),
-            lr=lr,
-            **_kinds(problem.strengths(config, state.hparams)),
-            **metrics,
+            int(point.state.step),
+            point.cost,
+            now_perplexity=float(np.exp(point.loss)),
+            best_perplexity=float(np.exp(point.best_loss)),
+            lr=point.lr,
+            **_kinds(problem.strengths(config, point.state.hparams)),
+            **(_ends(config, point, parts, hparams) if ended else {}),
         )
-    record.save_arrays(
-        records.out,
-        f"{name}_{seed}",
-        **{
-            _plain(path): np.asarray(x)
-            for path, x in _paths(problem.strengths(config, best.hparams))
-        },
+    if point is not None:
+        found = problem.strengths(config, point.best.hparams)
+        arrays = {_plain(path): np.asarray(x) for path, x in _paths(found)}
+        record.save_arrays(records.out, f"{name}_{seed}", **arrays)
+
+
+def _search(
+    name: str, config: Config, seed: int, words: int, parts: Any, records: record.Records
+) -> None:
+    """TPE over the numbers of `few`, each trial a model from scratch held to its strengths.
+
+    A trial is worth its best validation point; the test part is read for the best trial only.
+    """
+    if not config.trials:
+        return
+    params, hparams, key = _start(config, seed, words, many=False)
+    algorithm = pieces(config)[0]
+    plan = stretches(config, False, config.trial_budget / config.budget)
+    paths = dict(_paths(hparams))
+    rates, penalties = config.searched
+    space = {
+        _plain(path): rates
+        if "rates" in path
+        else (config.decays[0] + 0.1, config.decays[1] - 0.1)
+        if "decays" in path
+        else penalties
+        for path in paths
+    }
+
+    def objective(setting: dict[str, float], number: int) -> baselines.Tried:
+        raw = [_raw(config, path, jnp.float32(setting[_plain(path)])) for path in paths]
+        chosen = jax.tree.unflatten(jax.tree.structure(hparams), raw)
+        state = algorithm.init(params, chosen, problem.zero_carry(config, config.batch))
+        *_, point = follow(config, state, plan, parts, key)
+        perplexity = float(np.exp(point.best_loss))
+        return baselines.Tried(
+            point.best_loss,
+            lambda: {"best_perplexity": perplexity, **_ends(config, point, parts, hparams)},
+        )
+
+    baselines.recorded(
+        objective,
+        space,
+        records=records,
+        method=name,
+        trials=config.trials,
+        cost=config.trial_budget,
+        sampler="tpe",
+        startup=config.startup,
     )
+
+
+def _raw(config: Config, path: str, value: jax.Array) -> jax.Array:
+    """A strength in the variable that is tuned."""
+    for name, ends in (("rates", config.rates), ("decays", config.decays)):
+        if name in path:
+            return bilevel.Interval(*ends).unconstrain(value)
+    return value
 
 
 def with_rate(state: Any, lr: float) -> Any:

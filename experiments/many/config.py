@@ -8,36 +8,59 @@ class Config:
     """Every number of the experiment; all of it runs in float64.
 
     Attributes:
-      tasks: two-class problems that come with scikit-learn.
-      rows: most rows to fit and tune on; the others test.
-      strengths: of the prior, in units of the mean log-loss.
+      sets: names of `sets.TITLES`, and how many rows of each are fitted and tuned on.
+      test: most of the other rows that test.
+      grid, points: ends and number of the log penalties that are searched, for sums of losses.
+      repeats, beside, points_beside: of the second search for one penalty, by other folds so many
+        times, on so many points within a distance of the first.
+      spreads: of the log penalties under the prior, standard deviations s; the strength is
+        1 / (n s^2) for n rows, in nats. Beside them, 0: one shared penalty.
       folds: of the cross-validation that is tuned.
       splits: of the outer cross-validation that chooses the strength.
-      start: first log penalties.
+      errors: how many standard errors better than sharing a strength must be.
       steps, rate: of Adam, on the log penalties.
-      tolerance: of the fits, on the gradient.
     """
 
-    tasks: tuple[str, ...] = ("breast_cancer", "digits_3_8")
-    rows: int = 150
-    strengths: tuple[float, ...] = (float("inf"), 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 0.0)
+    sets: tuple[tuple[str, int], ...] = (
+        ("diabetes", 200),
+        ("concrete", 300),
+        ("energy", 200),
+        ("yacht", 150),
+        ("wine", 400),
+        ("kin8nm", 400),
+        ("california", 400),
+        ("power", 300),
+        ("breast_cancer", 200),
+        ("digits", 150),
+        ("covtype", 250),
+        ("ijcnn1", 400),
+    )
+    test: int = 4000
+    grid: tuple[float, float] = (-14.0, 9.0)
+    points: int = 24
+    repeats: int = 30
+    beside: float = 3.0
+    points_beside: int = 13
+    spreads: tuple[float, ...] = (0.5, 1.0, 2.0)
     folds: int = 5
-    splits: int = 3
-    start: float = -3.0
-    steps: int = 60
-    rate: float = 0.2
-    tolerance: float = 1e-6
+    splits: int = 5
+    errors: float = 0.5
+    steps: int = 30
+    rate: float = 0.35
 
 
 def smoke() -> Config:
-    """Seconds: does everything run?"""
+    """Seconds, and nothing to download: does everything run?"""
     return Config(
-        tasks=("breast_cancer",),
-        rows=60,
-        strengths=(float("inf"), 1e-2),
+        sets=(("diabetes", 60), ("breast_cancer", 60)),
+        test=200,
+        points=5,
+        repeats=2,
+        points_beside=3,
+        spreads=(1.0,),
         folds=2,
         splits=2,
-        steps=4,
+        steps=3,
     )
 
 
@@ -48,4 +71,4 @@ def cpu() -> Config:
 
 def paper() -> Config:
     """Longer, with more outer folds."""
-    return Config(splits=5, steps=200)
+    return Config(splits=10, steps=200)

@@ -1,49 +1,58 @@
-"""The picture of `many`, from saved records."""
+"""The pictures of `many`, from saved records."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from experiments.common import expected, record
 from experiments.common import figures as draw
-from experiments.common import record
+from experiments.many.sets import TITLES
 
-TITLES = {"breast_cancer": "breast cancer", "digits_3_8": "digits, 3 against 8"}
-WORDS = {
-    "shared": "one for all\n(∞)",
-    "prior_1e0": "1",
-    "prior_1em1": "0.1",
-    "prior_1em2": "0.01",
-    "prior_1em3": "0.001",
-    "prior_1em4": "0.0001",
-    "free": "none\n(0)",
-    "chosen": "chosen",
-}
+BASE = "one_repeated"
+WORDS = {"none": "one per feature, no prior", "chosen": "one per feature, prior chosen"}
+SHADES = {"none": draw.GREY, "chosen": draw.BLUE}
 
 
 def figures(out: Path) -> list[Path]:
     """Draws everything the records of ``out`` allow, and returns the files."""
     records = record.read(out)
-    tasks = [t for t in TITLES if any(r.method == f"{t}_shared" for r in records)]
-    path = out / "figures" / "strengths.png"
-    with draw.figure(path, columns=len(tasks), width=6.0 * len(tasks), height=4.4) as (drawn, all_):
-        for axes, task in zip(np.atleast_1d(all_), tasks, strict=True):
-            shared = _losses(records, f"{task}_shared")
-            shown = [m for m in WORDS if _losses(records, f"{task}_{m}")]
-            for i, method in enumerate(shown):
-                found = _losses(records, f"{task}_{method}")
-                ratios = np.array([found[s] / shared[s] for s in sorted(found)])
-                shade = draw.BLUE if method == "chosen" else draw.GREY
-                axes.scatter(np.full(len(ratios), i), ratios, color=shade, s=24)
-                middle = np.exp(np.mean(np.log(ratios)))
-                axes.plot([i - 0.3, i + 0.3], [middle, middle], color=shade)
-            axes.axhline(1, color=draw.BLACK, linewidth=1)
-            axes.set_yscale("log")
-            axes.set_xticks(range(len(shown)), [WORDS[m] for m in shown])
-            axes.set_xlabel("strength of the prior")
-            axes.set_title(TITLES[task])
-        np.atleast_1d(all_)[0].set_ylabel("test loss over that of one shared penalty")
-    return [path]
+    names = [n for n in TITLES if any(r.method == f"{n}_chosen" for r in records)]
+    return [_effects(records, names, out / "figures" / "effects.png")]
 
 
-def _losses(records: list[record.Record], method: str) -> dict[int, float]:
-    return {r.seed: r.metrics["test_loss"] for r in records if r.method == method}
+def _effects(records: list[record.Record], names: list[str], path: Path) -> Path:
+    """All sets at a glance: how test loss changes, and the interval over the draws."""
+    told = {
+        (name, arm): _change(records, f"{name}_{arm}", f"{name}_{BASE}")
+        for name in names
+        for arm in WORDS
+    }
+    names = sorted(names, key=lambda name: -told[name, "chosen"]["mean"])
+    height = 1.6 + 0.36 * len(names)
+    with draw.figure(path, columns=1, width=8.0, height=height) as (drawn, axes):
+        for arm, shift in (("none", 0.16), ("chosen", -0.16)):
+            rows = [told[name, arm] for name in names]
+            middles = np.array([row["mean"] for row in rows])
+            ends = np.array([[row["mean"] - row["low"], row["high"] - row["mean"]] for row in rows])
+            axes.errorbar(
+                middles, np.arange(len(names)) + shift, xerr=ends.T, fmt="o", markersize=5,
+                color=SHADES[arm], elinewidth=2, label=WORDS[arm],
+            )  # fmt: skip
+        axes.axvline(0, color=draw.BLACK, linewidth=1)
+        axes.set_yticks(range(len(names)), [TITLES[name] for name in names])
+        axes.set_xscale("symlog", linthresh=2, linscale=1.5)
+        ticks = [-10, -3, -1, 0, 1, 3, 10, 100, 1000]
+        low, high = axes.get_xlim()
+        axes.set_xticks([t for t in ticks if low <= t <= high])
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:+g} %" if x else "0")
+        axes.minorticks_off()
+        axes.set_xlabel("test loss against one penalty (repeated folds): mean and 95 % interval")
+        axes.set_title("The chosen prior keeps the gains and takes the losses away")
+        drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return path
+
+
+def _change(records: list[record.Record], a: str, b: str) -> dict[str, Any]:
+    told = expected.paired(records, "test_loss", a, b, ratio=True)
+    return {end: 100 * (told[end] - 1) for end in ("mean", "low", "high")}

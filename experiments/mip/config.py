@@ -25,6 +25,7 @@ class Task:
       train: images to train on.
       measured: of these, how many a measured loss is taken on; 0 for all of them.
       points: measurements along a run.
+      variants: of `networks.VARIANTS`, the plain one first.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     train: int = 1_000
     measured: int = 0
     points: int = 100
+    variants: tuple[str, ...] = ("plain", "he", "encoding", "residual", "mip")
 
 
 DEEP = Task(
@@ -60,7 +62,11 @@ DEEP = Task(
     adam_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 )
 SHALLOW = dataclasses.replace(
-    DEEP, name="shallow", widths=(32,), sgd_rates=(3e-3, 1e-2, 3e-2, 1e-1)
+    DEEP,
+    name="shallow",
+    widths=(32,),
+    sgd_rates=(3e-3, 1e-2, 3e-2, 1e-1),
+    variants=("plain", "mip"),
 )
 LINEAR = Task(
     name="linear",
@@ -75,6 +81,7 @@ LINEAR = Task(
     steps=5_000,
     sgd_rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     adam_rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    variants=("plain", "mip"),
 )
 # Near to the first experiment of the paper: LeNet (with smaller dense layers) on MNIST, its
 # losses weighted by the input. Four passes over the images: the plain one still gets better there.
@@ -104,12 +111,10 @@ class Config:
 
     Attributes:
       tasks: one comparison each.
-      variants: of `networks.VARIANTS`, the plain one first.
       grid: inputs over which a measured loss is averaged.
     """
 
     tasks: tuple[Task, ...] = (DEEP, SHALLOW, LINEAR, CONV)
-    variants: tuple[str, ...] = ("plain", "mip")
     grid: int = 9
 
 
@@ -117,11 +122,14 @@ def smoke() -> Config:
     """Few steps, one rate: does everything run?"""
     short: dict[str, Any] = {"steps": 100, "points": 10}
     one: dict[str, Any] = {"hidden": (16,), "sgd_rates": (1e-2,), "adam_rates": ()}
-    small = dataclasses.replace(DEEP, widths=(16, 16), **one, **short)
+    small = dataclasses.replace(
+        DEEP, widths=(16, 16), variants=("plain", "he", "mip"), **one, **short
+    )
     linear = dataclasses.replace(LINEAR, sgd_rates=(1e-3,), adam_rates=(1e-3,), **short)
     conv = dataclasses.replace(
-        CONV, channels=(4,), widths=(16,), data="digits", train=1_000, measured=128, **one, **short
-    )
+        CONV, channels=(4,), widths=(16,), data="digits", train=1_000, measured=128,
+        variants=("plain", "mip"), **one, **short,
+    )  # fmt: skip
     return Config(tasks=(small, linear, conv))
 
 
@@ -138,10 +146,7 @@ def paper() -> Config:
     }
     large: dict[str, Any] = {"data": "mnist", "train": 50_000, "batch": 128, "steps": 20_000}
     deep = dataclasses.replace(DEEP, widths=(120, 84, 84), **large, **rates)
-    shallow = dataclasses.replace(deep, name="shallow", widths=(120,))
+    shallow = dataclasses.replace(deep, name="shallow", widths=(120,), variants=("plain", "mip"))
     linear = dataclasses.replace(LINEAR, data="mnist", train=50_000)
     conv = dataclasses.replace(CONV, widths=(120, 84), measured=2_048, points=100, **large, **rates)
-    return Config(
-        tasks=(deep, shallow, linear, conv),
-        variants=("plain", "encoding", "residual", "mip"),
-    )
+    return Config(tasks=(deep, shallow, linear, conv))

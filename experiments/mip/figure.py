@@ -11,11 +11,18 @@ from experiments.mip.run import best_rate, curves, final_losses
 
 COLOURS = {
     "plain": draw.BLACK,
+    "he": draw.PURPLE,
     "encoding": draw.SKY,
     "residual": draw.GOLD,
     "mip": draw.BLUE,
 }
-NAMES = {"plain": "plain", "encoding": "encoding only", "residual": "residual only", "mip": "MIP"}
+NAMES = {
+    "plain": "plain",
+    "he": "plain, He-scaled",
+    "encoding": "encoding only",
+    "residual": "residual only",
+    "mip": "MIP",
+}
 TASKS = {
     "deep": "three hidden layers",
     "shallow": "one hidden layer",

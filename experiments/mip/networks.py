@@ -1,6 +1,7 @@
 """The hypernetworks, and their training."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 
 import bilevel
 from bilevel.ground import tree
+from bilevel.ground.tree import paths
 from bilevel.inner.hypernetwork import Encoding, encode
 from experiments.common import budget
 from experiments.mip import tasks
@@ -18,6 +20,7 @@ from experiments.mip.config import Config, Task
 # encoding of the input, and whether base weights are added
 VARIANTS: dict[str, tuple[Encoding, bool]] = {
     "plain": ("raw", False),
+    "he": ("raw", False),  # plain, with heads scaled so that it predicts He's sizes
     "encoding": ("cos_sin", False),
     "residual": ("raw", True),
     "mip": ("cos_sin", True),
@@ -25,12 +28,37 @@ VARIANTS: dict[str, tuple[Encoding, bool]] = {
 MOMENTUM = 0.9
 
 
+class HeScaled(bilevel.Hypernetwork):
+    """Heads whose first predictions, at an input of one, have the sizes of He's weights.
+
+    Unscaled heads divide by the root of the number of all weights: what they predict is too small
+    for a gradient to come through a deep network.
+    """
+
+    def init(self, key: Any, params: Any, hparams: Any) -> Any:
+        """First parameters, the kernels of the heads scaled layer by layer."""
+        made = super().init(key, params, hparams)
+        seen = jnp.linalg.norm(self.features(made, jnp.ones_like(hparams)))
+        total = sum(leaf.size for leaf in jax.tree.leaves(params))
+        leaves = dict(paths(params, ""))
+        heads = {
+            path: (kernel * _he(leaves[path]) * math.sqrt(total) / seen, bias)
+            if leaves[path].ndim == 2
+            else (kernel, bias)
+            for path, (kernel, bias) in made.heads.items()
+        }
+        return made._replace(heads=heads)
+
+
+def _he(kernel: Any) -> float:
+    return math.sqrt(2 / kernel.shape[0])
+
+
 def hypernetwork(variant: str, task: Task) -> bilevel.Hypernetwork:
     """Leaky ReLU, He's first weights, biases of zero; what differs is the two parts of MIP."""
     encoding, residual = VARIANTS[variant]
-    return bilevel.Hypernetwork(
-        task.hidden, encoding=encoding, residual=residual, to_unit=to_unit(variant, task)
-    )
+    kind = HeScaled if variant == "he" else bilevel.Hypernetwork
+    return kind(task.hidden, encoding=encoding, residual=residual, to_unit=to_unit(variant, task))
 
 
 def to_unit(variant: str, task: Task) -> Callable[[jax.Array], jax.Array]:

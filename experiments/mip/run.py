@@ -28,7 +28,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
         data = tasks.images(task, seed)
         for optimizer in OPTIMIZERS:
             rates = task.adam_rates if optimizer == "adam" else task.sgd_rates
-            for variant in config.variants if rates else ():
+            for variant in task.variants if rates else ():
                 method = f"{task.name}_{variant}_{optimizer}"
                 if len(record.read(out, seed=seed, method=method)) == task.points:
                     continue
@@ -119,22 +119,37 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
         losses, plain = curves(records, method), curves(records, f"{task}_plain_{optimizer}")
         best, target = best_rate(losses), final_losses(plain)[:, best_rate(plain)]
         final, steps = final_losses(losses), [r.cost for r in records if r.method == method]
+        # Against the plain one whose heads are scaled: is it the size alone that was missing?
+        scaled = f"{task}_he_{optimizer}"
+        over_he: list[float] = []
+        if scaled in last:
+            he = curves(records, scaled)
+            goals = final_losses(he)[:, best_rate(he)]
+            over_he = [
+                min(part_until(r[best], goal), 1.0) for r, goal in zip(losses, goals, strict=True)
+            ]
         parts = [part_until(r[best], goal) for r, goal in zip(losses, target, strict=True)]
         near = [part_until(r[best], NEAR * goal) for r, goal in zip(losses, target, strict=True)]
         # One for never: a run that was too short does not count as infinitely long.
         capped = [min(part, 1.0) for part in parts]
         failed = np.sum(~(final < LEARNT * end.metrics["zero_loss"]), axis=1)
         ends = [r for r in records if r.method == method and "homogeneity" in r.metrics]
+        ends.sort(key=lambda r: r.seed)
         columns = {
             "cost": [max(steps)] * len(losses),
             "best_rate": [end.metrics["rates"][best]] * len(losses),
             "final_loss": final[:, best],
             "part_to_plain": capped,
             "part_near": [min(part, 1.0) for part in near],
+            **({"part_to_he": over_he} if over_he else {}),
             "never": [float(np.isinf(part)) for part in parts],
             "failed": failed,
             "input_variation": [r.metrics["input_variation"] for r in ends],
             "homogeneity": [r.metrics["homogeneity"] for r in ends],
         }
-        result[method] = {name: expected.statistics(values) for name, values in columns.items()}
+        seeds = sorted({r.seed for r in records if r.method == method})
+        result[method] = {
+            name: expected.statistics(dict(zip(seeds, map(float, values), strict=True)))
+            for name, values in columns.items()
+        }
     return result

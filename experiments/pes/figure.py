@@ -63,6 +63,10 @@ def _landscapes(records: list[record.Record], out: Path, path: Path) -> None:
                 y = [r.metrics["log_rate_end"] for r in chosen]
                 axis.plot(x, y, color=colour, label=label, lw=2)
                 axis.plot(x[-1], y[-1], marker="o", ms=9, color=colour, mec="white")
+            found = [r for r in records if r.seed == seed and r.method == f"{name}_tpe"]
+            if found:
+                at = [found[-1].metrics[f"log_rate_{end}"] for end in ("start", "end")]
+                axis.plot(*at, "*", ms=13, color=draw.BROWN, mec="white", label="best of TPE")
             axis.set(xlabel="log learning rate at the start", ylabel="log learning rate at the end")
             axis.grid(False)
             axis.set_title(f"{name}: paths from one start to the dots")

@@ -1,5 +1,6 @@
 """Runs `pes`: the scalar system with a closed form, then learning rates tuned online."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,25 +8,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import budget, record
+from experiments.common import baselines, budget, record
 from experiments.pes import problem, scalar, tune
 from experiments.pes.config import Config
 
 LOW, HIGH, POINTS = -6.0, 1.0, 12
+SEARCHES = {"random_search": "random", "tpe": "tpe"}
+METHODS = ("scalar_pes", "scalar_truncated_es", "none", *tune.METHODS, *SEARCHES)
 TABLE = ("sum_of_losses", "final_loss", "log_rate_start", "log_rate_end", "error_in_se")
 
 
-def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+def run(
+    config: Config, seed: int, out: Path, resume: bool, methods: Sequence[str] = METHODS
+) -> None:
     """Everything on one seed; a resumed run skips the methods that had finished."""
     records = record.Records(out, seed)
-    for persistent in (True, False):
-        _scalar(config, seed, records, persistent)
+    for method in ("scalar_pes", "scalar_truncated_es"):
+        if method in methods:
+            _scalar(config, seed, records, method == "scalar_pes")
     for name in config.sets:
         train = problem.images(name, config, seed)
         if not (out / "arrays" / f"landscape_{name}.npz").exists():
             _landscape(name, config, seed, train, out)
-        for method in ("none", *tune.METHODS):
-            _tune(name, method, config, seed, train, records)
+        for method in methods:
+            if method in SEARCHES:
+                _search(name, method, config, seed, train, records)
+            elif not method.startswith("scalar"):
+                _tune(name, method, config, seed, train, records)
 
 
 def _scalar(config: Config, seed: int, records: record.Records, persistent: bool) -> None:
@@ -100,6 +109,36 @@ def _tune(
         if i == config.records - 1:
             metrics |= _replayed(carry[0], config, seed, train)
         records.append(title, made, made * tune.cost(method, config), **metrics)
+
+
+def trials(config: Config) -> int:
+    """Whole runs that cost what the moves of PES do."""
+    return int(config.updates * tune.cost("pes", config) // config.steps)
+
+
+def _search(
+    name: str, method: str, config: Config, seed: int, train: Any, records: record.Records
+) -> None:
+    """Random search or TPE over the two numbers; each trial is one fresh run."""
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+
+    def objective(setting: dict[str, float], number: int) -> baselines.Tried:
+        schedule = jnp.asarray([setting["start"], setting["end"]], jnp.float32)
+        losses = tune.replay(config)(schedule[None], train, jax.random.fold_in(key, number))
+        return baselines.Tried(
+            float(np.sum(losses[0])), lambda: _replayed(schedule, config, seed, train)
+        )
+
+    baselines.recorded(
+        objective,
+        {"start": (LOW, HIGH), "end": (LOW, HIGH)},
+        records=records,
+        method=f"{name}_{method}",
+        trials=trials(config),
+        cost=config.steps,
+        sampler=SEARCHES[method],
+        prefix="log_rate_",
+    )
 
 
 def _described(schedule: Any) -> dict[str, Any]:

@@ -55,17 +55,17 @@ def solver(base: type, method: str) -> type:
 def algorithm(self: Any, method: str) -> bilevel.Algorithm:
     """Our loop with the benchmark's losses, step sizes and number of batches."""
     losses = self.f_outer, self.f_inner
-    rate = falling(method, self.step_size)
-    tx, outer_tx = optax.sgd(rate), optax.sgd(falling(method, self.step_size / self.outer_ratio))
+    tx, outer_tx = optax.sgd(self.step_size), optax.sgd(self.step_size / self.outer_ratio)
+    falls = {"schedule": falling(method)}
     if method == "soba":
-        return bilevel.soba(*losses, tx, tx, outer_tx)
+        return bilevel.soba(*losses, tx, tx, outer_tx, **falls)
     if method == "saba":
         return bilevel.saba(*losses, tx, tx, outer_tx, *_lengths(self))
     if method == "fsla":
-        return bilevel.fsla(*losses, tx, tx, outer_tx, momentum(method))
+        return bilevel.fsla(*losses, tx, tx, outer_tx, momentum(method), **falls)
     if method == "mrbo":
         storm = momentum(method), momentum(method)
-        return bilevel.mrbo(*losses, tx, outer_tx, *storm, TERMS, self.step_size)
+        return bilevel.mrbo(*losses, tx, outer_tx, *storm, TERMS, self.step_size, **falls)
     if method == "stocbio":
         return bilevel.stocbio(*losses, tx, outer_tx, TERMS, TERMS, self.step_size)
     return bilevel.amigo(*losses, tx, tx, outer_tx, TERMS, TERMS)

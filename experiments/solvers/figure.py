@@ -16,10 +16,10 @@ TITLES = {
 }
 NAMES: dict[str, str] = {
     "soba": "SOBA", "saba": "SABA", "fsla": "FSLA", "srba": "SRBA", "spaba": "SPABA",
-    "mrbo": "MRBO", "stocbio": "stocBiO", "amigo": "AmIGO",
+    "mrbo": "MRBO", "stocbio": "stocBiO", "amigo": "AmIGO", "f2sa": "F2SA",
 }  # fmt: skip
-COLOURS: dict[str, str] = dict(zip(METHODS, draw.OTHERS, strict=True))
-DASHED = ("mrbo", "stocbio", "amigo")  # those that sum a series or train in between
+COLOURS: dict[str, str] = dict(zip(METHODS, (*draw.OTHERS, draw.BROWN), strict=True))
+DASHED = ("mrbo", "stocbio", "amigo", "f2sa")  # those that sum a series or train in between
 
 
 def figures(out: Path) -> list[Path]:

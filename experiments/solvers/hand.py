@@ -52,6 +52,8 @@ class Hand:
         point, t = (w, jax.tree.map(jnp.zeros_like, w), lam), jnp.zeros((), jnp.int32)
         if self.method in ("fsla", "srba", "spaba"):
             return point, t, point, jax.tree.map(jnp.zeros_like, point)
+        if self.method == "f2sa":
+            return (w, w, lam), t
         if self.method == "mrbo":
             return (w, lam), t, (w, lam), jax.tree.map(jnp.zeros_like, (w, lam))
         if self.method == "saba":
@@ -132,6 +134,23 @@ class Hand:
         q = jax.lax.fori_loop(0, count, body, q)
         d = add(-1, self._cross(w, lam, at(i, begin + count), q), direct)
         return (w, q, add(-self.rates[1], d, lam)), t + 1
+
+    def f2sa(self, state: Any, i: Any, j: Any, key: Any) -> Any:
+        (y, z, lam), t = state
+        inner, outer = self.problem.inner, self.problem.outer
+        sigma, count = self.config.penalty * (1.0 + t) ** (1 / 7), self.config.inner_steps
+
+        def body(k: Any, carry: Any) -> Any:
+            y, z = carry
+            batch = at(i, k)
+            slope = add(1 / sigma, jax.grad(outer)(y, lam, j), jax.grad(inner)(y, lam, batch))
+            z = add(-self.rates[0], jax.grad(inner)(z, lam, batch), z)
+            return add(-self.rates[0], slope, y), z
+
+        y, z = jax.lax.fori_loop(0, count, body, (y, z))
+        high, low = (jax.grad(inner, 1)(w, lam, at(i, count - 1)) for w in (y, z))
+        d = add(sigma, add(-1, low, high), jax.grad(outer, 1)(y, lam, j))
+        return (y, z, add(-self.rates[1], d, lam)), t + 1
 
     def _lengths(self) -> tuple[int, ...]:
         n, m = sizes(self.problem)

@@ -36,24 +36,25 @@ def ours(
 ) -> bilevel.Algorithm:
     """The loop of this library."""
     losses = problem.outer, problem.inner
-    rate, outer_rate = (falling(method, x) for x in rates)
-    tx, outer_tx = optax.sgd(rate), optax.sgd(outer_rate)
-    k, t = config.products, config.inner_steps
+    tx, outer_tx = (optax.sgd(rate) for rate in rates)
+    k, t, falls = config.products, config.inner_steps, {"schedule": falling(method)}
     if method == "soba":
-        return bilevel.soba(*losses, tx, tx, outer_tx)
+        return bilevel.soba(*losses, tx, tx, outer_tx, **falls)
     if method == "saba":
         return bilevel.saba(*losses, tx, tx, outer_tx, *sizes(problem))
     if method == "fsla":
-        return bilevel.fsla(*losses, tx, tx, outer_tx, momentum(method))
+        return bilevel.fsla(*losses, tx, tx, outer_tx, momentum(method), **falls)
     if method == "srba":
         return bilevel.srba(*losses, tx, tx, outer_tx, period(config, problem))
     if method == "spaba":
         return bilevel.spaba(*losses, tx, tx, outer_tx, 1 / period(config, problem))
     if method == "mrbo":
         storm = momentum(method), momentum(method)
-        return bilevel.mrbo(*losses, tx, outer_tx, *storm, k, rates[0])
+        return bilevel.mrbo(*losses, tx, outer_tx, *storm, k, rates[0], **falls)
     if method == "stocbio":
         return bilevel.stocbio(*losses, tx, outer_tx, t, k, rates[0])
+    if method == "f2sa":
+        return bilevel.f2sa(*losses, tx, outer_tx, t, penalty=config.penalty)
     return bilevel.amigo(*losses, tx, tx, outer_tx, t, k)
 
 
@@ -79,7 +80,7 @@ def runner(
 def draw(method: str, config: Config, train: Any, valid: Any, key: Any) -> tuple[Any, Any]:
     """What a step reads: batches drawn evenly, with what the method wants beside them."""
     k, t = config.products, config.inner_steps
-    count = {"mrbo": k + 2, "stocbio": t + k + 1, "amigo": t + k + 1}.get(method, 1)
+    count = {"mrbo": k + 2, "stocbio": t + k + 1, "amigo": t + k + 1, "f2sa": t}.get(method, 1)
     batches = jax.tree.leaves(train)[0].shape[0], jax.tree.leaves(valid)[0].shape[0]
     one, two = jax.random.split(key)
     i = jax.random.randint(one, (count,), 0, batches[0], jnp.int32)
@@ -108,4 +109,5 @@ def cost(method: str, config: Config, problem: Problem) -> float:
         "mrbo": 2 * (1 + (k + 1) * product + 1),
         "stocbio": t + (k + 1) * product + 1,
         "amigo": t + (k + 1) * product + 1,
+        "f2sa": 3 * (t + 1),
     }[method]

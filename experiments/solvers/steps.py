@@ -16,9 +16,9 @@ def size(method: str, rate: Any, t: Any) -> Any:
     return rate / (1 + t) ** ROOT[method] if method in ROOT else rate
 
 
-def falling(method: str, rate: Any) -> Any:
-    """A step size, or a schedule where it falls, for optax."""
-    return (lambda t: size(method, rate, t)) if method in ROOT else rate
+def falling(method: str) -> Callable[[Any], Any] | None:
+    """What all step sizes are multiplied with in step t; None where they are constant."""
+    return (lambda t: size(method, 1.0, t)) if method in ROOT else None
 
 
 def momentum(method: str) -> Callable[[Any], Any]:

@@ -6,7 +6,10 @@ judged by the median of its last three recorded gradients. Last, its first step 
 three until neither of two further seeds diverges.
 """
 
+import functools
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,17 +21,25 @@ SEEDS, PART, KEPT, GROWN = (100, 101, 102), 0.3, 6, 3
 RATES = (0.1, 0.3, 1.0)
 OUTER = (0.1, 1.0, 10.0, 100.0)
 FACTORS = 3.0, 10.0  # between neighbours of the two grids
-Pair = tuple[float, float]
+Pair: TypeAlias = tuple[float, float]
+Reach: TypeAlias = Callable[[Pair, float, int], float]
 
 
-def reached(name: str, method: str, pair: Pair, part: float, seed: int = SEEDS[0]) -> float:
-    """The squared gradient that a pair ends with, relative to the start."""
+def reached(
+    name: str, cost: float, follow: Callable[[int, Pair, list[int]], Iterable[Any]],
+    pair: Pair, part: float, seed: int,
+) -> float:  # fmt: skip
+    """The squared gradient that a pair ends with, relative to the start.
+
+    `follow` yields the step, the hyperparameters and anything more at the start and at all stops;
+    a step has a cost.
+    """
     config, problem = cpu(), cached(name, cpu().batch)
     budget = dict(zip(config.problems, config.budget, strict=True))[name] * part
-    count = int(budget / loops.cost(method, config, problem))
-    stops = [max(1, round(count * x)) for x in (0.8, 0.9, 1.0)]
+    count = max(1, int(budget / cost))
+    stops = sorted({max(1, round(count * x)) for x in (0.8, 0.9, 1.0)})
     first, ends = np.sum(problem.gradient(problem.hparams) ** 2), []
-    for step, hparams, _ in run.follow(config, name, method, seed, pair, stops):
+    for step, hparams, *_ in follow(seed, pair, stops):
         lam = np.asarray(hparams)
         if not np.isfinite(lam).all() or np.abs(lam).max() > 20:
             return np.inf
@@ -37,13 +48,27 @@ def reached(name: str, method: str, pair: Pair, part: float, seed: int = SEEDS[0
     return float(np.median(ends))
 
 
-def tune(name: str, method: str) -> tuple[Pair, float]:
+def reach(name: str, method: str) -> Reach:
+    """What one of our loops reaches."""
+    config = cpu()
+
+    def follow(seed: int, pair: Pair, stops: list[int]) -> Iterable[Any]:
+        return run.follow(config, name, method, seed, pair, stops)
+
+    cost = loops.cost(method, config, cached(name, config.batch))
+    return functools.partial(reached, name, cost, follow)
+
+
+def tune(
+    reach: Reach, rates: Sequence[float] = RATES, outer: Sequence[float] = OUTER,
+    grown: int = GROWN, kept: int = KEPT,
+) -> tuple[Pair, float]:  # fmt: skip
     """The best pair and what it reaches, relative to the start."""
-    grid, found = [list(RATES), list(OUTER)], {}
-    for _ in range(GROWN + 1):
+    grid, found = [list(rates), list(outer)], {}
+    for _ in range(grown + 1):
         for pair in [(a, b) for a in grid[0] for b in grid[1]]:
             if pair not in found:
-                found[pair] = reached(name, method, pair, PART)
+                found[pair] = reach(pair, PART, SEEDS[0])
         best = min(found, key=lambda pair: found[pair])
         before = len(grid[0]), len(grid[1])
         for values, at, factor in zip(grid, best, FACTORS, strict=True):
@@ -53,17 +78,17 @@ def tune(name: str, method: str) -> tuple[Pair, float]:
                 values.append(_round(at / factor))
         if before == (len(grid[0]), len(grid[1])):
             break
-    last = sorted(found, key=lambda pair: found[pair])[:KEPT]
-    ends = {pair: reached(name, method, pair, 1.0) for pair in last}
-    return stable(name, method, min(ends, key=lambda pair: ends[pair]))
+    last = sorted(found, key=lambda pair: found[pair])[:kept]
+    ends = {pair: reach(pair, 1.0, SEEDS[0]) for pair in last}
+    return stable(reach, min(ends, key=lambda pair: ends[pair]))
 
 
-def stable(name: str, method: str, pair: Pair) -> tuple[Pair, float]:
+def stable(reach: Reach, pair: Pair) -> tuple[Pair, float]:
     """The pair, or one with a shorter first step size, that diverges on no seed; and the worst."""
-    worst = max(reached(name, method, pair, 1.0, seed) for seed in SEEDS)
+    worst = max(reach(pair, 1.0, seed) for seed in SEEDS)
     if np.isfinite(worst):
         return pair, worst
-    return stable(name, method, (_round(pair[0] / FACTORS[0]), pair[1]))
+    return stable(reach, (_round(pair[0] / FACTORS[0]), pair[1]))
 
 
 def _round(x: float) -> float:
@@ -73,5 +98,5 @@ def _round(x: float) -> float:
 
 if __name__ == "__main__":
     for method in sys.argv[2:] or METHODS:
-        sys.stdout.write(f"{sys.argv[1]} {method} {tune(sys.argv[1], method)}\n")
+        sys.stdout.write(f"{sys.argv[1]} {method} {tune(reach(sys.argv[1], method))}\n")
         sys.stdout.flush()

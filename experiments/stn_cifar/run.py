@@ -94,33 +94,19 @@ def _search(config: Config, params: Any, parts: Any, records: record.Records) ->
     method = "random_search"
     steps = config.budget // config.trials
     once = train.trained(config, steps, 1)
-    before = record.read(records.out, seed=records.seed, method=method)
-    best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
-    measured: dict[str, float] = {}
-    calls = len(before)
 
-    def objective(setting: dict[str, Any]) -> float:
-        nonlocal calls
+    def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
         schedule = {name: jnp.asarray([value], jnp.float32) for name, value in setting.items()}
-        key = jax.random.fold_in(_key(records.seed, method), calls)
-        measured.update(_row(once(params, schedule, key, parts["train"], _held_out(parts)), 0))
-        calls += 1
-        return measured["validation_loss"]
+        key = jax.random.fold_in(_key(records.seed, method), number)
+        measured = _row(once(params, schedule, key, parts["train"], _held_out(parts)), 0)
+        return baselines.Tried(measured["validation_loss"], lambda: measured)
 
-    def log(trial: baselines.Trial) -> None:
-        nonlocal best
-        if trial.value < best["validation_loss"]:
-            setting = {name: float(value) for name, value in trial.hparams.items()}
-            best = {**measured, **setting}
-        records.append(method, trial.number, trial.cost, **{**best, "trial_loss": trial.value})
-
-    baselines.search(
+    baselines.recorded(
         objective,
         _distributions(config),
-        budget=steps * config.trials,
+        records=records,
+        method=method,
+        trials=config.trials,
         cost=steps,
         sampler="random",
-        seed=records.seed,
-        done=[r.metrics["trial_loss"] for r in before],
-        log=log,
     )

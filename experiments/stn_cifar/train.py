@@ -20,7 +20,7 @@ def cycle_cost(config: Config) -> float:
 
 def cycles(config: Config) -> int:
     """As many as the budget pays for, a multiple of the recorded points."""
-    return int(config.budget // cycle_cost(config) // config.points) * config.points
+    return budget.stretches(config.budget, cycle_cost(config), config.points)
 
 
 def _optimizer(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel
-from experiments.common import baselines, record
+from experiments.common import baselines, protocol, record
 from experiments.stn_digits import problem, train
 from experiments.stn_digits.config import Config
 
@@ -42,20 +42,6 @@ def _keys(seed: int, stream: str, count: int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), count)
 
 
-def _best(measured: Any) -> dict[str, np.ndarray]:
-    """Of parallel runs, shape ``(n, points)``: every measurement at the best point so far.
-
-    The best in validation loss; every method is measured equally often along its runs.
-    """
-    losses = np.asarray(measured["validation_loss"])
-    lowest = np.minimum.accumulate(losses, axis=1)
-    points = np.arange(losses.shape[1])
-    at = np.maximum.accumulate(np.where(losses == lowest, points, 0), axis=1)
-    return {
-        name: np.take_along_axis(np.asarray(value), at, axis=1) for name, value in measured.items()
-    }
-
-
 def _row(best: dict[str, np.ndarray], i: int) -> dict[str, float]:
     """Mean over parallel runs of every measurement at one point."""
     return {name: float(np.mean(value[:, i])) for name, value in best.items()}
@@ -74,7 +60,7 @@ def _tune(method: str, config: Config, params: Any, sets: Any, records: record.R
         for tree in infos[:2]
     )
     record.save_arrays(records.out, f"{method}_{records.seed}", **hparams)
-    best = _best(measured)
+    best = protocol.best_so_far(measured)
     count = train.cycles(method, config)
     every = count // config.points
     first = config.starts.index(config.first)
@@ -107,7 +93,7 @@ def _replay(method: str, config: Config, params: Any, sets: Any, records: record
     schedules = bilevel.HyperSchedule(steps, {p: jnp.asarray(found[p]) for p in problem.PLACES})
     follow = train.trained(config, train.TRAINING * count, config.points)
     keys = _keys(records.seed, "replay", len(config.starts))
-    best = _best(follow(params, schedules, keys, sets))
+    best = protocol.best_so_far(follow(params, schedules, keys, sets))
     every = train.TRAINING * count // config.points
     for i in range(config.points):
         losses = best["validation_loss"][:, i]
@@ -126,7 +112,7 @@ def _grid(config: Config, params: Any, sets: Any, records: record.Records) -> No
     steps = train.TRAINING * train.cycles("delta_stn", config)
     grid = np.asarray(config.grid)
     keys = _keys(records.seed, "grid", len(grid))
-    fixed = _best(
+    fixed = protocol.best_so_far(
         train.trained(config, steps, config.points)(
             params, _constant({p: grid for p in problem.PLACES}), keys, sets
         )
@@ -146,34 +132,23 @@ def _search(method: str, config: Config, params: Any, sets: Any, records: record
     """Random search or TPE over the three rates; each trial trains a network to its end."""
     steps = config.budget // config.trials
     trial_run = train.trained(config, steps, config.points)
-    before = record.read(records.out, seed=records.seed, method=method)
-    best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
-    measured: dict[str, float] = {}
-    calls = len(before)
     keys = _keys(records.seed, "search", config.trials)
 
-    def objective(setting: dict[str, Any]) -> float:
-        nonlocal calls
+    def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
         schedule = _constant({p: [setting[p]] for p in problem.PLACES})
-        measured.update(_row(_best(trial_run(params, schedule, keys[calls : calls + 1], sets)), -1))
-        calls += 1
-        return measured["validation_loss"]
+        key = keys[number : number + 1]
+        measured = _row(protocol.best_so_far(trial_run(params, schedule, key, sets)), -1)
+        return baselines.Tried(measured["validation_loss"], lambda: measured)
 
-    def log(trial: baselines.Trial) -> None:
-        nonlocal best
-        if trial.value < best["validation_loss"]:
-            best = {**measured, **{f"rate_{p}": trial.hparams[p] for p in problem.PLACES}}
-        records.append(method, trial.number, trial.cost, **{**best, "trial_loss": trial.value})
-
-    baselines.search(
+    baselines.recorded(
         objective,
         {p: (0.0, config.high) for p in problem.PLACES},
-        budget=steps * config.trials,
+        records=records,
+        method=method,
+        trials=config.trials,
         cost=steps,
         sampler=BLACK_BOX[method],
-        seed=records.seed,
-        done=[r.metrics["trial_loss"] for r in before],
-        log=log,
+        prefix="rate_",
     )
 
 
@@ -189,7 +164,7 @@ def _forced(config: Config, params: Any, sets: Any, records: record.Records) -> 
     infos, measured = go(params, starts, modes, keys, sets)
     every = train.cycles("delta_stn", config) // config.points
     rates = {p: np.asarray(infos[0][p]).reshape(3, -1) for p in problem.PLACES}
-    best = _best(measured)
+    best = protocol.best_so_far(measured)
     for k, method in enumerate(FORCED):
         records.rewind(method)
         for i in range(config.points):

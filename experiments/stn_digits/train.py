@@ -24,7 +24,7 @@ def cycle_cost(method: str, config: Config) -> float:
 
 def cycles(method: str, config: Config) -> int:
     """As many as the budget pays for, a multiple of the recorded points."""
-    return int(config.budget // cycle_cost(method, config) // config.points) * config.points
+    return budget.stretches(config.budget, cycle_cost(method, config), config.points)
 
 
 def optimizer(config: Config, steps: int) -> optax.GradientTransformation:

@@ -200,36 +200,22 @@ def _search(
     steps = config.budget // config.trials
     opt_state = optax.adam(config.lr).init(params)
     held_out = _held_out(parts, method)
-    before = record.read(records.out, seed=records.seed, method=method)
-    best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
-    measured: dict[str, float] = {}
-    calls = len(before)
 
-    def objective(setting: dict[str, Any]) -> float:
-        nonlocal calls
+    def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
         hparams = {name: jnp.float32(value) for name, value in setting.items()}
-        key = _key(records.seed, 100 * (1 + index) + calls)
+        key = _key(records.seed, 100 * (1 + index) + number)
         weights, _ = train.trained(config)(
             params, opt_state, hparams, key, parts["train"], 0, steps, steps
         )
-        measured.update(_floats(train.evaluator(config)(weights, held_out)))
-        calls += 1
-        return measured["validation_loss"]
+        measured = _floats(train.evaluator(config)(weights, held_out))
+        return baselines.Tried(measured["validation_loss"], lambda: measured)
 
-    def log(trial: baselines.Trial) -> None:
-        nonlocal best
-        if trial.value < best["validation_loss"]:
-            setting = {name: float(value) for name, value in trial.hparams.items()}
-            best = {**measured, **setting}
-        records.append(method, trial.number, trial.cost, **{**best, "trial_loss": trial.value})
-
-    baselines.search(
+    baselines.recorded(
         objective,
         _distributions(config, LOW if method.endswith("low") else 1.0),
-        budget=steps * config.trials,
+        records=records,
+        method=method,
+        trials=config.trials,
         cost=steps,
         sampler="random",
-        seed=records.seed,
-        done=[r.metrics["trial_loss"] for r in before],
-        log=log,
     )

@@ -23,7 +23,7 @@ def cycle_cost(config: Config, centred: bool = True) -> float:
 
 def cycles(config: Config, centred: bool = True) -> int:
     """As many as the budget pays for, a multiple of the recorded points."""
-    return int(config.budget // cycle_cost(config, centred) // config.points) * config.points
+    return budget.stretches(config.budget, cycle_cost(config, centred), config.points)
 
 
 def evaluated(config: Config, params: Any, parts: Any) -> dict[str, jax.Array]:

@@ -39,26 +39,22 @@ def figures(out: Path) -> list[Path]:
 
 
 def _schedule(records: list[record.Record], path: Path) -> Path:
-    """The seven hyperparameters along training, every seed a line."""
-    with draw.figure(path, columns=2, width=12.0, height=4.4) as (_, (left, right)):
-        for axes, names in ((left, RATES), (right, PENALTIES)):
-            for name, shade in zip(names, draw.OTHERS, strict=False):
-                for seed in sorted({r.seed for r in records}):
-                    chosen = [r for r in records if r.method == "stn" and r.seed == seed]
-                    axes.plot(
-                        [r.cost for r in chosen],
-                        [r.metrics[f"h_{name}"] for r in chosen],
-                        color=shade,
-                        alpha=0.9,
-                        linewidth=1.6,
-                        label={"ar": "activation (AR)", "tar": "temporal (TAR)"}.get(name, name)
-                        if seed == min(r.seed for r in records)
-                        else None,
-                    )
-            axes.set_xlabel("cost (inner-gradient evaluations)")
-            axes.legend()
-        left.set(ylabel="dropout rate", title="five dropout rates, one line per seed")
-        right.set(ylabel="strength", yscale="log", title="two activation penalties")
+    """The seven hyperparameters along training, a panel each: all seeds, and their median."""
+    names = (*RATES, *PENALTIES)
+    words = {"ar": "activation penalty (AR)", "tar": "temporal penalty (TAR)"}
+    with draw.figure(path, rows=2, columns=4, width=12.0, height=5.6) as (_, axes):
+        cells = np.ravel(axes)
+        for cell, name in zip(cells, names, strict=False):
+            shade = draw.BLUE if name in RATES else draw.ORANGE
+            cost, values = draw.curves(records, "stn", f"h_{name}")
+            cell.plot(cost, values.T, color=shade, alpha=0.35, linewidth=1.2)
+            cell.plot(cost, np.median(values, axis=0), color=shade, linewidth=2.4)
+            cell.set_title(words.get(name, f"dropout: {name}"))
+            cell.set(ylim=(0, 0.9)) if name in RATES else cell.set(yscale="log", ylim=(0.03, 2))
+        for cell in cells[len(names) :]:
+            cell.axis("off")
+        for cell in cells[3 : len(names)]:
+            cell.set_xlabel("cost (inner gradients)")
     return path
 
 

@@ -120,39 +120,27 @@ class Part:
 
     def search(self, method: str) -> None:
         """Random search or TPE; each trial trains a network, and all share the budget."""
-        config, name = self.config, f"starts_{method}"
-        before = record.read(self.records.out, seed=self.records.seed, method=name)
+        config = self.config
         trials = config.tpe_trials if method == "tpe" else config.random_trials
         every = int(config.budget) // trials // config.points
-        cost = every * config.points
-        best = dict(before[-1].metrics) if before else {"validation_loss": np.inf}
-        calls = len(before)
         keys = self._keys(method, trials)
-        measured: dict[str, float] = {}
 
-        def objective(setting: dict[str, Any]) -> float:
-            nonlocal calls
-            rates, key = np.asarray([[setting["rate"]]]), keys[calls : calls + 1]
+        def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
+            rates, key = np.asarray([[setting["rate"]]]), keys[number : number + 1]
             losses, test = self._train(rates, every, key)
-            calls += 1
-            measured.update(validation_loss=float(losses.min()), test_loss=float(test[0]))
-            return measured["validation_loss"]
+            lowest = float(losses.min())
+            return baselines.Tried(
+                lowest, lambda: {"validation_loss": lowest, "test_loss": float(test[0])}
+            )
 
-        def log(trial: baselines.Trial) -> None:
-            nonlocal best
-            if trial.value < best["validation_loss"]:
-                best = {**measured, "rate": trial.hparams["rate"]}
-            self.records.append(name, trial.number, trial.cost, **best, trial_loss=trial.value)
-
-        baselines.search(
+        baselines.recorded(
             objective,
             {"rate": (0.0, config.top)},
-            budget=trials * cost,
-            cost=cost,
+            records=self.records,
+            method=f"starts_{method}",
+            trials=trials,
+            cost=every * config.points,
             sampler=BLACK_BOX[method],
-            seed=self.records.seed,
-            done=[r.metrics["trial_loss"] for r in before],
-            log=log,
         )
 
     def _train(self, rates: np.ndarray, every: int, keys: jax.Array) -> Any:

@@ -115,4 +115,4 @@ def cycle_cost(config: Starts, method: str) -> float:
 
 def cycles(config: Starts, method: str) -> int:
     """As many as the budget pays, a multiple of the measured points."""
-    return int(config.budget / cycle_cost(config, method) // config.points) * config.points
+    return budget.stretches(config.budget, cycle_cost(config, method), config.points)

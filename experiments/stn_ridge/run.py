@@ -1,6 +1,7 @@
 """Runs `stn_ridge`: STN and Delta-STN from several log decays, beside the exact optimum."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ TABLE = (
 )
 
 
-def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+def run(
+    config: Config, seed: int, out: Path, resume: bool, methods: Sequence[str] = METHODS
+) -> None:
     """Both methods on one data set; a resumed run skips those that had finished."""
     records = record.Records(out, seed)
     train, valid = problem.data(config, seed)
     best, loss = problem.optimum(train, valid)
     lam = np.linspace(-6.0, 3.0, 181)
     record.save_arrays(out, f"exact_{seed}", lam=lam, losses=problem.curve(train, valid, lam))
-    for method in METHODS:
+    for method in methods:
         if len(record.read(out, seed=seed, method=method)) == KEPT:
             continue
         records.rewind(method)

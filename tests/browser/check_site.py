@@ -28,6 +28,7 @@ PAGES = {
     "choose/": "Which method",
     "failures/": "When it goes wrong",
     "networks/": "Neural networks",
+    "tutorials/labels/": "Cleaning wrong labels",
     "plots/": "Pictures",
     "gallery/": "Gallery",
     "objectives/": "outer problem",

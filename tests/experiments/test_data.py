@@ -205,6 +205,9 @@ def test_tables_have_their_published_sizes():
     assert parts.train.x.shape == (20640, len(data.HOUSING))
     assert parts.train.y.mean() == pytest.approx(2.068558, abs=1e-5)  # Pace and Barry's 206 856
     assert (parts.train.x[:, 0] < -114).all() and (parts.train.x[:, 7] <= 15.0002).all()
+    parts = data.parkinsons(valid=0, test=0)
+    assert parts.train.x.shape == (5875, 19)
+    assert parts.train.y.mean() == pytest.approx(29.019, abs=1e-3)
     first, second = (data.uci_regression("yacht", split=split) for split in (0, 1))
     assert [part.x.shape for part in first] == [(222, 6), (55, 6), (31, 6)]
     assert not np.array_equal(first.test.y, second.test.y)

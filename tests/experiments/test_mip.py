@@ -44,6 +44,18 @@ def test_sizes_before_training(task, variant):
         assert predicted.max() < 2 * predicted.min()
 
 
+def test_scaled_heads_predict_the_sizes_of_he():
+    task, lam = config.DEEP, jnp.float32(1.0)
+    network = networks.hypernetwork("he", task)
+    weights = tasks.initial(task, 64, jax.random.key(0))
+    response = network.init(jax.random.key(1), weights, jnp.float32(0))
+    predicted = network.apply(response, weights, lam)
+    for name, layer in weights.items():
+        # Standard deviations of hundreds of numbers, to the sampling error of both.
+        ratio = float(jnp.std(predicted[name]["kernel"]) / jnp.std(layer["kernel"]))
+        assert 0.8 < ratio < 1.25, name
+
+
 @pytest.mark.parametrize("task", [config.DEEP, config.LINEAR, SMALL_CONV], ids=lambda t: t.name)
 def test_zero_weights_cost_what_is_counted_as_not_learnt(task):
     x, y = tasks.images(task, 0)
@@ -111,7 +123,7 @@ def test_a_short_run_is_recorded_once_and_mip_is_ahead_of_plain(tmp_path):
     for _ in range(2):
         run.run(settings, 0, tmp_path, resume=True)
     records = record.read(tmp_path)
-    assert len(records) == 2 * task.points
+    assert len(records) == len(task.variants) * task.points
     found = run.summary(records)
     assert (
         found["deep_mip_sgd"]["final_loss"]["mean"] < found["deep_plain_sgd"]["final_loss"]["mean"]

@@ -1,6 +1,8 @@
 """The loops of `solvers` against their hand-written twins, its problems and its adapters."""
 
 import dataclasses
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ pytest.importorskip("matplotlib", reason="needs bilevel[experiments]")
 
 import bilevel
 from experiments.common import record
-from experiments.solvers import benchmark, config, figure, loops, problem, run
+from experiments.solvers import benchmark, config, figure, loops, problem, referee, run
 
 SETTINGS = config.smoke()
 
@@ -140,6 +142,57 @@ def test_adapters_are_the_loops(method):
 def test_a_method_that_needs_all_data_is_not_adapted():
     with pytest.raises(ValueError, match="method must be one of"):
         benchmark.solver(Base, "srba")
+
+
+class Public(Base):
+    """A solver of the benchmark, as the referee drives it: gradient steps from a carry."""
+
+    batch_size = 4
+
+    @classmethod
+    def get_instance(cls, **settings):
+        one = cls()
+        one.settings = settings
+        return one
+
+    def set_objective(self, f_inner, f_outer, n_inner_samples, n_outer_samples, **start):
+        self.counts = n_inner_samples, n_outer_samples
+        self.inner_var0, self.outer_var0 = start["inner_var0"], start["outer_var0"]
+        self.f_outer = f_outer
+        self.state_inner_sampler = self.state_outer_sampler = {"key": jax.random.PRNGKey(1)}
+        self.run_once(2)
+        self.one_epoch = self.get_one_epoch_jitted(None, None)
+
+    def init(self):
+        return {
+            "outer_var": self.outer_var0,
+            "rate": jnp.float32(self.step_size / self.outer_ratio),
+        }
+
+    def get_step(self, inner_sampler, outer_sampler):
+        def step(carry, t):
+            slope = jax.grad(self.f_outer, 1)(self.inner_var0, carry["outer_var"], 4 * t, 4)
+            return carry | {"outer_var": carry["outer_var"] - carry["rate"] * slope}, None
+
+        return step
+
+
+def test_the_referee_drives_solvers_of_the_benchmark(monkeypatch):
+    monkeypatch.setitem(sys.modules, "solvers.public", types.SimpleNamespace(Solver=Public))
+    made = problem.cached("quadratic", SETTINGS.batch)
+    solver = referee.Solver("public", lambda n, m: n + m, settings=(("terms", 3),))
+    seen = dict(referee.follow(SETTINGS, "quadratic", solver, 7, (0.1, 0.5), [1, 3]))
+    assert sorted(seen) == [0, 1, 3] and referee.cost(solver, "quadratic", SETTINGS) == 32
+    one = referee.made(solver, "quadratic", SETTINGS)
+    assert one.settings == {"terms": 3, "batch_size": 64} and one.counts == (1024, 1024)
+    assert one.random_state == 7
+    key = one.state_inner_sampler["key"]
+    np.testing.assert_array_equal(key, jax.random.split(jax.random.PRNGKey(7))[0])
+    whole, lam = problem.everything(made.valid), made.hparams
+    for t in range(3):
+        rows = jax.tree.map(lambda x, t=t: x[4 * t : 4 * t + 4], whole)
+        lam = lam - 0.5 * jax.grad(made.outer, 1)(made.params, lam, rows)
+    np.testing.assert_allclose(seen[3], lam, rtol=1e-5)
 
 
 def test_marks_end_with_the_last_step():

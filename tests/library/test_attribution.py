@@ -95,6 +95,12 @@ def test_batches_of_a_run_are_indices():
     np.testing.assert_allclose(found[5], slope, rtol=1e-6, atol=1e-9)
 
 
+def test_data_are_arguments_of_a_compiled_run():
+    train = bilevel.retraining(losses, RUN, W0, DATA)
+    traced = jax.make_jaxpr(lambda train, weights: train(weights))(train, jnp.ones(N))
+    assert sum(np.size(x) for x in traced.consts) < N <= sum(x.size for x in jax.tree.leaves(train))
+
+
 def test_rank_correlation():
     assert spearman([1, 2, 3, 4], [10, 20, 25, 70]) == pytest.approx(1)
     assert spearman([1, 2, 2, 3], [4, 3, 3, 1]) == pytest.approx(-1)

@@ -22,12 +22,12 @@ GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient HypergradientErro
 Identity Implicit Indexed Influence InnerState Integer Interval Jacobian KFAC LinearModel
 LinearSolution LinearSolver Lineax MemoryReport Metagradient Metasmoothness Minimum Neumann Nystrom
 Page Positive Problem Response Root Saga Simplex Space Spider Split Status Stochastic Storm
-StructuredResponse Unroll WholeRun Woodbury accumulate alternate amigo bo_rep bome check_hypergrad
-complex_momentum datamodel_score descend diagnose f2sa fedhyper_client fedhyper_global
-fedhyper_server fit fsla global_response hoag hypergrad hypergrad_init hypergrad_solve
-hypergradient_descent influence maid memory_report metagradient metasmoothness minimize mrbo pbgd
-proximal_step raise_for_status retraining saba scan_run self_tuning single_loop soba spaba
-split_equinox split_linen split_nnx srba stocbio value_and_hypergrad with_response
+StructuredResponse Unroll UnrollMap WholeRun Woodbury accumulate alternate amigo bo_rep bome
+check_hypergrad complex_momentum datamodel_score descend diagnose f2sa fedhyper_client
+fedhyper_global fedhyper_server fit fsla gauss_newton global_response hoag hypergrad hypergrad_init
+hypergrad_solve hypergradient_descent influence maid memory_report metagradient metasmoothness
+minimize mrbo pbgd proximal_step raise_for_status retraining saba scan_run self_tuning single_loop
+soba spaba split_equinox split_linen split_nnx srba stocbio value_and_hypergrad with_response
 """.split()
 
 

@@ -161,13 +161,20 @@ def test_fit_is_the_plain_loop_and_keeps_the_pair_that_was_measured(whole):
 
 
 def test_many_hyperparameters_are_summed_up_in_the_log():
-    weights = jnp.arange(-3.0, 17.0, dtype=jnp.bfloat16)  # twenty entries
-    names = numbers_of(SimpleNamespace(value=1.0), {"w": weights, "few": weights[:16]})["hparams"]
-    assert set(names) == {"few", "w/norm", "w/min", "w/mean", "w/max"}
+    weights = jnp.arange(-3.0, 17.0, dtype=jnp.bfloat16)[::-1]  # twenty entries
+    many = jnp.arange(10001.0).reshape(73, 137)
+    every = {"w": weights, "few": weights[:16], "many": many}
+    names = numbers_of(SimpleNamespace(value=1.0), every)["hparams"]
+    assert set(names) == {"few"} | {
+        f"{leaf}/{n}" for leaf in ("w", "many") for n in ("norm", "min", "median", "mean", "max")
+    }
     assert names["few"].shape == (16,)
-    told = [float(names[f"w/{n}"]) for n in ("norm", "min", "mean", "max")]
+    told = [float(names[f"w/{n}"]) for n in ("norm", "min", "median", "mean", "max")]
     exact = np.arange(-3.0, 17.0)
-    np.testing.assert_allclose(told, [np.linalg.norm(exact), -3.0, exact.mean(), 16.0], rtol=1e-6)
+    # The lower of the two middle entries, to a millionth of the range.
+    known = [np.linalg.norm(exact), -3.0, 6.0, exact.mean(), 16.0]
+    np.testing.assert_allclose(told, known, rtol=1e-5)
+    np.testing.assert_allclose(float(names["many/median"]), 5000.0, atol=0.01)
 
 
 def test_the_log_has_one_line_a_step_and_the_numbers_to_judge_it(whole):

@@ -208,6 +208,38 @@ def test_the_strength_is_chosen_and_falls_back_to_sharing():
         choose(np.full((3, 3), math.nan))
 
 
+def test_many_are_taken_only_where_they_are_clearly_better():
+    # Gains over sharing of 0.5, 0.5, 0.2: mean 0.4, error 0.1; the other candidate is far behind.
+    scores = [[1.0, 2.0, 3.0], [0.5, 1.5, 2.8], [9.0, 9.0, 9.0]]
+    for errors, expected in ((3.9, 1.0), (4.1, math.inf)):
+        choice = choose(scores, rule="clearly_better", errors=errors)
+        assert choice.strength == expected
+        np.testing.assert_allclose(choice.gains, [0, 0.4, -7], rtol=1e-12)
+        np.testing.assert_allclose(choice.gain_errors[1], 0.1, rtol=1e-12)
+    broken = [[math.nan] * 3, *scores[1:]]  # the strongest that can be judged
+    assert choose(broken, rule="clearly_better").strength == 1.0
+
+
+def test_losses_per_example_tell_how_sure_a_gain_is():
+    losses = {math.inf: np.array([1.0, 2.0, 3.0, 4.0]), 1.0: np.array([0.9, 1.8, 2.7, 3.8])}
+    gains = losses[math.inf] - losses[1.0]
+
+    def choose(errors, splits=(([0, 1], [2, 3, 4, 5]),)):
+        return choose_strength(
+            HyperPrior(H, 0.0), lambda prior, train: losses[prior.strength],
+            lambda tuned, test: tuned, splits, strengths=(math.inf, 1.0),
+            rule="clearly_better", errors=errors,
+        )  # fmt: skip
+
+    error = gains.std(ddof=1) / 2
+    choice = choose(0.99 * gains.mean() / error)
+    assert choice.strength == 1.0 and choice.scores.shape == (2, 1)
+    np.testing.assert_allclose(choice.gain_errors[1], error, rtol=1e-12)
+    assert choose(1.01 * gains.mean() / error).strength == math.inf
+    with pytest.raises(ValueError, match="`score` returned an array of shape"):
+        choose(1.0, [([0, 1], [2, 3, 4])])
+
+
 @pytest.mark.parametrize(
     "make, error, words",
     [
@@ -238,7 +270,18 @@ def test_the_strength_is_chosen_and_falls_back_to_sharing():
         (
             lambda: choose_strength(HyperPrior(H, 1.0), max, max, SPLITS, rule="best"),
             ValueError,
-            "`rule` must be 'least'",
+            "`rule` must be one of 'least'",
+        ),
+        (
+            lambda: choose_strength(
+                HyperPrior(H, 1.0),
+                lambda a, b: a,
+                lambda a, b: 1.0,
+                SPLITS[:1],
+                rule="one_standard_error",
+            ),
+            ValueError,
+            "`splits` has 1 pair",
         ),
     ],
 )

@@ -203,6 +203,30 @@ def test_what_became_of_it_is_told(prox):
     assert float(found.stats["tol"]) >= 3e-4  # the root of its rounding
 
 
+def test_a_minimiser_of_optimistix_is_judged_by_the_gradient_where_it_ends():
+    optimistix = pytest.importorskip("optimistix")
+
+    @jax.jit
+    def found(lam, atol, tol):
+        solver = optimistix.BFGS(rtol=0.0, atol=atol)
+        return minimize(ridge, jnp.zeros(N), lam, BATCH, tol=tol, max_steps=500, solver=solver)
+
+    good = found(-1.0, 1e-12, 1e-8)
+    # the error is at most the gradient over the least curvature, here the penalty's
+    np.testing.assert_allclose(good.params, exact(-1.0), atol=1e-8 / np.exp(-1.0))
+    assert int(good.result) == Status.ok and float(good.stats["stationarity"]) <= 1e-8
+    # a solver content with less than was asked for is found out
+    rough = found(-1.0, 1e-1, 1e-12)
+    assert int(rough.result) == Status.stagnated
+    solver = optimistix.BFGS(rtol=0.0, atol=1e-12)
+    short = minimize(ridge, jnp.zeros(N), -1.0, BATCH, max_steps=1, solver=solver)
+    assert int(short.result) == Status.max_steps
+    with pytest.raises(ValueError, match="`solver` minimizes a smooth loss"):
+        minimize(ridge, jnp.zeros(N), -1.0, BATCH, prox=soft, solver=solver)
+    with pytest.raises(TypeError, match="`solver` must be a minimizer of optimistix"):
+        minimize(ridge, jnp.zeros(N), -1.0, BATCH, solver="bfgs")
+
+
 def test_bad_calls():
     def call(loss=ridge, **changes):
         minimize(loss, jnp.zeros(N), -4.0, BATCH, **changes)

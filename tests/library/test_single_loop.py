@@ -219,6 +219,20 @@ def test_soba_is_its_equations():
     assert int(state.step) == 4
 
 
+def test_one_schedule_is_that_of_each_optimizer():
+    def falls(t):
+        return 1 / (1.0 + t)
+
+    scheduled = [optax.sgd(lambda t, r=r: r * falls(t)) for r in (RHO, SIGMA, ETA)]
+    each = run(bilevel.soba(valid, train, *scheduled), plain())
+    for (one, _), (other, _) in zip(
+        run(bilevel.soba(valid, train, *SGD, schedule=falls), plain()), each, strict=True
+    ):
+        np.testing.assert_allclose(flat(one.params), flat(other.params), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(flat(one.adjoint), flat(other.adjoint), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(one.hparams, other.hparams, rtol=1e-12, atol=1e-14)
+
+
 def test_independent_batches_have_a_product_each():
     def directions(t, point, past):
         parts = [read(t, point, inner) for inner in inner_of(t, 3)]
@@ -691,6 +705,7 @@ WRONG = {
     "no linear optimizer": (
         lambda: make(txs=(SGD[0], None, SGD[2])), TypeError, "`linear_tx` must be an optax"),
     "flag": (lambda: make(independent=3), TypeError, "`independent` must be True or False"),
+    "schedule": (lambda: make(schedule=0.5), TypeError, "`schedule` must be a function schedule"),
     "option": (lambda: bilevel.soba(valid, train, *SGD, shared=1), TypeError, "shared"),
     "matvecs": (
         lambda: bilevel.mrbo(valid, train, SGD[0], SGD[2], 1, 1, -1, 0.1), ValueError,

@@ -12,6 +12,7 @@ import bilevel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs/site"))
+import formulas  # noqa: E402
 import hooks  # noqa: E402
 import plain_english  # noqa: E402
 
@@ -51,6 +52,19 @@ def test_what_the_pages_name_is_there():
         for part in name.split("."):
             value = getattr(value, part)
         assert inspect.getdoc(value), name
+
+
+def test_the_api_shows_functions_and_not_the_modules_of_their_name(monkeypatch):
+    griffe = pytest.importorskip("griffe", reason="needs bilevel[docs]")
+    monkeypatch.syspath_prepend(ROOT / "docs/site")
+    docstrings = importlib.import_module("docstrings")
+    extensions = griffe.load_extensions(docstrings.Docstrings)
+    package = griffe.load("bilevel", search_paths=[str(ROOT)], extensions=extensions)
+    for name in sorted(hooks.listed() | hooks.api_names()):
+        shown = package
+        for part in name.split("."):
+            shown = shown.members[part]
+        assert not shown.is_module and shown.docstring is not None, name
 
 
 def test_the_gallery_has_every_committed_picture_and_its_command():
@@ -93,6 +107,26 @@ def test_docstrings_become_markdown(monkeypatch):
     fields = ["count(100)", "real(0.0, low=0)", "dataclasses.field(default=None, metadata={})",
               "field(default_factory=dict)", "CG()", "3"]  # fmt: skip
     assert [docstrings.default_of(f) for f in fields] == ["100", "0.0", "None", None, "CG()", "3"]
+
+
+def test_formulas_are_symbols_in_a_terminal_and_typeset_on_the_site(monkeypatch):
+    source = (
+        'def f():\n    r"""The slope :math:`\\tfrac{dF}{d\\lambda}`, of ``\\lambda``.\n\n'
+        "    .. math:: q &= -\\Bigl(\\nabla^2 h\\Bigr)^{-1} g, \\qquad\\text{for}\\quad "
+        '\\|g\\| \\le \\log\\rho \\\\\n        s &= B^\\top q\n    """\n    return r"\\lambda"\n'
+    )
+    plain = formulas.rewritten(source)
+    assert ":math:`dF/dλ`, of ``\\lambda``" in plain and 'return r"\\lambda"' in plain
+    assert "q &= -(∇^2 h)^{-1} g,  for  ‖g‖ ≤ log ρ \\\\\n        s &= Bᵀ q\n" in plain
+    assert formulas.rewritten(plain) == plain
+    pytest.importorskip("griffe", reason="needs bilevel[docs]")
+    monkeypatch.syspath_prepend(ROOT / "docs/site")
+    docstrings = importlib.import_module("docstrings")
+    assert docstrings.typeset(r"λ_{max},  for ‖g‖ \text{all of it}") == (
+        r"λ_{\max }, \qquad \operatorname{for} \| g\|  \text{all of it}"
+    )
+    block = docstrings.markdown(".. math:: a &= b \\\\\n    c &= d\n", frozenset())
+    assert "$$\n\\begin{aligned}\na &= b \\\\\nc &= d\n\\end{aligned}\n$$" in block
 
 
 def test_slips_are_found_in_prose_and_not_in_code(tmp_path, monkeypatch):

@@ -17,6 +17,9 @@ import bilevel
 from bilevel import InnerState, Unroll
 from bilevel.inner.rerun import rerun
 from bilevel.inner.reversal import longest, places_for, plan, recomputed
+from bilevel.problem.two_losses import Problem
+from bilevel.run import replay
+from bilevel.run.segments import compiled_steps, floats_of
 
 ROOT = Path(__file__).parents[2]
 STEPS, D = 13, 3
@@ -197,13 +200,30 @@ def run_whole(**kwargs):
     return bilevel.metagradient(outer, inner, adam, W, LAM, batches, **(call | kwargs))
 
 
-@pytest.mark.parametrize("max_states", [3, 6, None])
+@pytest.mark.parametrize("max_states", [3, 6, STEPS + 3, None])
 def test_metagradient_is_the_unrolled_one(max_states):
     found, sol = run_whole(max_states=max_states), expected()
     close((found.value, found.grads, found.direct), (sol.value, sol.grads, sol.direct))
     close((found.end.params, found.end.opt_state), (sol.params, sol.state.opt_state))
     assert found.losses.shape == (STEPS,) and int(found.result) == 0
     assert found.losses[0] == pytest.approx(float(inner(W, LAM, batches(0))))
+
+
+def test_activations_are_kept_where_they_fit(monkeypatch):
+    """No step is made again then, and its derivative takes fewer products."""
+    run = compiled_steps(Problem(outer, inner), adam)
+    begun = run.begin(W, LAM, None, None)
+    asked = functools.partial(replay._places, run, begun, LAM, batches(0))
+    assert asked(9, STEPS, None) == 6 and asked(None, STEPS, None) is None
+    link = run.link(begun, LAM, batches(0))[2]
+    size = sum(x.nbytes for x in jax.tree.leaves(link))
+    monkeypatch.setattr(replay, "ROOM", 4 * size)
+    assert asked(None, 5, None) == 32 - 3 and asked(None, 4, None) is None
+    assert asked(None, STEPS, 4) is None  # of the steps between two checkpoints
+    given = [jnp.ones_like(x) for x in floats_of(begun)]
+    follow = run.follow.lower(link, given, LAM).compile().cost_analysis()["flops"]
+    pull = run.pull.lower(begun, LAM, batches(0), given, LAM).compile().cost_analysis()["flops"]
+    assert follow < 0.9 * pull
 
 
 def test_runs_compose():
@@ -336,7 +356,7 @@ def goes_on():
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda: dict(batches=goes_on()), "`batches` is not a function of the step: step 11 gave"),
+        (lambda: dict(batches=goes_on()), "`batches` is not a function of the step: step 12 gave"),
         (lambda: dict(batches=BATCHES), "`batches` must be a function step -> batch, got tuple"),
         (lambda: dict(outer=None), "`outer` is None and there is no `cotangent`"),
         (lambda: dict(max_states=2), "`max_states` must be at least 3"),

@@ -75,4 +75,12 @@ MUTANTS = [
         "among equals the answer does not fall back to sharing",
         ("test_hyper_prior.py::test_the_strength_is_chosen_and_falls_back_to_sharing",),
     ),
+    Mutant(
+        "any_gain_is_clear",
+        "objectives/strength.py",
+        "-gaps[best] > errors * error[best]",
+        "-gaps[best] > 0 * error[best]",
+        "many hyperparameters are taken for gains within noise",
+        ("test_hyper_prior.py::test_losses_per_example_tell_how_sure_a_gain_is",),
+    ),
 ]

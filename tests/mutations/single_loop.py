@@ -137,8 +137,8 @@ MUTANTS = [
     Mutant(
         "mrbo_one_product_less",
         "outer/single_loop/series.py",
-        "batches = select_batches(inner, 1, self.count - 1)",
-        "batches = select_batches(inner, 0, self.count - 1)",
+        "batches = Window(inner, 1)",
+        "batches = Window(inner, 0)",
         "the first product reads the batch of the gradient",
         (HERE + "test_mrbo_is_its_equations",),
     ),

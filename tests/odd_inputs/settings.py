@@ -33,6 +33,14 @@ def _unroll(**settings: Any) -> Any:
     return b.Unroll(**given)
 
 
+def _descent(w: Any, lam: Any, batch: Any, t: Any) -> Any:
+    return w - p.RATE * jax.grad(p.inner)(w, lam, batch)
+
+
+def _map(**settings: Any) -> Any:
+    return b.UnrollMap(**(dict(step=_descent, steps=p.STEPS) | settings))
+
+
 def _evolution(**settings: Any) -> Any:
     given = dict(inner_tx=optax.sgd(p.RATE), steps=2, particles=2, sigma=0.125) | settings
     return b.Evolution(**given)
@@ -146,6 +154,18 @@ def settings() -> list[Setting]:
                 flags),
         Setting("Unroll", "initial", lambda v: _unroll(initial=v), None,
                 lambda: objects(("params", lambda: p.W))),
+        Setting("UnrollMap", "step", lambda v: _map(step=v), _descent, FUNCTION),
+        Setting("UnrollMap", "steps", lambda v: _map(steps=v), 3, lambda: count(3)),
+        Setting("UnrollMap", "initial", lambda v: _map(initial=v), None,
+                lambda: objects(("params", lambda: p.W))),
+        Setting("UnrollMap", "truncate", lambda v: _map(truncate=v), 2,
+                lambda: count(2, optional=True), None),
+        Setting("UnrollMap", "mode", lambda v: _map(mode=v), "reverse",
+                lambda: choices("mixed", "backward", "")),
+        Setting("UnrollMap", "remat", lambda v: _map(remat=v), "none",
+                lambda: choices("None", "full", "steps")),
+        Setting("UnrollMap", "max_hparams", lambda v: _map(max_hparams=v, mode="forward"), 8,
+                lambda: count(8)),
         Setting("Evolution", "inner_tx", lambda v: _evolution(inner_tx=v), optax.sgd(p.RATE), _tx),
         Setting("Evolution", "steps", lambda v: _evolution(steps=v), 2, lambda: count(2)),
         Setting("Evolution", "particles", lambda v: _evolution(particles=v), 2, lambda: count(2)),
@@ -183,6 +203,7 @@ LEGAL = {
     ("BestResponse", "seed", "negative"),
     ("BestResponse", "linearize", "none"),
     ("Unroll", "initial", "none"),
+    ("UnrollMap", "initial", "none"),
     ("CG", "preconditioner", "none"),
     ("GaussNewton", "penalty", "none"),
 }

@@ -87,14 +87,14 @@ def bo_rep(
     r"""Bilevel optimization under unbounded smoothness (BO-REP).
 
     .. math::
-        w &\leftarrow w - u(\nabla_w h(w, \lambda)),
-            \quad N \text{ times, in every } I\text{-th step} \\
-        m &\leftarrow \beta m + (1 - \beta)(\partial_\lambda f - B^\top q), \qquad
-        q \leftarrow q - \nu (H q - \nabla_w f) \\
-        \lambda &\leftarrow \lambda - \eta\, m / \|m\|
+        w &← w - u(∇_w h(w, λ)),
+            N \text{ times, in every } I\text{-th step} \\
+        m &← β m + (1 - β)(∂_λ f - Bᵀ q),
+        q ← q - ν (H q - ∇_w f) \\
+        λ &← λ - η m / ‖m‖
 
-    A step has the length :math:`\eta` whatever the hypergradient is. Where the curvature of F is
-    bounded not by a constant but by :math:`L_0 + L_1\|\nabla F\|`, as in recurrent networks, a
+    A step has the length :math:`η` whatever the hypergradient is. Where the curvature of F is
+    bounded not by a constant but by :math:`L_0 + L_1‖∇F‖`, as in recurrent networks, a
     step along the gradient itself overshoots and diverges; this one cannot. In return it does not
     become short near a minimum: let ``rate`` decay.
 
@@ -106,12 +106,12 @@ def bo_rep(
       outer: validation loss, ``loss(params, hparams, batch) -> scalar``.
       inner: training loss of the same form.
       inner_tx: an optax transformation of the parameters.
-      rate: :math:`\eta`, a number or an optax schedule of the steps after the warm-up; in the units
+      rate: :math:`η`, a number or an optax schedule of the steps after the warm-up; in the units
         of what moves.
       inner_steps: N, training steps of a phase.
       every: I, steps from one phase to the next.
-      momentum: :math:`\beta`, in [0, 1).
-      solve_rate: :math:`\nu`, below 2 over the largest eigenvalue of H.
+      momentum: :math:`β`, in [0, 1).
+      solve_rate: :math:`ν`, below 2 over the largest eigenvalue of H.
       warm_up: steps at the start that only train.
       constrain: bounds; None leaves the hyperparameters free.
       has_aux: ``outer`` returns ``(scalar, aux)``.
@@ -124,7 +124,7 @@ def bo_rep(
       and ``step(state, *, inner_batches, outer_batch, key=None)``, where ``inner_batches`` has
       a leading axis of N + 1: the first N are trained on where the step trains, the last one is
       that of the product. ``deploy(state)`` is ``state.params``. ``info.stats`` has
-      ``residual_norm`` :math:`\|H q - \nabla_w f\|`, ``rhs_norm``, ``direct_norm``,
+      ``residual_norm`` :math:`‖H q - ∇_w f‖`, ``rhs_norm``, ``direct_norm``,
       ``indirect_norm``, ``moved``; a residual above the right side is ``worse_than_zero``: the
       parameters moved faster than q could follow, or ``solve_rate`` is too large.
 

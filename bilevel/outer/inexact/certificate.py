@@ -29,25 +29,25 @@ class Constants(NamedTuple):
 class Certificate:
     r"""Constants by which the error of a hypergradient is bounded from what was computed.
 
-    At the computed :math:`w, q`, with :math:`e = \|\nabla_w h\| / \mu \ge \|w - w^*\|`,
-    :math:`d = \|H q - g\|` and :math:`z = \partial_\lambda f - B^\top q`,
+    At the computed :math:`w, q`, with :math:`e = ‖∇_w h‖ / μ ≥ ‖w - w^*‖`,
+    :math:`d = ‖H q - g‖` and :math:`z = ∂_λ f - Bᵀ q`,
 
     .. math::
-        \|z - \nabla F\| \le \frac{\|B\|\,d}{\mu}
-            + e \Bigl(\frac{\|B\| L_f}{\mu} + \frac{\|B\| L_H \|g\|}{\mu^2}
-                + \frac{L_B \|g\|}{\mu} + L_d\Bigr)
-            + e^2\,\frac{L_B L_f}{\mu}
+        ‖z - ∇F‖ ≤ \frac{‖B‖ d}{μ}
+            + e \Bigl(\frac{‖B‖ L_f}{μ} + \frac{‖B‖ L_H ‖g‖}{μ^2}
+                + \frac{L_B ‖g‖}{μ} + L_d\Bigr)
+            + e^2 \frac{L_B L_f}{μ}
 
     which holds for the true F as long as the constants do. Each is a number or a function
     ``(params, hparams) -> number``; one that is too small makes the bound a guess.
 
     Args:
-      convexity: :math:`\mu > 0`: no eigenvalue of the inner Hessian is smaller, at any parameters.
+      convexity: :math:`μ > 0`: no eigenvalue of the inner Hessian is smaller, at any parameters.
       outer_smoothness: :math:`L_f`, of the outer gradient in the parameters.
-      mixed_norm: :math:`\|B\|` at these parameters, :math:`B = \partial_\lambda \nabla_w h`.
+      mixed_norm: :math:`‖B‖` at these parameters, :math:`B = ∂_λ ∇_w h`.
       mixed_lipschitz: :math:`L_B`, of B in the parameters.
       hessian_lipschitz: :math:`L_H`, of the inner Hessian in the parameters; zero for a quadratic.
-      direct_lipschitz: :math:`L_d`, of :math:`\partial_\lambda f` in the parameters.
+      direct_lipschitz: :math:`L_d`, of :math:`∂_λ f` in the parameters.
 
     Reference: Ehrhardt and Roberts, "Analyzing inexact hypergradients for bilevel learning", IMA
     Journal of Applied Mathematics 2023.
@@ -81,7 +81,7 @@ class Certificate:
     def of_log_decays(
         cls, outer_smoothness: Constant, hessian_lipschitz: Constant = 0.0
     ) -> "Certificate":
-        r"""For a convex loss plus :math:`\tfrac12\sum_j e^{\lambda_j} w_j^2`.
+        r"""For a convex loss plus :math:`½ ∑_j e^{λ_j} w_j^2`.
 
         ``hparams`` is one number for all weights, or a tree like ``params`` with one number per
         leaf or per weight.

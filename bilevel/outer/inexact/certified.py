@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scalar
@@ -92,7 +93,7 @@ class _Searching(NamedTuple):
     params: Params
 
 
-ZERO = jnp.int32(0)
+ZERO: Any = np.int32(0)  # an array of JAX would start its back end on import
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,32 +87,32 @@ def hoag(
     r"""Hyperparameter optimization with approximate gradients (HOAG).
 
     .. math::
-        \|\nabla_w h(w_k, \lambda_k)\| \le \epsilon_k \|\nabla_w h(w_0, \lambda_0)\|, \qquad
-        \|H q_k - g\| \le c\,\epsilon_k \|g\|, \\
-        p_k = \partial_\lambda f - B^\top q_k, \qquad \lambda_{k+1} = \lambda_k - p_k / L_k
+        ‖∇_w h(w_k, λ_k)‖ ≤ ϵ_k ‖∇_w h(w_0, λ_0)‖,
+        ‖H q_k - g‖ ≤ c ϵ_k ‖g‖, \\
+        p_k = ∂_λ f - Bᵀ q_k,  λ_{k+1} = λ_k - p_k / L_k
 
-    with both solves started from those of the step before. The tolerances :math:`\epsilon_k` fall
+    with both solves started from those of the step before. The tolerances :math:`ϵ_k` fall
     with the steps: early hypergradients are cheap, late ones are accurate, and the iterates
-    converge to a stationary point if :math:`\sum_k \epsilon_k < \infty`. The error is
-    :math:`\|p_k - \nabla F(\lambda_k)\| = O(\epsilon_k)`.
+    converge to a stationary point if :math:`∑_k ϵ_k < ∞`. The error is
+    :math:`‖p_k - ∇F(λ_k)‖ = O(ϵ_k)`.
 
     The step follows an estimate L of the Lipschitz constant of the hypergradient. The computed loss
-    is off by about :math:`e_k = |q_k^\top \nabla_w h|` (and its rounding), and with
-    :math:`\Delta = \lambda_k - \lambda_{k-1}` L becomes 0.95 L (``shrink``) if
-    :math:`f_k \le f_{k-1} - \tfrac12 L \|\Delta\|^2 + e_k + e_{k-1}`, and stays if
-    :math:`f_k \le f_{k-1} + e_k + e_{k-1}`. Otherwise :math:`\lambda_k` is turned down: L becomes
+    is off by about :math:`e_k = |q_kᵀ ∇_w h|` (and its rounding), and with
+    :math:`Δ = λ_k - λ_{k-1}` L becomes 0.95 L (``shrink``) if
+    :math:`f_k ≤ f_{k-1} - ½ L ‖Δ‖^2 + e_k + e_{k-1}`, and stays if
+    :math:`f_k ≤ f_{k-1} + e_k + e_{k-1}`. Otherwise :math:`λ_k` is turned down: L becomes
     2 L, the tolerances are halved from here on, and the next step leaves from
-    :math:`\lambda_{k-1}` again. (The published rule bounds :math:`e_k` by constants times the
+    :math:`λ_{k-1}` again. (The published rule bounds :math:`e_k` by constants times the
     tolerances and allows a rise by a fifth, which needs a positive loss.)
 
     Args:
       outer: validation loss, ``loss(params, hparams, batch) -> scalar``.
       inner: training loss of the same form: deterministic, smooth, strongly convex near its
         minimum.
-      tol: ``"exponential"`` (:math:`\epsilon_k = \epsilon_0\,0.9^k`), ``"quadratic"``
-        (:math:`\epsilon_0/(k+1)^2`), ``"cubic"``; a function step -> tolerance that falls; or one
-        number for all steps: a small one makes exact solves.
-      first_tol: :math:`\epsilon_0`. No tolerance is below 32 units of rounding.
+      tol: ``"exponential"`` (:math:`ϵ_k = ϵ_0 0.9^k`), ``"quadratic"`` (:math:`ϵ_0/(k+1)^2`),
+        ``"cubic"``; a function step -> tolerance that falls; or one number for all steps: a small
+        one makes exact solves.
+      first_tol: :math:`ϵ_0`. No tolerance is below 32 units of rounding.
       first_step: root mean square of the first move, in the units of what moves, from which the
         first L is found.
       linear_factor: c, how many times looser the linear system is solved than the inner problem,

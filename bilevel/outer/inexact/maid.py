@@ -34,35 +34,35 @@ def maid(
     r"""Method of adaptive inexact descent (MAID): every accepted step decreases the true F.
 
     A step finds a hypergradient z whose error is known, tightening the accuracy
-    :math:`\epsilon \leftarrow \tau\epsilon` of both solves until the bound of the certificate is
+    :math:`ϵ ← τϵ` of both solves until the bound of the certificate is
 
-    .. math:: \omega \le (1 - \eta) \|z\|, \qquad\text{so that}\qquad
-        \langle \nabla F, z \rangle \ge \eta \|z\|^2.
+    .. math:: ω ≤ (1 - η) ‖z‖,  \text{so that}
+        ⟨∇F, z⟩ ≥ η ‖z‖^2.
 
-    Then it tries :math:`\alpha = \beta, \rho\beta, \rho^2\beta, \dots`, solving the inner problem
-    at :math:`\lambda^+ = \lambda - \alpha z`, and accepts the first with
+    Then it tries :math:`α = β, ρβ, ρ^2β, …`, solving the inner problem
+    at :math:`λ^+ = λ - α z`, and accepts the first with
 
-    .. math:: \bigl(f^+ + \|\nabla f^+\| e^+ + \tfrac{L_f}{2} e^{+2}\bigr)
-        - \bigl(f - \|\nabla f\| e - \tfrac{L_f}{2} e^2\bigr) \le -\eta^2 \alpha \|z\|^2
+    .. math:: (f^+ + ‖∇f^+‖ e^+ + L_f/2 e^{+2})
+        - (f - ‖∇f‖ e - L_f/2 e^2) ≤ -η^2 α ‖z‖^2
 
-    where :math:`e = \|\nabla_w h\|/\mu` is how far the parameters can be from the inner minimum:
-    the left side is at least :math:`F(\lambda^+) - F(\lambda)`. After a success :math:`\epsilon`
-    grows by :math:`\nu` and :math:`\beta = \tfrac{10}{9}\alpha`; without one nothing moves,
-    :math:`\epsilon` is tightened, and the next step may try once more often.
+    where :math:`e = ‖∇_w h‖/μ` is how far the parameters can be from the inner minimum:
+    the left side is at least :math:`F(λ^+) - F(λ)`. After a success :math:`ϵ`
+    grows by :math:`ν` and :math:`β = 10/9 α`; without one nothing moves,
+    :math:`ϵ` is tightened, and the next step may try once more often.
 
     Args:
       outer: validation loss, ``loss(params, hparams, batch) -> scalar``.
       inner: training loss of the same form, smooth and strongly convex.
       certificate: the constants of both, :class:`~bilevel.Certificate`; what they are wrong by,
         the guarantee is wrong by.
-      accuracy: the first :math:`\epsilon`, a distance of parameters. The linear system is solved
-        to a residual of :math:`L_f\,\epsilon`, which weighs as much in the bound. It matters
+      accuracy: the first :math:`ϵ`, a distance of parameters. The linear system is solved
+        to a residual of :math:`L_f ϵ`, which weighs as much in the bound. It matters
         little: the accuracy finds itself.
       first_step: root mean square of the first trial move, in the units of what moves.
-      descent: :math:`\eta`, in (0, 1).
-      backtrack: :math:`\rho`, in (0, 1).
-      tighten: :math:`\tau`, in (0, 1).
-      loosen: :math:`\nu`, at least 1.
+      descent: :math:`η`, in (0, 1).
+      backtrack: :math:`ρ`, in (0, 1).
+      tighten: :math:`τ`, in (0, 1).
+      loosen: :math:`ν`, at least 1.
       trials: most step sizes that the first search tries.
       smoothness: L, no eigenvalue of the inner Hessian is larger; a number or a function
         ``(params, hparams) -> number``. With it the inner problem is solved by accelerated
@@ -77,14 +77,14 @@ def maid(
       ``Algorithm(init, step, deploy)``; ``init(params, hparams) -> MaidState``, and
       ``step(state, *, inner_batches, outer_batch, key=None)``, where ``inner_batches`` has a
       leading axis of 1: the one batch that all steps solve on. ``deploy(state)`` is
-      ``state.params``. ``info.stats`` has ``error_bound`` :math:`\omega`, ``distance`` e,
+      ``state.params``. ``info.stats`` has ``error_bound`` :math:`ω`, ``distance`` e,
       ``accuracy``, ``certified``, ``accepted``, ``step_size``, ``num_trials``,
       ``num_gradients``. Where rounding leaves no accuracy to certify, at the end of a run, the
       status is ``stagnated`` and nothing moves.
 
     Raises:
       TypeError, ValueError: at construction or when traced, for settings, trees and axes that do
-        not fit, and constants that cannot be. A traced :math:`\mu \le 0` is ``invalid_setting``.
+        not fit, and constants that cannot be. A traced :math:`μ ≤ 0` is ``invalid_setting``.
 
     Cost: one or more pairs of solves, and an inner solve per trial; counted in ``info.cost``.
     Memory: twenty vectors (those of L-BFGS; four with ``smoothness``), two of warm starts.

@@ -25,8 +25,8 @@ def complex_momentum(
     r"""Gradient descent with complex momentum, for parameters that stay real.
 
     .. math::
-        \mu \leftarrow b\,\mu - \nabla f(w), \qquad w \leftarrow w + \alpha\,\mathrm{Re}\,\mu,
-        \qquad b = \beta e^{i \pi \varphi}
+        μ ← b μ - ∇f(w),  w ← w + α \mathrm{Re} μ,
+        b = β e^{i π φ}
 
     written with two real buffers. In a game (players that descend on losses of their own) the
     updates rotate: the eigenvalues of its Jacobian are imaginary, and real momentum makes the
@@ -38,12 +38,12 @@ def complex_momentum(
     ``inner_tx`` of a loop, which updates them in turn.
 
     Args:
-      learning_rate: :math:`\alpha`, positive, or a schedule of the step. It is not that of real
+      learning_rate: :math:`α`, positive, or a schedule of the step. It is not that of real
         momentum: the gain at angle 0 is 1 / (1 - beta), ten for 0.9; at 0.125 it is
-        :math:`\mathrm{Re}\,1/(1-b)`, 1.15.
-      beta: :math:`\beta`, at least 0 and below 1. On purely rotating games with simultaneous
+        :math:`\mathrm{Re} 1/(1-b)`, 1.15.
+      beta: :math:`β`, at least 0 and below 1. On purely rotating games with simultaneous
         updates below 0.56 never converges.
-      angle: :math:`\varphi`, in units of :math:`\pi`.
+      angle: :math:`φ`, in units of :math:`π`.
 
     Returns:
       An optax transformation (buffers in the dtypes of the parameters, at least float32).

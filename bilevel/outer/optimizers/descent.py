@@ -40,20 +40,20 @@ def hypergradient_descent(
     r"""An optimizer that learns its learning rate while it trains.
 
     .. math::
-        \alpha_t &= \alpha_{t-1} + \beta\,\langle \nabla f(w_t), d_{t-1}\rangle
+        α_t &= α_{t-1} + β ⟨∇f(w_t), d_{t-1}⟩
             && \text{(additive)} \\
-        \alpha_t &= \alpha_{t-1}\,\bigl(1 + \beta \cos(\nabla f(w_t), d_{t-1})\bigr)
+        α_t &= α_{t-1} (1 + β cos(∇f(w_t), d_{t-1}))
             && \text{(normalized)} \\
-        w_{t+1} &= w_t - \alpha_t d_t
+        w_{t+1} &= w_t - α_t d_t
 
-    With :math:`d_{t-1}` the direction of the last step, :math:`-\langle \nabla f(w_t),
-    d_{t-1}\rangle` is the derivative of :math:`f(w_{t-1} - \alpha d_{t-1})` in :math:`\alpha`:
+    With :math:`d_{t-1}` the direction of the last step, :math:`-⟨∇f(w_t),
+    d_{t-1}⟩` is the derivative of :math:`f(w_{t-1} - α d_{t-1})` in :math:`α`:
     the rate descends on the loss one step ahead. The normalized form depends neither on the
     scale of the loss nor on the number of parameters, and its rate stays positive.
 
     Args:
       learning_rate: the first rate, positive.
-      hyper_rate: :math:`\beta`; below 1 in the normalized form. The additive form needs one that
+      hyper_rate: :math:`β`; below 1 in the normalized form. The additive form needs one that
         fits the squared norm of the gradient, 1e-3 to 1e-7 in the paper.
       direction: an optax transformation that turns a gradient into :math:`d`: ``None`` for the
         gradient itself (SGD), ``optax.scale_by_adam()`` for Adam, ``optax.trace(0.9)``. Without a

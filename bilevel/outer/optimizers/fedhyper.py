@@ -52,13 +52,13 @@ def fedhyper_global(
     r"""FedHyper's global scheduler: the rate at which the server follows its clients.
 
     .. math::
-        s_t &= \operatorname{clip}(s_{t-1} + \beta\,\langle D_t, \tilde D_{t-1}\rangle),
-            \qquad 1 + s_t \in [\alpha_{min}, \alpha_{max}] \\
-        w_{t+1} &= w_t + (1 + s_t) D_t + m\,s_t \tilde D_{t-1}, \qquad
+        s_t &= clip(s_{t-1} + β ⟨D_t, \tilde D_{t-1}⟩),
+            1 + s_t ∈ [α_{min}, α_{max}] \\
+        w_{t+1} &= w_t + (1 + s_t) D_t + m s_t \tilde D_{t-1},
         \tilde D_t = D_t + m \tilde D_{t-1}
 
     Args:
-      hyper_rate: :math:`\beta`; 1 in the paper, with its plain inner products.
+      hyper_rate: :math:`β`; 1 in the paper, with its plain inner products.
       momentum: m, at least 0 and below 1: 0 for the scheduler ``G`` of the paper, 0.9 for ``GM``
         (with ``min_rate=0.8``).
       min_rate, max_rate: bounds of the factor :math:`1 + s_t`, kept in every round.
@@ -119,13 +119,13 @@ def fedhyper_server(
     r"""FedHyper's server-side local scheduler: the rate that is sent to all clients.
 
     .. math::
-        s_t = s_{t-1} + \beta\,\langle D_t, D_{t-1}\rangle, \qquad
-        \eta_t = \operatorname{clip}(\eta_0 (1 + s_t), \eta_{min}, \eta_{max}), \qquad
+        s_t = s_{t-1} + β ⟨D_t, D_{t-1}⟩,
+        η_t = clip(η_0 (1 + s_t), η_{min}, η_{max}),
         w_{t+1} = w_t + D_t
 
     Args:
-      learning_rate: :math:`\eta_0`, positive, within the bounds.
-      hyper_rate: :math:`\beta`; 1 in the paper, with its plain inner products.
+      learning_rate: :math:`η_0`, positive, within the bounds.
+      hyper_rate: :math:`β`; 1 in the paper, with its plain inner products.
       min_rate, max_rate: bounds of the rate that is sent, kept in every round.
       normalized: cosines in place of inner products.
 
@@ -185,20 +185,20 @@ def fedhyper_client(
     r"""FedHyper's client-side scheduler: each client's rate follows its own local steps.
 
     .. math::
-        \gamma_k &= \min\bigl(\gamma_{max}, \max(0, 1 + \beta\,[\langle u_k, u_{k-1}\rangle
-            + \tfrac{g}{n}\langle u_k, D\rangle])\bigr), \qquad k \ge 1 \\
-        c_k &= \operatorname{clip}(c_{k-1} \gamma_k, c_{min}, c_{max}), \qquad
-        w_{k+1} = w_k + u_k\frac{c_k}{c_{k-1}}, \quad u_k = -c_{k-1}\,\eta\,\nabla h(w_k)
+        γ_k &= min \bigl(γ_{max}, max(0, 1 + β [⟨u_k, u_{k-1}⟩
+            + g/n ⟨u_k, D⟩])\bigr),  k ≥ 1 \\
+        c_k &= clip(c_{k-1} γ_k, c_{min}, c_{max}),
+        w_{k+1} = w_k + u_k\frac{c_k}{c_{k-1}},  u_k = -c_{k-1} η ∇h(w_k)
 
     with the last global update :math:`D`. The factor of a client that turns back and forth falls;
     that of one that goes straight, and with the others, grows.
 
     Args:
-      learning_rate: :math:`\eta`, positive.
-      hyper_rate: :math:`\beta`.
+      learning_rate: :math:`η`, positive.
+      hyper_rate: :math:`β`.
       clients: n, how many are selected in a round, at least 1.
       global_weight: g.
-      max_growth: :math:`\gamma_{max}`, above 1.
+      max_growth: :math:`γ_{max}`, above 1.
       min_factor, max_factor: bounds of the factor, kept in every local step.
       normalized: cosines in place of inner products.
 

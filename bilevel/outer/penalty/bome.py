@@ -37,39 +37,39 @@ def bome(
     r"""Bilevel optimization made easy: a penalty that is computed anew in each step.
 
     .. math::
-        z &= y \text{ after } T \text{ steps on } h(\cdot, \lambda), \qquad
-        q = h(y, \lambda) - h(z, \lambda), \qquad
-        \nabla q = \bigl(\nabla_w h(y, \lambda),\;
-            \nabla_\lambda h(y, \lambda) - \nabla_\lambda h(z, \lambda)\bigr) \\
-        \sigma &= \max\Bigl(\frac{\phi - \langle\nabla f, \nabla q\rangle}{\|\nabla q\|^2}, 0\Bigr),
-            \qquad \phi = \eta\,\|\nabla q\|^2 \\
-        (y, \lambda) &\leftarrow (y, \lambda) - v(\nabla f(y, \lambda) + \sigma \nabla q)
+        z &= y \text{ after } T \text{ steps on } h(·, λ),
+        q = h(y, λ) - h(z, λ),
+        ∇q = \bigl(∇_w h(y, λ),
+            ∇_λ h(y, λ) - ∇_λ h(z, λ)\bigr) \\
+        σ &= max \Bigl(\frac{φ - ⟨∇f, ∇q⟩}{‖∇q‖^2}, 0\Bigr),
+            φ = η ‖∇q‖^2 \\
+        (y, λ) &← (y, λ) - v(∇f(y, λ) + σ ∇q)
 
-    :math:`\sigma` is the least multiplier by which a step lowers q at a rate of :math:`\phi`: the
+    :math:`σ` is the least multiplier by which a step lowers q at a rate of :math:`φ`: the
     pair descends on f while the suboptimality q of y shrinks, and no penalty is to be chosen.
-    Where :math:`\nabla q` is zero, so is :math:`\sigma`.
+    Where :math:`∇q` is zero, so is :math:`σ`.
 
     Args:
       outer, inner, inner_tx, outer_tx: as in :func:`~bilevel.f2sa`; the optimizer of z begins
         anew in every step.
       inner_steps: T, at least 1.
-      eta: :math:`\eta`, at least 0.
-      barrier: ``"gradient"`` for :math:`\phi` as above, ``"gap"`` for :math:`\phi = \eta q`.
+      eta: :math:`η`, at least 0.
+      barrier: ``"gradient"`` for :math:`φ` as above, ``"gap"`` for :math:`φ = η q`.
       penalized_tx: of y; ``None`` for ``inner_tx``. The rule is derived for plain gradient steps
         with one rate for y and the hyperparameters (``penalized_tx`` and ``outer_tx`` both
         ``optax.sgd(rate)``); other optimizers turn the direction.
       constrain, has_aux, has_state, unroll: as in :func:`~bilevel.alternate`; with bounds
-        :math:`\nabla_\lambda` is that of the unconstrained variable.
+        :math:`∇_λ` is that of the unconstrained variable.
 
     Returns:
       ``Algorithm(init, step, deploy)`` with batches as :func:`~bilevel.f2sa`. ``deploy`` gives
       z, and ``info.value`` is :math:`f(z)`.
 
-    ``info.hypergrad_norm`` is the length of :math:`\nabla_\lambda f + \sigma\nabla_\lambda q`.
+    ``info.hypergrad_norm`` is the length of :math:`∇_λ f + σ∇_λ q`.
     That is no estimate of the hypergradient: it falls to zero with it, at the solution, but on the
-    way y moves as well. ``info.stats``: ``penalty`` (:math:`\sigma`), ``gap`` (q; below zero where
+    way y moves as well. ``info.stats``: ``penalty`` (:math:`σ`), ``gap`` (q; below zero where
     T steps do not lower the inner loss: their rate is too high, or the batches differ),
-    ``gap_slope`` (:math:`\|\nabla q\|`) and ``slope_norm``, the length of the direction in y and
+    ``gap_slope`` (:math:`‖∇q‖`) and ``slope_norm``, the length of the direction in y and
     the hyperparameters together, which is zero at the solution.
 
     Raises:

@@ -1,15 +1,15 @@
 r"""The hypergradient as a difference of gradients at minimizers of penalized losses.
 
-With :math:`y_j = \operatorname*{argmin}_w h + j\nu f`, :math:`\nu = 1/\text{penalty}`, and weights
+With :math:`y_j = \operatorname*{argmin}_w h + jν f`, :math:`ν = 1/penalty`, and weights
 :math:`c_j` of a finite difference for a first derivative,
 
 .. math::
-    \frac{dF}{d\lambda} \approx \frac1\nu \sum_j c_j\, \nabla_\lambda (h + j\nu f)(y_j, \lambda),
+    dF/dλ ≈ \frac1ν ∑_j c_j ∇_λ (h + jν f)(y_j, λ),
 
-because :math:`F` is the derivative of :math:`\min_w (h + \nu f)` in :math:`\nu` at zero. The same
+because :math:`F` is the derivative of :math:`min_w (h + ν f)` in :math:`ν` at zero. The same
 sum of gradients in :math:`w` is zero at exact minimizers: it is the residual
-:math:`\|g - Hq\|` of the system that an implicit method would solve, with
-:math:`q = -\tfrac1\nu\sum_j c_j y_j` and :math:`g = \sum_j j c_j \nabla_w f(y_j)`.
+:math:`‖g - Hq‖` of the system that an implicit method would solve, with
+:math:`q = -\tfrac1ν∑_j c_j y_j` and :math:`g = ∑_j j c_j ∇_w f(y_j)`.
 """
 
 from typing import Any, NamedTuple

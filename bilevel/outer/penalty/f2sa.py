@@ -39,18 +39,18 @@ def f2sa(
     r"""Fully first-order stochastic approximation: no second derivative anywhere.
 
     .. math::
-        z &\leftarrow z - u(\nabla_w h(z, \lambda)), \qquad
-        y \leftarrow y - u(\nabla_w h(y, \lambda) + \tfrac1\sigma \nabla_w f(y, \lambda))
-            \qquad (K \text{ times each}) \\
-        \lambda &\leftarrow \lambda - v\bigl(\nabla_\lambda f(y, \lambda)
-            + \sigma\,[\nabla_\lambda h(y, \lambda) - \nabla_\lambda h(z, \lambda)]\bigr),
-        \qquad \sigma_k = \sigma_0 (1 + k)^{1/7}
+        z &← z - u(∇_w h(z, λ)),
+        y ← y - u(∇_w h(y, λ) + \tfrac1σ ∇_w f(y, λ))
+            (K \text{ times each}) \\
+        λ &← λ - v(∇_λ f(y, λ)
+            + σ [∇_λ h(y, λ) - ∇_λ h(z, λ)]),
+        σ_k = σ_0 (1 + k)^{1/7}
 
-    The direction is a forward difference, in :math:`\nu = 1/\sigma`, of
-    :math:`\partial_\lambda \min_w (h + \nu f)`: its bias falls as :math:`1/\sigma`. A difference of
-    order p reads p penalized minimizers (at :math:`\pm\nu, \pm 2\nu, \ldots` for even p) and its
-    bias falls as :math:`1/\sigma^p`. Written as above, the penalized loss is no steeper for a
-    larger penalty: the same ``inner_tx`` stays stable while :math:`\sigma` grows.
+    The direction is a forward difference, in :math:`ν = 1/σ`, of
+    :math:`∂_λ min_w (h + ν f)`: its bias falls as :math:`1/σ`. A difference of
+    order p reads p penalized minimizers (at :math:`±ν, ± 2ν, …` for even p) and its
+    bias falls as :math:`1/σ^p`. Written as above, the penalized loss is no steeper for a
+    larger penalty: the same ``inner_tx`` stays stable while :math:`σ` grows.
 
     Args:
       outer: validation loss :math:`f`, ``loss(params, hparams, batch) -> scalar``.
@@ -58,9 +58,9 @@ def f2sa(
       inner_tx: an optax transformation, of the parameters :math:`z` that are deployed.
       outer_tx: an optax transformation of the hyperparameters.
       inner_steps: K, at least 1.
-      penalty: :math:`\sigma_0`, positive; or a schedule, ``step -> penalty``, which is then used
-        as it is. It must be so large that :math:`h + j\nu f` has a minimum: above :math:`p L/\mu`
-        where f may curve downwards by L and h curves upwards by :math:`\mu`; the smaller it is,
+      penalty: :math:`σ_0`, positive; or a schedule, ``step -> penalty``, which is then used
+        as it is. It must be so large that :math:`h + jν f` has a minimum: above :math:`p L/μ`
+        where f may curve downwards by L and h curves upwards by :math:`μ`; the smaller it is,
         the larger the bias, the larger, the closer :math:`y` and :math:`z`, until rounding (or the
         noise of unfinished training) is all of their difference.
       growth: the exponent; 0 for a constant penalty.
@@ -76,7 +76,7 @@ def f2sa(
       :math:`z`, which has not seen the validation data, and ``info.value`` is :math:`f(z)`.
 
     ``info.stats``: ``residual_norm`` and ``rhs_norm`` are those of the linear system that an
-    implicit method would solve: the difference :math:`\sigma(z - y)` stands for its solution.
+    implicit method would solve: the difference :math:`σ(z - y)` stands for its solution.
     Status ``truncated`` says that y and z are not trained far enough for it (raise
     ``inner_steps``), ``rounding`` that they are as close as their dtype can tell (lower
     ``penalty``), ``negative_curvature`` that the inner loss curves downwards between them.

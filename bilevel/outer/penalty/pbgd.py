@@ -39,21 +39,21 @@ def pbgd(
     r"""Penalty-based bilevel gradient descent on the value function, in a single loop.
 
     .. math::
-        z &\leftarrow z - u(\nabla_w h(z, \lambda)) \qquad (K \text{ times}) \\
-        y &\leftarrow y - u(\nabla_w h(y, \lambda) + \tfrac1\sigma\nabla_w f(y, \lambda)) \\
-        \lambda &\leftarrow \lambda - v\bigl(\nabla_\lambda f(y, \lambda)
-            + \sigma\,[\nabla_\lambda h(y, \lambda) - \nabla_\lambda h(z, \lambda)]\bigr)
+        z &← z - u(∇_w h(z, λ))  (K \text{ times}) \\
+        y &← y - u(∇_w h(y, λ) + \tfrac1σ∇_w f(y, λ)) \\
+        λ &← λ - v(∇_λ f(y, λ)
+            + σ [∇_λ h(y, λ) - ∇_λ h(z, λ)])
 
-    Simultaneous descent in :math:`(y, \lambda)` on :math:`f + \sigma\,(h - \min_w h)`: y and
-    :math:`\lambda` move by the gradient of one evaluation, at their values before the step. Where
-    f is Lipschitz and :math:`\sigma` large enough, minimizers are those of the bilevel problem up
-    to :math:`O(1/\sigma)`; :func:`~bilevel.f2sa` lowers that bias by a growing penalty and K
+    Simultaneous descent in :math:`(y, λ)` on :math:`f + σ (h - min_w h)`: y and
+    :math:`λ` move by the gradient of one evaluation, at their values before the step. Where
+    f is Lipschitz and :math:`σ` large enough, minimizers are those of the bilevel problem up
+    to :math:`O(1/σ)`; :func:`~bilevel.f2sa` lowers that bias by a growing penalty and K
     steps of y.
 
     Args:
       outer, inner, inner_tx, outer_tx: as in :func:`~bilevel.f2sa`.
       inner_steps: K, training steps of :math:`z` a step, at least 1.
-      penalty: :math:`\sigma`, positive, or a schedule ``step -> penalty``. ``outer_tx`` sees
+      penalty: :math:`σ`, positive, or a schedule ``step -> penalty``. ``outer_tx`` sees
         gradients of differences that lag behind by one step of y: with a large penalty lower its
         rate.
       penalized_tx: of :math:`y`; ``None`` for ``inner_tx``.

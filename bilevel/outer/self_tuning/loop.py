@@ -50,44 +50,44 @@ def self_tuning(
 ) -> Algorithm:
     r"""Self-tuning networks (STN) and Delta-STN, on any model.
 
-    Hyperparameters :math:`\lambda` are unconstrained, the losses read :math:`T(\lambda)`:
+    Hyperparameters :math:`λ` are unconstrained, the losses read :math:`T(λ)`:
     bounded by ``constrain``, integers rounded. A cycle has ``inner_steps`` training steps,
 
     .. math::
-        w &\leftarrow w - u\bigl(\nabla_w h(w, T(\lambda))\bigr) &\text{(general)} \\
-        \phi &\leftarrow \phi - u'\bigl(\nabla_\phi\, \mathrm{E}_\varepsilon\,
-            h(\hat w_\phi(\sigma\varepsilon), T(\lambda + \sigma\varepsilon))\bigr)
+        w &← w - u(∇_w h(w, T(λ))) &\text{(general)} \\
+        φ &← φ - u'(∇_φ E_ε
+            h(\hat w_φ(σε), T(λ + σε)))
             &\text{(response)}
 
     then ``outer_steps`` steps on the validation loss, weights fixed,
 
     .. math::
-        \min_{\lambda, \sigma}\; \mathrm{E}_\varepsilon\,
-            f(\hat w_\phi(\lambda' - \bar\lambda), T(\lambda')) - \tau \sum_k \log \sigma_k,
-            \qquad \lambda' = \lambda + \sigma\varepsilon, \quad
-            \bar\lambda = \lambda \text{ held fixed}
+        min_{λ, σ} E_ε
+            f(\hat w_φ(λ' - \bar λ), T(λ')) - τ ∑_k log σ_k,
+            λ' = λ + σε,
+            \bar λ = λ \text{ held fixed}
 
-    Dropout, augmentation and whole numbers are tuned through :math:`\phi` alone: no derivative
+    Dropout, augmentation and whole numbers are tuned through :math:`φ` alone: no derivative
     of ``inner`` in its hyperparameters is taken. With an uncentred network (STN) both training
-    steps are one, on :math:`w` and :math:`\phi` together, and the displacement is
-    :math:`\lambda + \sigma\varepsilon` itself.
+    steps are one, on :math:`w` and :math:`φ` together, and the displacement is
+    :math:`λ + σε` itself.
 
     Args:
       outer: validation loss, ``loss(params, hparams, batch) -> scalar``, usually blind to
         ``hparams`` (no dropout, no penalty).
       inner: training loss of the same form.
       inner_tx: optax transformation of the weights. Leaves that it freezes do not respond.
-      outer_tx: optax transformation of :math:`\lambda`. Those that normalize (Adam, RMSprop)
+      outer_tx: optax transformation of :math:`λ`. Those that normalize (Adam, RMSprop)
         random-walk on a signal that is all noise: lower their rate late. No line search.
       inner_steps: training steps per cycle.
       outer_steps: validation steps per cycle.
       network: how weights follow; ``StructuredResponse()`` (Delta-STN) if ``None``.
-      response_tx: of :math:`\phi`; ``inner_tx`` if ``None``.
+      response_tx: of :math:`φ`; ``inner_tx`` if ``None``.
       scale_tx: of the raw scales; ``outer_tx`` if ``None``.
-      scale: first :math:`\sigma > 0`, a scalar or a tree like ``hparams``, in unconstrained
+      scale: first :math:`σ > 0`, a scalar or a tree like ``hparams``, in unconstrained
         units. Whole numbers get a signal only where a scale reaches over one.
       tune_scales: False fixes them, and the outer loss is then taken unperturbed.
-      entropy: :math:`\tau \ge 0`; without it scales shrink to nothing.
+      entropy: :math:`τ ≥ 0`; without it scales shrink to nothing.
       groups: perturbations a batch, which is cut in as many parts (a network for layers
         perturbs every example instead). With a batch cut in parts, arrays in it share
         their leading axis, and single PRNG keys (``jax.random.key``) are split.

@@ -15,7 +15,7 @@ class Trained(NamedTuple):
 
     Attributes:
       weights: base weights, state of ``inner_tx``, statistics of the model (``None`` without).
-      network: parameters :math:`\phi` of the response network, and state of ``response_tx``.
+      network: parameters :math:`φ` of the response network, and state of ``response_tx``.
     """
 
     weights: InnerState
@@ -26,9 +26,9 @@ class Moved(NamedTuple):
     r"""What the validation steps move.
 
     Attributes:
-      outer: :math:`\lambda`: what the losses read (bounded, integers rounded), unconstrained,
+      outer: :math:`λ`: what the losses read (bounded, integers rounded), unconstrained,
         and the state of ``outer_tx``.
-      widths: s, with :math:`\sigma = \mathrm{softplus}(s)`, a tree like the hyperparameters, and
+      widths: s, with :math:`σ = softplus(s)`, a tree like the hyperparameters, and
         the state of ``scale_tx`` (``None`` with fixed scales).
     """
 
@@ -64,7 +64,7 @@ class SelfTuningState(NamedTuple):
 
     @property
     def network_params(self) -> Any:
-        r"""Parameters :math:`\phi` of the response network."""
+        r"""Parameters :math:`φ` of the response network."""
         return self.trained.network.params
 
     @property
@@ -74,7 +74,7 @@ class SelfTuningState(NamedTuple):
 
     @property
     def raw(self) -> Hparams:
-        r""":math:`\lambda`, unconstrained: what ``outer_tx`` moves."""
+        r""":math:`λ`, unconstrained: what ``outer_tx`` moves."""
         return self.moved.outer.moving
 
     @property
@@ -84,12 +84,12 @@ class SelfTuningState(NamedTuple):
 
     @property
     def scales(self) -> Hparams:
-        r""":math:`\sigma = \mathrm{softplus}(s)`, in unconstrained units."""
+        r""":math:`σ = softplus(s)`, in unconstrained units."""
         return jax.tree.map(jax.nn.softplus, self.raw_scales)
 
 
 def entropy_of(scales: Hparams) -> Scalar:
-    r"""Entropy of the perturbation, :math:`\sum_k \log\sigma_k + \tfrac12\log(2\pi e)` nats."""
+    r"""Entropy of the perturbation, :math:`∑_k log σ_k + ½ log(2π e)` nats."""
     constant = 0.5 * (1 + jnp.log(2 * jnp.pi))
     parts = [jnp.sum(jnp.log(s) + constant.astype(s.dtype)) for s in jax.tree.leaves(scales)]
     return jnp.sum(jnp.stack(parts))

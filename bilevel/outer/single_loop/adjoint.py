@@ -19,7 +19,7 @@ from bilevel.problem.two_losses import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Adjoint:
-    r"""Reads :math:`\nabla_w h, Hq, B^\top q, \nabla_w f, \partial_\lambda f` with a carried q.
+    r"""Reads :math:`∇_w h, Hq, Bᵀ q, ∇_w f, ∂_λ f` with a carried q.
 
     Args:
       independent: three inner batches, one for each of the first three, instead of one for all.
@@ -67,7 +67,7 @@ class Adjoint:
 def _inner(
     problem: Problem, part: Part, point: Point, batch: Batch, q: Vector
 ) -> tuple[Scalar, ModelState, Vector, Vector, Any]:
-    r"""The inner loss, its statistics and gradient, :math:`Hq` and :math:`B^\top q`: one JVP."""
+    r"""The inner loss, its statistics and gradient, :math:`Hq` and :math:`Bᵀ q`: one JVP."""
 
     def gradients(trained: Vector) -> tuple[Any, Any]:
         (value, state), grads = jax.value_and_grad(

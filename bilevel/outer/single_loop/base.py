@@ -1,11 +1,11 @@
 r"""Building blocks of single loops: one point, what is read there, and the directions it gives.
 
-With :math:`q` for the solution of :math:`H q = \nabla_w f` that a loop keeps track of (the papers
-write :math:`v = -q`), all directions are taken at one point :math:`(w, q, \lambda)`:
+With :math:`q` for the solution of :math:`H q = ∇_w f` that a loop keeps track of (the papers
+write :math:`v = -q`), all directions are taken at one point :math:`(w, q, λ)`:
 
 .. math::
-    D_w = \nabla_w h, \qquad D_q = H q - \nabla_w f, \qquad
-    D_\lambda = \partial_\lambda f - B^\top q
+    D_w = ∇_w h,  D_q = H q - ∇_w f,
+    D_λ = ∂_λ f - Bᵀ q
 """
 
 from collections.abc import Callable
@@ -55,8 +55,8 @@ class Point(NamedTuple):
 class Oracles(NamedTuple):
     r"""What is read at a point, in accumulator dtypes.
 
-    ``inner`` is :math:`\nabla_w h`, ``product`` :math:`H q`, ``cross`` :math:`B^\top q`, ``outer``
-    :math:`\nabla_w f` and ``direct`` :math:`\partial_\lambda f`. The first three depend on the
+    ``inner`` is :math:`∇_w h`, ``product`` :math:`H q`, ``cross`` :math:`Bᵀ q`, ``outer``
+    :math:`∇_w f` and ``direct`` :math:`∂_λ f`. The first three depend on the
     inner batch, the others on the outer one. ``product`` and ``outer`` are ``None`` where no
     adjoint is carried.
     """

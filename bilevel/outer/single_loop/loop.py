@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from bilevel.ground.aliases import Loss
-from bilevel.ground.settings import check_flag
+from bilevel.ground.settings import check_flag, check_takes, is_function
 from bilevel.inner.optimizer import check_fixed_tx, check_tx
 from bilevel.outer.base import Algorithm
 from bilevel.outer.single_loop.adjoint import Adjoint
@@ -13,7 +13,7 @@ from bilevel.outer.single_loop.base import Estimator, Plain
 from bilevel.outer.single_loop.memory import Saga
 from bilevel.outer.single_loop.recursion import Page, Spider, Storm
 from bilevel.outer.single_loop.series import Series
-from bilevel.outer.single_loop.step import SingleLoop, deploy
+from bilevel.outer.single_loop.step import Schedule, SingleLoop, deploy
 from bilevel.outer.variable import Mover, check_space
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_losses
@@ -29,6 +29,7 @@ def single_loop(
     estimator: Saga | Storm | Spider | Page | None = None,
     *,
     independent: bool = False,
+    schedule: Schedule | None = None,
     constrain: Space | None = None,
     has_aux: bool = False,
     has_state: bool = False,
@@ -36,13 +37,13 @@ def single_loop(
     r"""One step each of the parameters, of the adjoint and of the hyperparameters.
 
     .. math::
-        D_w &= \nabla_w h(w, \lambda) & w &\leftarrow w - u(D_w) \\
-        D_q &= H q - \nabla_w f(w, \lambda) & q &\leftarrow q - s(D_q) \\
-        D_\lambda &= \partial_\lambda f - B^\top q & \lambda &\leftarrow \lambda - v(D_\lambda)
+        D_w &= ∇_w h(w, λ) & w &← w - u(D_w) \\
+        D_q &= H q - ∇_w f(w, λ) & q &← q - s(D_q) \\
+        D_λ &= ∂_λ f - Bᵀ q & λ &← λ - v(D_λ)
 
     with the updates u, s, v of three optax optimizers. All directions are taken at the same
-    :math:`(w, q, \lambda)`, before any of the three moves. Nothing is solved: :math:`q` follows
-    the solution of :math:`H q = \nabla_w f` while it moves, from zero, so that the first
+    :math:`(w, q, λ)`, before any of the three moves. Nothing is solved: :math:`q` follows
+    the solution of :math:`H q = ∇_w f` while it moves, from zero, so that the first
     hypergradients are too short. (The literature writes :math:`v = -q`.)
 
     Args:
@@ -57,8 +58,11 @@ def single_loop(
       estimator: ``None`` takes the directions of the step's batches as they are; ``Saga``,
         ``Storm``, ``Spider`` and ``Page`` reduce their variance, so that constant step sizes
         converge.
-      independent: draw a batch of its own for each of :math:`\nabla_w h, Hq, B^\top q`; the
+      independent: draw a batch of its own for each of :math:`∇_w h, Hq, Bᵀ q`; the
         products are then made one by one.
+      schedule: what all three updates are multiplied with, ``schedule(step) -> factor``, such as
+        ``lambda step: (1 + step) ** -0.5``. Papers let the three fall together; one schedule in
+        each optimizer says the same with three more counts.
       constrain: bounds; None leaves the hyperparameters free.
       has_aux: ``outer`` returns ``(scalar, aux)``.
       has_state: both losses are ``loss(params, hparams, batch, model_state) -> (scalar,
@@ -74,8 +78,8 @@ def single_loop(
       ``info.value`` is the outer loss at the point of the directions. ``deploy`` gives the
       parameters of that point, from before the step; ``state.params`` are one step ahead. The
       status judges the adjoint on the step's batches: ``worse_than_zero`` and ``diverged`` where
-      :math:`\|D_q\|` is above 2 and above 10 of the largest :math:`\|\nabla_w f\|` so far,
-      ``negative_curvature`` for :math:`q^\top H q < 0`.
+      :math:`‖D_q‖` is above 2 and above 10 of the largest :math:`‖∇_w f‖` so far,
+      ``negative_curvature`` for :math:`qᵀ H q < 0`.
 
     Parameters that ``inner_tx`` freezes are constants, and have no adjoint.
 
@@ -116,7 +120,7 @@ def single_loop(
     check_flag("independent", independent)
     return build(
         outer, inner, Adjoint(bool(independent)), inner_tx, linear_tx, outer_tx,
-        Plain() if estimator is None else estimator, constrain, has_aux, has_state,
+        Plain() if estimator is None else estimator, schedule, constrain, has_aux, has_state,
     )  # fmt: skip
 
 
@@ -128,6 +132,7 @@ def build(
     linear_tx: optax.GradientTransformation | None,
     outer_tx: optax.GradientTransformation,
     estimator: Estimator,
+    schedule: Any = None,
     constrain: Any = None,
     has_aux: Any = False,
     has_state: Any = False,
@@ -139,6 +144,13 @@ def build(
     check_flag("has_aux", has_aux)
     check_flag("has_state", has_state)
     check_space(constrain, "{'decay': Positive()}")
-    problem = Problem(outer, inner, has_aux, has_state)
-    loop = SingleLoop(problem, reader, inner_tx, linear_tx, Mover(outer_tx, constrain), estimator)
+    if schedule is not None:
+        if not is_function(schedule):
+            raise TypeError(
+                "`schedule` must be a function schedule(step) -> factor, such as "
+                f"`lambda step: (1 + step) ** -0.5`, or None, got {schedule!r}."
+            )
+        check_takes("schedule", schedule, "schedule(step)")
+    problem, mover = Problem(outer, inner, has_aux, has_state), Mover(outer_tx, constrain)
+    loop = SingleLoop(problem, reader, inner_tx, linear_tx, mover, estimator, schedule)
     return Algorithm(loop.init, loop.step, deploy)

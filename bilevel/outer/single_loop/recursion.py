@@ -48,13 +48,13 @@ def _first(point: Point) -> Past:
 
 
 def _continued(new: Any, old: Any, before: Any, keep: Any) -> Any:
-    r""":math:`new + keep\,(before - old)`, where ``new`` and ``old`` are of the same batch."""
+    r""":math:`new + keep (before - old)`, where ``new`` and ``old`` are of the same batch."""
     return tree.axpy(keep, tree.sub(before, old), new)
 
 
 @dataclasses.dataclass(frozen=True)
 class Storm:
-    r"""Momentum without its lag: :math:`d_t = D(x_t) + (1 - a_t)\,(d_{t-1} - D(x_{t-1}))`.
+    r"""Momentum without its lag: :math:`d_t = D(x_t) + (1 - a_t) (d_{t-1} - D(x_{t-1}))`.
 
     Both D are of the same batches; :math:`a = 1` is the plain direction, and the first step is
     plain too.

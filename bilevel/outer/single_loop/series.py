@@ -6,7 +6,7 @@ import jax
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch
-from bilevel.ground.batches import select_batch, select_batches
+from bilevel.ground.batches import Window, select_batch
 from bilevel.ground.cost import Cost
 from bilevel.hypergradient.implicit import responding, restricted
 from bilevel.linear.neumann import Neumann
@@ -18,7 +18,7 @@ from bilevel.problem.two_losses import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    r"""Reads :math:`\nabla_w h` and a Neumann hypergradient, with a fresh batch per product.
+    r"""Reads :math:`∇_w h` and a Neumann hypergradient, with a fresh batch per product.
 
     Args:
       solver: the series; its residual is not recomputed, which would take one more product.
@@ -54,7 +54,7 @@ class Series:
             ),
             has_aux=True,
         )(part.whole(point.params))
-        batches = select_batches(inner, 1, self.count - 1)
+        batches = Window(inner, 1)
         mixed = select_batch(inner, self.count - 1)
         _, mv = Hessian().bind(small, *at, batches, fresh=True)
         (outer_value, aux), (g, direct) = small.at(state).outer_grads(*at, outer)

@@ -1,7 +1,8 @@
 r"""The one step of all single loops: directions at one point, and three updates along them."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import optax
@@ -13,6 +14,7 @@ from bilevel.ground.batches import check_stack, select_batch
 from bilevel.ground.cost import Cost
 from bilevel.ground.keys import check_key
 from bilevel.ground.loops import keep_types, strong_types
+from bilevel.ground.settings import check_one_real
 from bilevel.ground.status import Status, status_of, worst
 from bilevel.inner.descend import InnerState, take_step
 from bilevel.inner.optimizer import compute_updates
@@ -24,6 +26,8 @@ from bilevel.outer.single_loop.series import Series
 from bilevel.outer.variable import Mover, Variable
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_inner, check_is_read, check_point, check_problem
+
+Schedule: TypeAlias = Callable[[Any], Any]
 
 WORSE, DIVERGED = 2.0, 10.0
 r"""Residuals of the adjoint beyond this many of the largest right sides so far.
@@ -38,10 +42,10 @@ class SingleLoopState(NamedTuple):
 
     Attributes:
       trained: inner parameters, state of ``inner_tx`` and statistics of the model.
-      adjoint: :math:`q`, the running solution of :math:`H q = \nabla_w f`, shaped like the
+      adjoint: :math:`q`, the running solution of :math:`H q = ∇_w f`, shaped like the
         trained leaves; ``None`` in loops that sum a series.
       linear: the state of ``linear_tx``.
-      scale: the largest norm of a right side :math:`\nabla_w f` so far; ``None`` likewise.
+      scale: the largest norm of a right side :math:`∇_w f` so far; ``None`` likewise.
       outer: the hyperparameters, their raw twin and the state of ``outer_tx``.
       memory: what the estimator remembers.
       measured: the parameters before the last step, where all of it was read.
@@ -88,11 +92,29 @@ class SingleLoop:
     linear_tx: optax.GradientTransformation | None
     mover: Mover
     estimator: Estimator
+    schedule: Schedule | None = None
+
+    def at(self, step: Array) -> "SingleLoop":
+        """The settings of one step: updates are multiplied with the factor of ``schedule``."""
+        schedule: Any = self.schedule
+        factor = schedule(step)
+        check_one_real("schedule(step)", factor)
+
+        def scaled(tx: Any) -> optax.GradientTransformation:
+            return optax.chain(tx, optax.scale(factor))
+
+        linear_tx = None if self.linear_tx is None else scaled(self.linear_tx)
+        mover = dataclasses.replace(self.mover, tx=scaled(self.mover.tx))
+        return dataclasses.replace(
+            self, inner_tx=scaled(self.inner_tx), linear_tx=linear_tx, mover=mover, schedule=None
+        )
 
     def init(
         self, params: Params, hparams: Hparams, model_state: ModelState = None
     ) -> SingleLoopState:
         """The first state; see :func:`~bilevel.single_loop`."""
+        if self.schedule is not None:
+            return self.at(jnp.zeros((), jnp.int32)).init(params, hparams, model_state)
         check_model_state(self.problem.has_state, model_state)
         check_point(params, hparams)
         params, hparams = own(params), own(hparams)
@@ -118,6 +140,10 @@ class SingleLoop:
     ) -> tuple[SingleLoopState, Info]:
         """One step; see :func:`~bilevel.single_loop`."""
         check_state(state, SingleLoopState)
+        if self.schedule is not None:
+            return self.at(state.step).step(
+                state, inner_batches=inner_batches, outer_batch=outer_batch, key=key
+            )
         check_key(key)
         first = self._check(state, inner_batches, outer_batch)
         part = self._part(state.params)

@@ -1,8 +1,8 @@
-r"""The matrix :math:`J D J^\top` of a network, from the inputs and output gradients of its layers.
+r"""The matrix :math:`J D Jᵀ` of a network, from the inputs and output gradients of its layers.
 
-For a dense layer :math:`s = W^\top a` the row of output (n, c) is
-:math:`a_n \otimes \delta_{nc}`, so that two rows have the inner product
-:math:`(a_n^\top a_m)(\delta_{nc}^\top \delta_{md})`, and no row is ever written down.
+For a dense layer :math:`s = Wᵀ a` the row of output (n, c) is
+:math:`a_n ⊗ δ_{nc}`, so that two rows have the inner product
+:math:`(a_nᵀ a_m)(δ_{nc}ᵀ δ_{md})`, and no row is ever written down.
 """
 
 import functools

@@ -1,11 +1,11 @@
 r"""Kronecker factors of a Gauss–Newton matrix, from the layers of the model.
 
-For a layer with inputs :math:`a` and gradients :math:`\delta` of the outputs at its own,
+For a layer with inputs :math:`a` and gradients :math:`δ` of the outputs at its own,
 
-.. math:: \sum_n \sum_k (a_n a_n^\top) \otimes (\delta_{nk}\delta_{nk}^\top) \approx
-    \tfrac1N \sum_n a_n a_n^\top \otimes \sum_{n,k} \delta_{nk}\delta_{nk}^\top
+.. math:: ∑_n ∑_k (a_n a_nᵀ) ⊗ (δ_{nk}δ_{nk}ᵀ) ≈
+    1/N ∑_n a_n a_nᵀ ⊗ ∑_{n,k} δ_{nk}δ_{nk}ᵀ
 
-where :math:`\delta_{nk}` comes from column k of a factor :math:`R_n R_n^\top = Q_n` of the
+where :math:`δ_{nk}` comes from column k of a factor :math:`R_n R_nᵀ = Q_n` of the
 output Hessian. A convolution counts each position of its output as an example of its own.
 """
 

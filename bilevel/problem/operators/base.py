@@ -1,7 +1,7 @@
 r"""Which matrix stands for the curvature of the inner problem: Hessian or Gauss–Newton.
 
 An operator is a value with one method, ``bind``: given the problem and a point it returns a
-:class:`~bilevel.linear.LinearMap`, a function :math:`v \mapsto A v`, linearized once.
+:class:`~bilevel.linear.LinearMap`, a function :math:`v ↦ A v`, linearized once.
 """
 
 from typing import NamedTuple, Protocol

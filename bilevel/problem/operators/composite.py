@@ -4,9 +4,9 @@ With J the Jacobian of the proximal operator, symmetric with eigenvalues in [0, 
 of the smooth loss and :math:`B = I - sH`, the condition has the Jacobian :math:`(I - JB)/s`. Of a
 solution z of
 
-.. math:: K z = J g, \qquad K = J H J + \tfrac1s J (I - J)
+.. math:: K z = J g,  K = J H J + 1/s J (I - J)
 
-is made :math:`q = s g + B J z`, for which :math:`\tfrac1s (I - BJ) q = g` up to B times what z
+is made :math:`q = s g + B J z`, for which :math:`1/s (I - BJ) q = g` up to B times what z
 leaves of its own system. K is positive semi-definite where H is on the range of J. The kernel of J
 (weights at zero, bounds that are met) is that of K, and the right side has no share of it.
 """
@@ -31,8 +31,8 @@ class SymmetricForm(NamedTuple):
 
     Attributes:
       step_size: s.
-      jacobian: :math:`v \mapsto J v`.
-      curvature: :math:`v \mapsto H v`, damped.
+      jacobian: :math:`v ↦ J v`.
+      curvature: :math:`v ↦ H v`, damped.
     """
 
     step_size: Any

@@ -26,10 +26,10 @@ from bilevel.problem.validate import check_split
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GaussNewton:
-    r""":math:`A = J^\top Q J + \nabla^2 r + \rho I` for :math:`h = \ell(z(w)) + r(w)`.
+    r""":math:`A = Jᵀ Q J + ∇^2 r + ρ I` for :math:`h = ℓ(z(w)) + r(w)`.
 
     J is the Jacobian of the model's outputs z, Q the Hessian of the loss in z, r a penalty:
-    positive semi-definite whenever :math:`\ell` and r are convex, whatever the network.
+    positive semi-definite whenever :math:`ℓ` and r are convex, whatever the network.
     Equal to the Hessian when the model is linear in its parameters. :math:`B` stays that of
     the inner loss you pass; :meth:`loss` is the one that agrees with this operator.
 
@@ -37,7 +37,7 @@ class GaussNewton:
       model: ``model(params, hparams, batch) -> outputs`` (any pytree; with
         ``has_state=True`` it also receives ``model_state``), or a :class:`LinearModel`.
       output_loss: ``output_loss(outputs, hparams, batch) -> scalar``, convex in the outputs.
-      damping: :math:`\rho \ge 0`, in units of curvature.
+      damping: :math:`ρ ≥ 0`, in units of curvature.
       penalty: ``penalty(params, hparams) -> scalar``, or ``None``. ``Woodbury`` and ``Diagonal``
         take it to be a sum over the weights.
       independent_examples: every leaf of the batch has the examples as its leading axis, and
@@ -63,7 +63,7 @@ class GaussNewton:
         check_settings(self)
 
     def loss(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
-        r"""The inner loss this operator belongs to, :math:`\ell(z(w)) + r(w)`."""
+        r"""The inner loss this operator belongs to, :math:`ℓ(z(w)) + r(w)`."""
         value = self.output_loss(self.model(params, hparams, batch), hparams, batch)
         return value if self.penalty is None else value + self.penalty(params, hparams)
 
@@ -185,7 +185,7 @@ def _separable_penalty(op: GaussNewton, params: Params, hparams: Hparams) -> Vec
 def _linear_model_diagonal(
     op: GaussNewton, model: LinearModel, params: Params, hparams: Hparams, batch: Batch
 ) -> Vector:
-    r"""Exact for a loss that is a sum over examples: :math:`(X \circ X)^\top \mathrm{diag}(Q)`."""
+    r"""Exact for a loss that is a sum over examples: :math:`(X ∘ X)ᵀ diag(Q)`."""
     x = model.features(hparams, batch)
     z = model.apply(params, x)
     weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
@@ -209,7 +209,7 @@ BLOCK = 1024
 def _squared_transpose(
     model: LinearModel, params: Params, x: jax.Array, weights: jax.Array
 ) -> Vector:
-    r""":math:`(X \circ X)^\top U` by blocks of examples: X squared is never stored whole."""
+    r""":math:`(X ∘ X)ᵀ U` by blocks of examples: X squared is never stored whole."""
     n, block = x.shape[0], min(x.shape[0], BLOCK)
 
     def body(total: Vector, k: jax.Array) -> tuple[Vector, None]:

@@ -18,10 +18,10 @@ from bilevel.problem.two_losses import Problem
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hessian:
-    r""":math:`A = \nabla^2_{ww} h + \rho I`.
+    r""":math:`A = ∇^2_{ww} h + ρ I`.
 
     Args:
-      damping: :math:`\rho \ge 0`, in units of curvature; traced, so a change never recompiles.
+      damping: :math:`ρ ≥ 0`, in units of curvature; traced, so a change never recompiles.
 
     Symmetric but indefinite away from a minimum of a non-convex loss. Cost: one gradient to
     bind (linearized once at this batch), about 1.2 gradients a product, and one backward

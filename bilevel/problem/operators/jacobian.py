@@ -18,13 +18,13 @@ from bilevel.problem.two_losses import Problem
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Jacobian:
-    r""":math:`A = (\partial_w R)^\top + \rho I` of the condition :math:`R(w, \lambda) = 0`.
+    r""":math:`A = (∂_w R)ᵀ + ρ I` of the condition :math:`R(w, λ) = 0`.
 
-    For a :class:`~bilevel.FixedPoint` :math:`R = w - T(w, \lambda)`, for a :class:`~bilevel.Root`
+    For a :class:`~bilevel.FixedPoint` :math:`R = w - T(w, λ)`, for a :class:`~bilevel.Root`
     the equation itself. Not symmetric, so that solvers which need that refuse it.
 
     Args:
-      damping: :math:`\rho \ge 0`; traced.
+      damping: :math:`ρ ≥ 0`; traced.
 
     Cost: one evaluation of R to bind, about one and a half a product, and the memory of one
     backward pass.

@@ -18,7 +18,7 @@ class LinearModel:
     Args:
       features: ``features(hparams, batch) -> X``, (N, D).
 
-      store_transpose: keep :math:`X^\top` beside X for the products of a solve, which takes the
+      store_transpose: keep :math:`Xᵀ` beside X for the products of a solve, which takes the
         memory of the features once more. ``None`` decides by itself: on CPU, for several outputs,
         where a product that reads X against its memory order is slower by half.
 
@@ -57,7 +57,7 @@ class LinearModel:
     def transpose(
         self, params: Params, x: jax.Array, u: jax.Array, stored: jax.Array | None = None
     ) -> Vector:
-        r""":math:`J^\top u`, shaped like ``params``; from :meth:`stored` where that is given."""
+        r""":math:`Jᵀ u`, shaped like ``params``; from :meth:`stored` where that is given."""
         kernel, bias = _kernel_and_bias(params)
         if stored is not None:
             d_kernel = stored @ u
