@@ -23,7 +23,7 @@ class Config:
       fine_steps: Adam steps of fine-tuning, all of which the outer loss goes through.
       fine_rate, body_rate: of the new head, and of the encoder.
       outer_steps, inner_steps, outer_rate: of tuning the weights of tasks.
-      terms, step_size: of the Neumann series.
+      terms, step_size: of the Neumann series; None takes the step from its own products.
     """
 
     source: str = "mnist"
@@ -45,7 +45,7 @@ class Config:
     inner_steps: int = 10
     outer_rate: float = 0.1
     terms: int = 10
-    step_size: float = 0.1
+    step_size: float | None = None
 
 
 def smoke() -> Config:
