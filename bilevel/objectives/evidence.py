@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Params, Scalar
+from bilevel.ground.batches import check_batch
 from bilevel.ground.keys import require_key
 from bilevel.ground.settings import check_count, check_flag, check_takes, concrete, is_function
 from bilevel.ground.tree import accumulate, paths
@@ -167,6 +168,7 @@ class LaplaceEvidence:
                     "(data, key)."
                 )
             batch, key = batch[0], require_key(batch[1], "`outputs='single'`")
+        check_batch(batch, "batch")
         if all(concrete(x) for x in jax.tree.leaves((params, hparams, batch))):
             values = jnp.linalg.eigvalsh(self._hessians(params, hparams, batch))
             if concrete(values):  # under `jit` they are not, though all inputs are constants

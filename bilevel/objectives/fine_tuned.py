@@ -19,7 +19,7 @@ from bilevel.ground.settings import check_count, check_takes, is_function
 from bilevel.inner.descend import descend, start
 from bilevel.inner.optimizer import check_tx
 from bilevel.problem.two_losses import Problem
-from bilevel.problem.validate import check_inexact, check_losses
+from bilevel.problem.validate import check_inexact, check_losses, check_scalar
 
 
 def same_params(params: Params, batch: Batch) -> Params:
@@ -99,4 +99,6 @@ class FineTuned:
             state = start(self.tx, first)
             state, _ = descend(problem, self.tx, state, hparams, batches, steps=self.steps)
             first = state.params
-        return self.outer_loss(first, hparams, last)
+        value = self.outer_loss(first, hparams, last)
+        check_scalar(value, "outer_loss")
+        return value

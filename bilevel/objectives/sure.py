@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground.aliases import Batch, Hparams, Loss, Params, Scalar
-from bilevel.ground.settings import check_settings, concrete, count, real
+from bilevel.ground.settings import check_settings, check_settings_used, concrete, count, real
 from bilevel.hypergradient.implicit import Implicit
 from bilevel.linear.dense import Dense
 from bilevel.objectives.sensitivity import (
@@ -118,10 +118,12 @@ class SURE:
 
     def outer(self, params: Params, hparams: Hparams, batch: Batch) -> Scalar:
         """The estimated risk of the fit at ``params``, an outer loss."""
+        check_settings_used(self, "SURE")
         return self._of(*self._parts(params, hparams, batch))
 
     def risk(self, estimate: Callable[[jax.Array], jax.Array], y: jax.Array) -> Scalar:
         """The estimated risk of ``estimate(y)``, a function of the observations."""
+        check_settings_used(self, "SURE")
         fit, push = push_function(estimate, y)
         return self._of(y, fit, push)
 

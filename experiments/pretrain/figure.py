@@ -37,7 +37,7 @@ def _both(records: list[record.Record], path: Path) -> Path:
             )  # fmt: skip
         way.set(xlabel="outer step", ylabel="weight of a task", yscale="log")
         way.set_title(f"Weights of the tasks (seed {first})")
-        way.legend(loc="lower right")
+        way.legend(loc="lower left")
         last = record.final(records)
         seeds = sorted({seed for name, seed in last if name == "learned"})
         grid = np.array([[last[a, s].metrics["test_error"] for a in ARMS] for s in seeds])

@@ -96,6 +96,9 @@ def test_a_fresh_head_takes_the_place_of_the_old_one():
     assert grads["head"] == 0 != grads["body"]
 
 
+PAIR = (jnp.stack([TARGET, TARGET]), TARGET)
+
+
 @pytest.mark.parametrize(
     "settings, batch, error, words",
     [
@@ -104,6 +107,13 @@ def test_a_fresh_head_takes_the_place_of_the_old_one():
         ({"tx": 3}, None, TypeError, "`tx` must be an optax"),
         ({}, TARGET, ValueError, "its batch must be a pair"),
         ({}, (TARGET[None], TARGET), ValueError, "expected a leading axis of 2"),
+        (
+            {"outer_loss": lambda w, h, b: None},
+            PAIR,
+            TypeError,
+            "`outer_loss` must return a scalar",
+        ),
+        ({"outer_loss": lambda w, h, b: w}, PAIR, TypeError, "`outer_loss` must return a scalar"),
     ],
 )
 def test_bad_settings_are_refused_in_words(settings, batch, error, words):

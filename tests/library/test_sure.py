@@ -229,6 +229,8 @@ def test_leave_one_out_is_n_folds():
         (lambda: LeaveOneOut().outer(START, LAM, (X, Y)), ValueError, "`outer` needs the fit"),
         (lambda: LeaveOneOut(predict), ValueError, "`predict` and `inner` go together"),
         (lambda: SURE(1.0).risk(3, Y), TypeError, "`estimate` must be a function"),
+        (lambda: SURE(True).risk(lambda y: y, Y), TypeError, "`SURE.sigma` must be a real number"),
+        (lambda: SURE(object()).risk(lambda y: y, Y), TypeError, "`SURE.sigma` must be a real"),
         (lambda: SURE(1.0).risk(lambda y: y[:2], Y), ValueError, "`estimate` returned shape"),
         (lambda: SURE(1.0).risk(lambda y: y, np.arange(3)), TypeError, "y must be one array"),
         (
