@@ -30,8 +30,9 @@ FIELDS = {
 }  # fmt: skip
 REQUIRED = ("name", "expression", "bound", "source")
 # claim: one sentence; ours, opponent: statistics such as `cg.test_loss`, whose means are told;
-# published: the paper's figure with model and data; scale: how far ours is from the paper's.
-HEADLINE = {"claim", "ours", "opponent", "published", "scale"}
+# published: the paper's figure with model and data; scale: how far ours is from the paper's;
+# better: "less" or "more" of those statistics, where the claim is about another one.
+HEADLINE = {"claim", "ours", "opponent", "published", "scale", "better"}
 WORDS = ("met", "not met", "within noise", "not judged")
 
 

@@ -75,7 +75,7 @@ def row(summary: dict[str, Any], package: str = "experiments") -> Row:
         verdict=verdict,
         ours=_statistics(ours, statistics),
         opponent=_statistics(opponent, statistics),
-        gain=_gain(ours, opponent, verdict, statistics),
+        gain=_gain(ours, opponent, verdict, statistics, words.get("better")),
         published=str(words.get("published") or entry.get("published") or "–"),
         scale=words.get("scale", "–"),
         verdicts=verdicts,
@@ -101,11 +101,22 @@ def _statistics(path: str | None, statistics: dict[str, Any]) -> dict[str, Any] 
 
 
 def _gain(
-    ours: str | None, opponent: str | None, verdict: expected.Verdict, statistics: dict[str, Any]
+    ours: str | None,
+    opponent: str | None,
+    verdict: expected.Verdict,
+    statistics: dict[str, Any],
+    better: str | None = None,
 ) -> tuple[float, float, float] | None:
-    """By how much ours is better than the opponent, in per cent; else than the bound."""
+    """By how much ours is better than the opponent, in per cent; else than the bound.
+
+    What is better, `less` or `more`, is that of the claim unless told. Decibels have no per cent.
+    """
     sign = -1 if verdict.relation[0] == "<" else 1
-    if _statistics(ours, statistics) and _statistics(opponent, statistics):
+    sides = _statistics(ours, statistics), _statistics(opponent, statistics)
+    if sides[0] and sides[1]:
+        if min(sides[0]["mean"], sides[1]["mean"]) < 0:
+            return None
+        sign = {"less": -1, "more": 1}.get(better or "", sign)
         expression = f"{ours}.mean / {opponent}.mean"
         value, spread = expected.evaluate(expression, statistics), None
         spread = uncertainty.spread(expression, statistics)
