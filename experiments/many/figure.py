@@ -42,7 +42,7 @@ def _effects(records: list[record.Record], names: list[str], path: Path) -> Path
         axes.axvline(0, color=draw.BLACK, linewidth=1)
         axes.set_yticks(range(len(names)), [TITLES[name] for name in names])
         axes.set_xscale("symlog", linthresh=2, linscale=1.5)
-        ticks = [-10, -3, -1, 0, 1, 3, 10, 100, 1000]
+        ticks = [-10, -1, 0, 1, 10, 100, 1000]
         low, high = axes.get_xlim()
         axes.set_xticks([t for t in ticks if low <= t <= high])
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:+g} %" if x else "0")

@@ -64,5 +64,5 @@ def _way(axes: Any, records: list[record.Record], model: str) -> None:
         axes.plot(steps, [r.metrics[name] for r in rows], color=shade, label=text)
     axes.set_xlabel("outer steps")
     axes.set_ylabel("squared error per pixel")
-    axes.set_title(f"The estimate follows the risk ({MODELS[model].splitlines()[0]})")
+    axes.set_title(f"{MODELS[model].splitlines()[0]}: the estimate ends below the risk")
     axes.legend()
