@@ -7,8 +7,17 @@ cases of a table that crosses methods with problems. `.ci/run` runs it too, and 
 
 KEPT = {
     # File and test: how many of its cases the default run keeps, spread evenly; 0 for none.
+    "experiments/test_attribution_experiment.py": {
+        "test_scores_predict_and_figures_are_drawn": 0,
+    },
     "experiments/test_augment.py": {
         "test_a_run_tunes_both_networks_and_a_finished_one_is_not_run_again": 0,
+    },
+    "experiments/test_bench.py": {
+        "test_self_tuning_steps_are_those_written_by_hand": 1,
+    },
+    "experiments/test_cleaning.py": {
+        "test_weights_tell_who_is_wrong_and_a_run_is_not_repeated": 0,
     },
     "experiments/test_costs.py": {
         "test_a_loop_counts_what_is_budgeted_for_its_step": 1,
@@ -19,17 +28,24 @@ KEPT = {
     "experiments/test_egn.py": {
         "test_it_runs": 0,
     },
-    "experiments/test_hyperlista.py": {
-        "test_it_runs_and_recovers": 0,
-    },
     "experiments/test_elbo_experiment.py": {
         "test_it_runs_and_costs_are_counted": 0,
     },
     "experiments/test_evidence_experiment.py": {
         "test_it_runs": 0,
     },
+    "experiments/test_fedhyper.py": {
+        "test_a_run_keeps_its_bounds_is_drawn_and_not_repeated": 0,
+    },
+    "experiments/test_hyperlista.py": {
+        "test_it_runs_and_recovers": 0,
+    },
     "experiments/test_hypernet.py": {
         "test_a_short_run_learns_the_curve_and_is_not_repeated": 0,
+    },
+    "experiments/test_inexact_experiments.py": {
+        "test_a_denoising_problem_knows_its_constants": 1,
+        "test_a_run_of_hoag_keeps_its_budget_and_reads_the_test_part_once": 0,
     },
     "experiments/test_lstm.py": {
         "test_a_small_run_learns_records_everything_and_is_not_repeated": 0,
@@ -38,13 +54,23 @@ KEPT = {
         "test_it_runs_and_falls_back_to_the_searched_penalty": 0,
         "test_the_picture_and_the_summary_compare_draw_by_draw": 0,
     },
+    "experiments/test_mip.py": {
+        "test_a_convolutional_network_is_trained_through_a_hypernetwork": 0,
+        "test_a_short_run_is_recorded_once_and_mip_is_ahead_of_plain": 0,
+    },
     "experiments/test_overfit.py": {
         "test_a_decay_per_weight_fits_the_validation_set_and_nothing_runs_twice": 0,
     },
     "experiments/test_pretrain_experiment.py": {
         "test_it_runs_and_moves_the_weights": 0,
     },
+    "experiments/test_schedule_experiments.py": {
+        "test_the_whole_run_is_differentiated": 0,
+    },
     "experiments/test_solvers.py": {
+        "test_a_finished_run_is_not_repeated": 0,
+        "test_adapters_are_the_loops": 2,
+        "test_costs_are_those_that_the_loops_count": 0,
         "test_every_method_lowers_the_gradient_and_equals_its_twin": 0,
         "test_the_gradient_of_the_quadratic_is_that_of_the_library": 0,
     },
@@ -60,6 +86,7 @@ KEPT = {
     "experiments/test_stn_digits.py": {
         "test_delta_stn_trains_the_plain_network_of_its_schedule": 0,
         "test_every_method_is_recorded_once_and_drawn": 0,
+        "test_rates_move_through_the_response_alone": 0,
     },
     "experiments/test_stn_fashion.py": {
         "test_every_method_is_recorded_once_and_holes_move_through_the_response_alone": 0,
@@ -70,11 +97,11 @@ KEPT = {
     "experiments/test_stn_ridge.py": {
         "test_a_short_run_moves_towards_the_optimum_and_is_not_repeated": 0,
     },
-    "experiments/test_unem.py": {
-        "test_it_runs": 0,
-    },
     "experiments/test_sure_experiment.py": {
         "test_it_runs_and_denoises": 0,
+    },
+    "experiments/test_unem.py": {
+        "test_it_runs": 0,
     },
     "library/test_adapters.py": {
         "test_equinox_keeps_static_parts_and_gives_the_pure_twins_number": 0,
@@ -95,7 +122,7 @@ KEPT = {
         "test_every_legal_solver_and_operator": 3,
         "test_mistakes_in_conditions_are_rejected_by_two_cases": 1,
         "test_stationarity_is_that_of_minimize": 0,
-        "test_the_system_is_that_of_the_fixed_point_for_every_step_size": 2,
+        "test_the_system_is_that_of_the_fixed_point_for_every_step_size": 1,
         "test_trees_half_precision_and_warm_starts": 0,
         "test_what_does_not_fit_is_refused": 0,
         "test_with_response_to_second_order_in_both_modes": 0,
@@ -106,7 +133,7 @@ KEPT = {
         "test_with_response_differentiates_an_equilibrium_to_second_order_in_both_modes": 1,
     },
     "library/test_curvature_layers.py": {
-        "test_dual_is_the_jacobian_times_its_transpose": 2,
+        "test_dual_is_the_jacobian_times_its_transpose": 1,
         "test_ekfac_is_exact_where_the_block_is_a_kronecker_product": 1,
         "test_kfac_needs_a_third_of_the_products": 0,
         "test_low_precision": 0,
@@ -115,7 +142,7 @@ KEPT = {
         "test_preconditioners_are_symmetric_and_positive": 0,
         "test_solvers_through_layers_may_be_mapped": 0,
         "test_woodbury_keeps_to_rows_where_examples_may_depend_on_each_other": 0,
-        "test_woodbury_through_layers_is_woodbury_through_rows": 2,
+        "test_woodbury_through_layers_is_woodbury_through_rows": 1,
     },
     "library/test_custom_rules.py": {
         "test_a_backward_rule_changes_nothing": 3,
@@ -126,7 +153,7 @@ KEPT = {
         "test_a_derivative_in_hyperparameters_has_not_one_operation_more": 0,
         "test_a_loss_with_a_backward_rule_has_its_first_derivative": 0,
         "test_a_residual_is_relative": 0,
-        "test_in_hyperparameters_and_data_by_every_solver": 2,
+        "test_in_hyperparameters_and_data_by_every_solver": 1,
         "test_the_divergence_of_the_lasso_is_the_size_of_its_support": 0,
     },
     "library/test_default_flags.py": {
@@ -138,18 +165,30 @@ KEPT = {
     "library/test_descend.py": {
         "test_equals_a_python_loop": 1,
     },
+    "library/test_discrimination.py": {
+        "test_every_mistake_is_rejected_by_two_cases": 3,
+    },
     "library/test_docs.py": {
-        "test_python_blocks_run": 2,
+        "test_python_blocks_run": 1,
     },
     "library/test_dynamic_lanczos.py": {
         "test_trees_dtypes_and_lanes": 0,
     },
+    "library/test_evidence.py": {
+        "test_blocks_are_ordered_and_unbiased": 0,
+    },
+    "library/test_evolution.py": {
+        "test_pes_is_unbiased_where_truncated_es_is_not": 0,
+    },
     "library/test_face.py": {
-        "test_examples_run": 20,
+        "test_examples_run": 14,
     },
     "library/test_faults.py": {
         "test_a_killed_process_leaves_its_last_checkpoint_and_no_stale_lock": 0,
+        "test_a_second_process_is_refused_and_told_about_the_first": 0,
+        "test_after_three_ends_the_run_has_the_same_bits": 0,
         "test_an_interrupt_while_compiling_ends_cleanly": 0,
+        "test_ctrl_c_saves_the_finished_step_and_says_where_to_go_on": 0,
     },
     "library/test_finite_difference.py": {
         "test_a_radius_below_rounding_is_marked": 1,
@@ -160,15 +199,22 @@ KEPT = {
         "test_a_finished_run_goes_on_when_asked_for_more_steps": 1,
         "test_a_run_killed_three_times_ends_with_the_same_bits": 0,
     },
+    "library/test_gauss_newton.py": {
+        "test_the_direction_is_that_of_the_dense_system": 1,
+    },
     "library/test_hypergrad.py": {
-        "test_method_equals_its_closed_form": 48,
+        "test_method_equals_its_closed_form": 32,
+    },
+    "library/test_knots.py": {
+        "test_a_lasso_with_zeros_off_their_threshold_has_no_knots": 1,
     },
     "library/test_loops.py": {
-        "test_a_loop_keeps_its_contract": 17,
+        "test_a_loop_keeps_its_contract": 12,
     },
     "library/test_maid.py": {
         "test_a_penalty_a_weight_keeps_both_guarantees": 1,
         "test_every_accepted_step_decreases_the_true_value_and_the_error_is_below_its_bound": 1,
+        "test_three_starting_accuracies_reach_the_same_value_at_the_same_work": 0,
     },
     "library/test_memory_report.py": {
         "test_memory_of_fifty_steps_on_670k_weights": 0,
@@ -223,6 +269,9 @@ KEPT = {
     "library/test_regularizers.py": {
         "test_the_two_right_ways_through_an_l1_penalty_and_the_wrong_one": 0,
     },
+    "library/test_self_tuning.py": {
+        "test_ridge_optimum_is_found_within_two_percent_from_both_sides": 0,
+    },
     "library/test_sharding.py": {
         "test_a_product_moves_what_a_gradient_moves": 0,
         "test_sharded_equals_replicated": 0,
@@ -230,6 +279,7 @@ KEPT = {
     "library/test_single_loop.py": {
         "test_frozen_leaves_have_no_adjoint": 2,
         "test_half_precision_keeps_its_types_and_the_adjoint_is_wide": 2,
+        "test_soba_stalls_with_constant_steps_and_reduced_variance_does_not": 0,
     },
     "library/test_sparse.py": {
         "test_a_sparse_design_gives_the_same_and_is_never_made_dense": 2,
@@ -250,7 +300,7 @@ KEPT = {
         "test_with_response_is_differentiable_everywhere": 0,
     },
     "library/test_tutorials.py": {
-        "test_every_block_runs": 2,
+        "test_every_block_runs": 1,
     },
     "library/test_unroll.py": {
         "test_all_modes_agree_on_a_network_with_keyed_noise": 0,
@@ -265,12 +315,15 @@ KEPT = {
         "test_low_precision_parameters_and_wide_hyperparameters": 1,
         "test_too_many_steps_in_half_precision_are_marked_and_float32_masters_are_right": 0,
     },
+    "library/test_whole_runs.py": {
+        "test_loops_and_straight_lines_agree": 0,
+    },
     "library/test_with_response.py": {
         "test_a_leaf_that_does_not_respond_is_no_flat_direction": 1,
         "test_a_whole_hessian_over_three_decays": 0,
         "test_an_eager_call_far_from_a_minimum_warns": 0,
         "test_derivatives_in_anything_else_are_refused_in_both_modes": 1,
-        "test_every_order_and_mode_is_right_with_every_solver": 3,
+        "test_every_order_and_mode_is_right_with_every_solver": 2,
         "test_flat_directions_are_nan_only_where_they_matter": 1,
         "test_forward_mode_of_the_solution_and_one_leaf_alone": 0,
         "test_mixed_derivatives_in_what_only_the_outer_loss_reads": 0,

@@ -43,7 +43,8 @@ def ratios(records: Sequence[record.Record], path: Path) -> None:
                 (r.metrics.get("time_ratio_low", x), r.metrics.get("time_ratio_high", x))
                 for r, x in zip(chosen, values, strict=True)
             ]
-            axes.hlines(heights, *np.transpose(ends), color=shade, linewidth=1.5, alpha=0.6)
+            if ends:
+                axes.hlines(heights, *np.transpose(ends), color=shade, linewidth=1.5, alpha=0.6)
             axes.plot(values, heights, "o", markersize=5, color=shade, label=column)
         ticks = [0.5, 0.7, 1, 1.5, 2, 3, 4]
         axes.set(

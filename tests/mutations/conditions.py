@@ -63,7 +63,7 @@ MUTANTS = [
     ),
     Mutant(
         "proximal_step_too_long",
-        "inner/minimize.py",
+        "inner/searches.py",
         "too_long = ~(loss(w) <= value + tree.vdot(gradient, d) + bend + slack)",
         "too_long = ~(loss(w) <= 4 * jnp.abs(value) + 1)",
         "proximal steps are longer than the curvature allows",
