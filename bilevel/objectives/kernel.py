@@ -26,7 +26,7 @@ def psd_root(q: jax.Array) -> jax.Array:
     """
     values, vectors = jnp.linalg.eigh(q)
     # Rounding of a zero, 1e-17, would be 3e-9 in the root.
-    zero = jnp.abs(values) <= _rounding(values)
+    zero = (jnp.abs(values) <= _rounding(values)) | (values < 0)
     values = jnp.where(is_psd(values), jnp.where(zero, 0, values), jnp.nan)
     return (vectors * jnp.sqrt(values)[None]) @ vectors.T
 
@@ -45,8 +45,14 @@ def _root_rule(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def is_psd(eigenvalues: jax.Array) -> jax.Array:
-    """Whether eigenvalues are at least zero, rounding aside."""
-    return jnp.min(eigenvalues, axis=-1, keepdims=True) >= -_rounding(eigenvalues)
+    """Whether eigenvalues are at least zero, rounding aside.
+
+    That of a sure classifier, diag(p) - p pᵀ, is a small difference of numbers near one, so that
+    its rounding does not shrink with it.
+    """
+    absolute = eigenvalues.shape[-1] * jnp.finfo(eigenvalues.dtype).eps
+    floor = jnp.maximum(_rounding(eigenvalues), 2 * absolute)
+    return jnp.min(eigenvalues, axis=-1, keepdims=True) >= -floor
 
 
 def _rounding(eigenvalues: jax.Array) -> jax.Array:

@@ -193,6 +193,30 @@ def test_hypergradient_at_the_minimum_is_that_of_the_refitted_network():
     assert abs(solution.indirect["shift"]) > 1e-5
 
 
+@pytest.mark.parametrize("scale", [1.0, 5.0, 100.0])
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-8), ("float32", 1e-4)])
+def test_a_classifier_that_is_sure_of_its_examples_has_an_evidence(scale, dtype, rtol):
+    # diag(p) - p p' of sure examples is rounding of numbers near one: no sign of indefiniteness
+    keys = jax.random.split(jax.random.key(3), 2)
+    x = jax.random.normal(keys[0], (20, 4))
+    w = scale * jax.random.normal(keys[1], (4, 3))
+    labels = jnp.argmax(x @ w, 1)
+    p = jax.nn.softmax(x @ w)
+    curvature = jax.vmap(jnp.diag)(p) - p[:, :, None] * p[:, None, :]
+    matrix = jnp.einsum("ni,nab,nj->iajb", x, curvature, x).reshape(12, 12)
+    volume = jnp.linalg.slogdet(jnp.eye(12) + matrix)[1]
+
+    def nll(z, h, batch):
+        return -jnp.take_along_axis(jax.nn.log_softmax(z), batch[1][:, None], 1)[:, 0]
+
+    evidence = LaplaceEvidence(linear, nll, 20, log_precision=lambda h: h)
+    given = w.astype(dtype), jnp.zeros((), dtype), (x.astype(dtype), labels)
+    want = evidence.inner(w, 0.0, (x, labels)) + 0.5 * volume / 20
+    np.testing.assert_allclose(evidence.outer(*given), want, rtol=rtol)
+    grads = jax.jit(jax.grad(evidence.outer, argnums=(0, 1)))(*given)
+    assert all(jnp.all(jnp.isfinite(g)) for g in grads)
+
+
 def test_an_indefinite_likelihood_is_refused_and_nan_when_traced():
     student = LaplaceEvidence(linear, lambda f, h, b: jnp.log1p((f - b[1]) ** 2), N)
     with pytest.raises(ValueError, match="`likelihood` is not convex in the outputs"):
