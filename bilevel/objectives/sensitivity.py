@@ -76,16 +76,8 @@ def check_solution(inner: Any, predict: Any, observed: Any, response: Any) -> No
     if predict is None:
         return
     check_inner_problem(inner)
-    if not is_function(predict):
-        raise TypeError(
-            "`predict` must be a function predict(params, hparams, batch) -> fit, shaped like the "
-            f"observations, got {predict!r}."
-        )
     check_takes("predict", predict, "predict(params, hparams, batch)")
-    if not is_function(observed):
-        raise TypeError(
-            f"`observed` must be a function observed(batch) -> observations, got {observed!r}."
-        )
+    check_takes("observed", observed, "observed(batch)")
     if not differentiates_fully(response):
         raise ValueError(
             f"`response` is {response!r}, but how a solution follows its data is asked of an "

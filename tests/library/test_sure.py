@@ -220,6 +220,7 @@ def test_leave_one_out_is_n_folds():
         (lambda: SURE(1.0, forward=np.ones(3)), ValueError, "`forward` has shape"),
         (lambda: SURE(1.0, 3, ridge), TypeError, "`predict` must be callable"),
         (lambda: SURE(1.0, predict, ridge, observed=3), TypeError, "`observed` must be callable"),
+        (lambda: SURE(1.0, predict, ridge, observed=lambda: Y), TypeError, "`observed` cannot be"),
         (
             lambda: SURE(1.0, predict, ridge, response=bilevel.Unroll(optax.sgd(0.1), 3)),
             ValueError,
