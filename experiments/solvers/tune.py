@@ -61,9 +61,9 @@ def reach(name: str, method: str) -> Reach:
 
 def tune(
     reach: Reach, rates: Sequence[float] = RATES, outer: Sequence[float] = OUTER,
-    grown: int = GROWN, kept: int = KEPT,
+    grown: int = GROWN, kept: int = KEPT, more: Sequence[Pair] = (),
 ) -> tuple[Pair, float]:  # fmt: skip
-    """The best pair and what it reaches, relative to the start."""
+    """The best pair and what it reaches, relative to the start; `more` are tried to the end."""
     grid, found = [list(rates), list(outer)], {}
     for _ in range(grown + 1):
         for pair in [(a, b) for a in grid[0] for b in grid[1]]:
@@ -78,7 +78,7 @@ def tune(
                 values.append(_round(at / factor))
         if before == (len(grid[0]), len(grid[1])):
             break
-    last = sorted(found, key=lambda pair: found[pair])[:kept]
+    last = [*sorted(found, key=lambda pair: found[pair])[:kept], *more]
     ends = {pair: reach(pair, 1.0, SEEDS[0]) for pair in last}
     return stable(reach, min(ends, key=lambda pair: ends[pair]))
 
