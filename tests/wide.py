@@ -14,13 +14,16 @@ KEPT = {
         "test_a_run_tunes_both_networks_and_a_finished_one_is_not_run_again": 0,
     },
     "experiments/test_bench.py": {
-        "test_self_tuning_steps_are_those_written_by_hand": 1,
+        "test_self_tuning_steps_are_those_written_by_hand": 0,
     },
     "experiments/test_cleaning.py": {
         "test_weights_tell_who_is_wrong_and_a_run_is_not_repeated": 0,
     },
     "experiments/test_costs.py": {
         "test_a_loop_counts_what_is_budgeted_for_its_step": 1,
+    },
+    "experiments/test_data.py": {
+        "test_mnist_and_fashion_mnist_have_their_published_statistics": 0,
     },
     "experiments/test_decay.py": {
         "test_it_runs_and_decays_per_weight_fit_the_validation_images_best": 0,
@@ -57,6 +60,7 @@ KEPT = {
     "experiments/test_mip.py": {
         "test_a_convolutional_network_is_trained_through_a_hypernetwork": 0,
         "test_a_short_run_is_recorded_once_and_mip_is_ahead_of_plain": 0,
+        "test_scaled_heads_predict_the_sizes_of_he": 0,
     },
     "experiments/test_overfit.py": {
         "test_a_decay_per_weight_fits_the_validation_set_and_nothing_runs_twice": 0,
@@ -64,12 +68,15 @@ KEPT = {
     "experiments/test_pretrain_experiment.py": {
         "test_it_runs_and_moves_the_weights": 0,
     },
+    "experiments/test_protocol.py": {
+        "test_other_test_labels_change_what_is_reported_and_nothing_that_is_chosen": 0,
+    },
     "experiments/test_schedule_experiments.py": {
         "test_the_whole_run_is_differentiated": 0,
     },
     "experiments/test_solvers.py": {
         "test_a_finished_run_is_not_repeated": 0,
-        "test_adapters_are_the_loops": 2,
+        "test_adapters_are_the_loops": 1,
         "test_costs_are_those_that_the_loops_count": 0,
         "test_every_method_lowers_the_gradient_and_equals_its_twin": 0,
         "test_the_gradient_of_the_quadratic_is_that_of_the_library": 0,
@@ -112,28 +119,31 @@ KEPT = {
         "test_batch_norm_and_dropout_through_model_state": 0,
         "test_scan_and_vmap_agree_with_calls_one_by_one": 0,
     },
+    "library/test_attribution.py": {
+        "test_untrained_parameters_and_rows_beyond_the_data_are_told": 0,
+    },
     "library/test_best_response.py": {
-        "test_training_finds_the_slope_of_its_width": 1,
+        "test_training_finds_the_slope_of_its_width": 0,
     },
     "library/test_composite.py": {
         "test_a_lasso_with_two_thousand_weights_takes_the_products_of_its_support": 0,
-        "test_cg_agrees_with_differences_of_the_solved_problem": 2,
+        "test_cg_agrees_with_differences_of_the_solved_problem": 1,
         "test_curvature_is_judged_on_the_support": 0,
-        "test_every_legal_solver_and_operator": 3,
-        "test_mistakes_in_conditions_are_rejected_by_two_cases": 1,
+        "test_every_legal_solver_and_operator": 1,
+        "test_mistakes_in_conditions_are_rejected_by_two_cases": 0,
         "test_stationarity_is_that_of_minimize": 0,
-        "test_the_system_is_that_of_the_fixed_point_for_every_step_size": 1,
+        "test_the_system_is_that_of_the_fixed_point_for_every_step_size": 0,
         "test_trees_half_precision_and_warm_starts": 0,
         "test_what_does_not_fit_is_refused": 0,
         "test_with_response_to_second_order_in_both_modes": 0,
     },
     "library/test_conditions.py": {
         "test_check_hypergrad_solves_conditions_anew": 0,
-        "test_fixed_points_of_proximal_and_projected_steps": 3,
-        "test_with_response_differentiates_an_equilibrium_to_second_order_in_both_modes": 1,
+        "test_fixed_points_of_proximal_and_projected_steps": 1,
+        "test_with_response_differentiates_an_equilibrium_to_second_order_in_both_modes": 0,
     },
     "library/test_curvature_layers.py": {
-        "test_dual_is_the_jacobian_times_its_transpose": 1,
+        "test_dual_is_the_jacobian_times_its_transpose": 0,
         "test_ekfac_is_exact_where_the_block_is_a_kronecker_product": 1,
         "test_kfac_needs_a_third_of_the_products": 0,
         "test_low_precision": 0,
@@ -145,15 +155,17 @@ KEPT = {
         "test_woodbury_through_layers_is_woodbury_through_rows": 1,
     },
     "library/test_custom_rules.py": {
-        "test_a_backward_rule_changes_nothing": 3,
+        "test_a_backward_rule_changes_nothing": 1,
         "test_a_backward_rule_inside_the_model": 1,
-        "test_siblings_change_nothing_either": 1,
+        "test_siblings_change_nothing_either": 0,
     },
     "library/test_data_derivatives.py": {
         "test_a_derivative_in_hyperparameters_has_not_one_operation_more": 0,
         "test_a_loss_with_a_backward_rule_has_its_first_derivative": 0,
         "test_a_residual_is_relative": 0,
-        "test_in_hyperparameters_and_data_by_every_solver": 1,
+        "test_data_that_are_constants_are_not_traced_for": 0,
+        "test_in_hyperparameters_and_data_by_every_solver": 0,
+        "test_of_an_equation_that_is_no_gradient": 0,
         "test_the_divergence_of_the_lasso_is_the_size_of_its_support": 0,
     },
     "library/test_default_flags.py": {
@@ -165,8 +177,13 @@ KEPT = {
     "library/test_descend.py": {
         "test_equals_a_python_loop": 1,
     },
+    "library/test_diagnose.py": {
+        "test_a_check_reads_model_state_as_the_hypergradient_does": 0,
+        "test_network_with_a_minimum": 0,
+        "test_user_solver_and_float32": 0,
+    },
     "library/test_discrimination.py": {
-        "test_every_mistake_is_rejected_by_two_cases": 3,
+        "test_every_mistake_is_rejected_by_two_cases": 1,
     },
     "library/test_docs.py": {
         "test_python_blocks_run": 1,
@@ -176,15 +193,18 @@ KEPT = {
     },
     "library/test_evidence.py": {
         "test_blocks_are_ordered_and_unbiased": 0,
+        "test_cuts_of_outputs_and_groups_are_ordered": 0,
     },
     "library/test_evolution.py": {
         "test_pes_is_unbiased_where_truncated_es_is_not": 0,
+        "test_staggered_pairs_reset_at_their_horizon": 0,
     },
     "library/test_face.py": {
         "test_examples_run": 14,
     },
     "library/test_faults.py": {
         "test_a_killed_process_leaves_its_last_checkpoint_and_no_stale_lock": 0,
+        "test_a_run_that_skips_resumes_to_the_same_bits": 0,
         "test_a_second_process_is_refused_and_told_about_the_first": 0,
         "test_after_three_ends_the_run_has_the_same_bits": 0,
         "test_an_interrupt_while_compiling_ends_cleanly": 0,
@@ -192,24 +212,36 @@ KEPT = {
     },
     "library/test_finite_difference.py": {
         "test_a_radius_below_rounding_is_marked": 1,
+        "test_error_is_quadratic_in_the_radius": 0,
         "test_exact_where_the_hyperparameter_gradient_is_quadratic": 1,
+        "test_settings_of_the_optimizer_state_and_zero_outer_gradient": 0,
     },
     "library/test_fit.py": {
         "test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before": 1,
-        "test_a_finished_run_goes_on_when_asked_for_more_steps": 1,
+        "test_a_finished_run_goes_on_when_asked_for_more_steps": 0,
         "test_a_run_killed_three_times_ends_with_the_same_bits": 0,
     },
     "library/test_gauss_newton.py": {
+        "test_push_through_gives_the_same_step": 0,
         "test_the_direction_is_that_of_the_dense_system": 1,
     },
+    "library/test_hyper_prior.py": {
+        "test_examples_of_objectives_run": 1,
+    },
     "library/test_hypergrad.py": {
-        "test_method_equals_its_closed_form": 32,
+        "test_method_equals_its_closed_form": 16,
     },
     "library/test_knots.py": {
-        "test_a_lasso_with_zeros_off_their_threshold_has_no_knots": 1,
+        "test_a_lasso_with_zeros_off_their_threshold_has_no_knots": 0,
+    },
+    "library/test_layers.py": {
+        "test_self_tuning_of_layers_perturbs_every_example": 1,
+    },
+    "library/test_linear.py": {
+        "test_diagonal_of_a_generic_gauss_newton": 0,
     },
     "library/test_loops.py": {
-        "test_a_loop_keeps_its_contract": 12,
+        "test_a_loop_keeps_its_contract": 8,
     },
     "library/test_maid.py": {
         "test_a_penalty_a_weight_keeps_both_guarantees": 1,
@@ -245,6 +277,7 @@ KEPT = {
     },
     "library/test_penalty.py": {
         "test_the_bias_of_f2sa_falls_with_the_penalty_to_its_order": 1,
+        "test_the_penalty_grows_as_the_theory_says": 0,
     },
     "library/test_processes.py": {
         "test_a_killed_process_leaves_a_run_that_resumes": 0,
@@ -258,9 +291,10 @@ KEPT = {
     },
     "library/test_properties.py": {
         "test_any_tree_any_dtype_and_a_batch_of_one": 1,
-        "test_jit_changes_rounding_only": 1,
+        "test_jit_changes_rounding_only": 0,
     },
     "library/test_prox.py": {
+        "test_derivatives_at_a_threshold_are_those_of_one_side": 0,
         "test_jacobians_are_symmetric_with_eigenvalues_from_zero_to_one": 1,
     },
     "library/test_recurrence.py": {
@@ -268,8 +302,10 @@ KEPT = {
     },
     "library/test_regularizers.py": {
         "test_the_two_right_ways_through_an_l1_penalty_and_the_wrong_one": 0,
+        "test_weights_that_must_not_be_negative_by_a_projected_step": 0,
     },
     "library/test_self_tuning.py": {
+        "test_a_scanned_run_equals_a_loop_and_keeps_the_best_state_whole": 0,
         "test_ridge_optimum_is_found_within_two_percent_from_both_sides": 0,
     },
     "library/test_sharding.py": {
@@ -282,38 +318,50 @@ KEPT = {
         "test_soba_stalls_with_constant_steps_and_reduced_variance_does_not": 0,
     },
     "library/test_sparse.py": {
-        "test_a_sparse_design_gives_the_same_and_is_never_made_dense": 2,
+        "test_a_sparse_design_gives_the_same_and_is_never_made_dense": 1,
         "test_tools_read_sparse_designs": 0,
     },
     "library/test_strengths.py": {
         "test_half_precision_rounds_once_at_the_end": 1,
-        "test_traced_strengths_that_are_impossible_give_nan_and_no_plausible_number": 10,
+        "test_traced_strengths_that_are_impossible_give_nan_and_no_plausible_number": 4,
+    },
+    "library/test_sure.py": {
+        "test_functions_of_the_observations_implicit_explicit_unrolled": 0,
     },
     "library/test_training_step.py": {
         "test_a_lone_key_is_split_by_step_in_every_loop": 2,
-        "test_inner_optimizers_get_the_loss_that_they_ask_for": 1,
+        "test_inner_optimizers_get_the_loss_that_they_ask_for": 0,
         "test_outer_optimizers_get_the_value_of_the_outer_loss": 1,
     },
     "library/test_transforms.py": {
         "test_sharded_equals_replicated_on_eight_devices": 0,
         "test_with_response_accepts_a_solver_in_plain_python": 0,
         "test_with_response_is_differentiable_everywhere": 0,
+        "test_with_response_refuses_derivatives_it_does_not_have": 0,
+    },
+    "library/test_trust.py": {
+        "test_directions_that_the_batch_does_not_see_do_not_respond": 1,
     },
     "library/test_tutorials.py": {
-        "test_every_block_runs": 1,
+        "test_every_block_runs": 0,
     },
     "library/test_unroll.py": {
         "test_all_modes_agree_on_a_network_with_keyed_noise": 0,
-        "test_optimizer_settings_equal_central_differences": 3,
-        "test_quadratic_equals_its_closed_form": 4,
+        "test_optimizer_settings_equal_central_differences": 1,
+        "test_quadratic_equals_its_closed_form": 2,
         "test_truncation_at_a_stationary_point_is_neumann": 1,
     },
     "library/test_unroll_in_jax.py": {
         "test_a_derivative_of_the_hypergradient_through_a_closed_over_value": 0,
         "test_batch_norm_equals_central_differences": 1,
-        "test_learned_initialisation": 1,
+        "test_jit_scan_vmap_donation_and_closures": 1,
+        "test_learned_initialisation": 0,
         "test_low_precision_parameters_and_wide_hyperparameters": 1,
+        "test_no_step_is_paid_twice": 0,
         "test_too_many_steps_in_half_precision_are_marked_and_float32_masters_are_right": 0,
+    },
+    "library/test_unroll_map.py": {
+        "test_a_start_that_depends_on_data_and_hyperparameters": 0,
     },
     "library/test_whole_runs.py": {
         "test_loops_and_straight_lines_agree": 0,
@@ -323,9 +371,10 @@ KEPT = {
         "test_a_whole_hessian_over_three_decays": 0,
         "test_an_eager_call_far_from_a_minimum_warns": 0,
         "test_derivatives_in_anything_else_are_refused_in_both_modes": 1,
-        "test_every_order_and_mode_is_right_with_every_solver": 2,
+        "test_every_order_and_mode_is_right_with_every_solver": 1,
         "test_flat_directions_are_nan_only_where_they_matter": 1,
         "test_forward_mode_of_the_solution_and_one_leaf_alone": 0,
+        "test_logistic_regression_against_differences_of_its_first_derivative": 0,
         "test_mixed_derivatives_in_what_only_the_outer_loss_reads": 0,
         "test_numpy_float64_from_a_library_is_accepted_in_float32": 0,
         "test_second_derivatives_under_vmap_and_scan_with_a_closure_over_tracers": 0,
