@@ -32,10 +32,10 @@ def figures(out: Path) -> list[Path]:
         axes[0].set_ylim(1e-7, 1e4)
         axes[1].set_ylim(1e-2, 1e2)
         axes[0].set(
-            title="Momentum at an angle of π/8 solves the rotating game",
+            title="Rotating game: π/8 converges, 0.9 diverges",
             ylabel="distance to the equilibrium, relative to the start",
         )
-        axes[1].set(title="It also solves rotation mixed with descent")
+        axes[1].set(title="Rotation with descent: the same")
         axes[1].legend(title="momentum", loc="upper right", fontsize=8)
         saved = record.load_arrays(out, "map")
         radii = saved["radii"]

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import bilevel
+from bilevel.ground.tree import named_leaves
 from bilevel.run import NonfiniteError
 from bilevel.run.data import Data
 from bilevel.run.trust import jumps, trust_of
@@ -105,3 +106,13 @@ def test_diagnose_tells_batches_that_were_swapped_in_the_call():
     swapped = [[line for line in d.advice if "swapped" in line] for d in (right, wrong, other)]
     assert [len(lines) for lines in swapped] == [0, 1, 0] and right.stationary
     assert any("is it the training data?" in line for line in wrong.advice)
+
+
+def test_leaves_have_readable_names_in_the_log():
+    decays = {"['dense']['kernel']": 1, "[0].weight": 2, "c1.kernel": 3, "plain": {"x": [4, 5]}}
+    names = named_leaves({"decay": decays}, "")
+    assert names == {
+        "decay/dense/kernel": 1, "decay/0/weight": 2, "decay/c1.kernel": 3,
+        "decay/plain/x/0": 4, "decay/plain/x/1": 5,
+    }  # fmt: skip
+    assert named_leaves(7, "hparams") == {"hparams": 7}
