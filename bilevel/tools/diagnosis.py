@@ -37,6 +37,7 @@ STATIONARY = 1e-3
 CONDITION = 1e4  # beyond it a float32 solve loses four of its seven digits
 ACCURACY = 1e-4
 SWAPPED = 2  # times as large a loss on what was trained on is no accident of a small batch
+FEW = 10  # products that a network in training is worth: what they leave out is not its error
 LARGE = 50  # inputs beyond it are seldom meant: pixels from 0 to 255, features in raw units
 READY = "Ready for implicit differentiation."
 
@@ -285,6 +286,8 @@ def _conclude(
         solver = Dense()
     elif condition <= 10 and top > 0:
         solver = Neumann(max(1, math.ceil(condition * math.log(1 / ACCURACY))), 1 / top)
+    elif isinstance(operator, GaussNewton) and not stationary:
+        solver = CG(max_steps=min(cg_steps, FEW))
     else:
         solver = CG(max_steps=cg_steps, rtol=ACCURACY)
     advised = operator
@@ -317,7 +320,12 @@ def _conclude(
         )
     if found.smallest_error > 0.1 * max(abs(low), 1e-6 * abs(high)) and found.steps < n:
         advice.append("The smallest eigenvalue has not settled: raise `num_steps`.")
-    if isinstance(solver, CG) and condition > 100:
+    if isinstance(solver, CG) and solver.rtol is None:
+        advice.append(
+            "Away from a minimum a tight solve does not make the hypergradient right: a few steps "
+            "of CG are enough (the recipe for networks), warm-started from step to step."
+        )
+    elif isinstance(solver, CG) and condition > 100:
         advice.append("`CG(preconditioner=Diagonal())` often halves the steps.")
     return Diagnosis(
         num_params=size,
