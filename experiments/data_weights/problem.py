@@ -68,7 +68,7 @@ def losses(w: Any, windows: jax.Array, context: int) -> jax.Array:
     predicted = windows.shape[1] - context
     embedded = w["embed"][windows]
     seen = jnp.stack([embedded[:, i : i + predicted] for i in range(context)], 2)
-    seen = seen.reshape(*seen.shape[:2], -1)
+    seen = seen.reshape(*seen.shape[:2], context * embedded.shape[-1])
     z = jnp.tanh(seen @ w["hidden"] + w["shift"][None, None]) @ w["out"] + w["bias"][None, None]
     aims = windows[:, context:]
     return optax.softmax_cross_entropy_with_integer_labels(z, aims).mean(1)

@@ -19,6 +19,7 @@ def test_the_scorer_begins_with_equal_weights():
     np.testing.assert_allclose(problem.weights(lam, windows), 1.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 @needs_data
 def test_it_runs_and_is_drawn(tmp_path):
     with jax.enable_x64(False):
