@@ -362,7 +362,7 @@ def test_learning_rate_counts_its_windows(monkeypatch, length):
     images = jnp.zeros((64, 28, 28), jnp.float32), jnp.zeros(64, jnp.int32)
     calls = Calls(monkeypatch, config.batch)
     schedule = schedules.start(3, config.windows, 0.01, 0.5)
-    jax.jit(rate_tune.hypergradient(config, "mlp", length))(schedule, images, KEY)
+    jax.jit(rate_tune.hypergradient(config, "mlp", length))(schedule, images, images, KEY)
     jax.effects_barrier()
     assert len(calls.seen) == 50 // length
     assert sum(calls.seen) == pytest.approx(rate_tune.cost(config, length))
