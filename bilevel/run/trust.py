@@ -112,7 +112,8 @@ def jumps(history: Sequence[Record], factor: float = JUMP) -> list[str]:
     """The first update that threw a hyperparameter far beyond its size, in words."""
     for old, new in itertools.pairwise(history):
         for path, value in old.get("hparams", {}).items():
-            if path.endswith("/norm"):  # grows with the number of entries
+            # A norm grows with the number of entries; an older log may have other names.
+            if path.endswith("/norm") or path not in new.get("hparams", {}):
                 continue
             before = np.ravel(np.asarray(value, float))
             after = np.ravel(np.asarray(new["hparams"][path], float))

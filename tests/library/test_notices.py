@@ -91,6 +91,7 @@ def test_jumps_are_measured_by_the_size_of_a_hyperparameter():
     assert jumps(course(-4.0, -20.0, 3.0)) == [] and jumps(course(1e3, 9e3)) == []
     assert jumps(course([0.0, 5.0], [0.1, float("nan")])) == jumps(course([])) == []
     assert "(step 1) moved `decay` from 5 to -60" in jumps(course([0, 5], [0, 5], [11, -60]))[0]
+    assert jumps([course(1.0)[0], {"step": 1}, {"step": 2, "hparams": {"rate": 99.0}}]) == []
     # The norm of a thousand numbers may grow so; that of one may not.
     large = [{"step": i, "hparams": {"w/norm": v, "w/max": 0.1}} for i, v in enumerate((0, 99))]
     assert trust_of(large).notices == ()
