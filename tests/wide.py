@@ -153,6 +153,7 @@ KEPT = {
         "test_a_stored_transpose_changes_no_product": 2,
     },
     "library/test_composite.py": {
+        "test_a_damped_tangent_is_the_transpose_of_the_damped_adjoint": 0,
         "test_a_lasso_with_two_thousand_weights_takes_the_products_of_its_support": 0,
         "test_cg_agrees_with_differences_of_the_solved_problem": 1,
         "test_curvature_is_judged_on_the_support": 0,
@@ -170,6 +171,9 @@ KEPT = {
         "test_fixed_points_of_proximal_and_projected_steps": 1,
         "test_with_response_differentiates_an_equilibrium_to_second_order_in_both_modes": 0,
     },
+    "library/test_cross_validation.py": {
+        "test_other_conditions_and_single_keys": 0,
+    },
     "library/test_curvature_layers.py": {
         "test_dual_is_the_jacobian_times_its_transpose": 0,
         "test_ekfac_is_exact_where_the_block_is_a_kronecker_product": 1,
@@ -180,12 +184,13 @@ KEPT = {
         "test_preconditioners_are_symmetric_and_positive": 0,
         "test_solvers_through_layers_may_be_mapped": 0,
         "test_woodbury_keeps_to_rows_where_examples_may_depend_on_each_other": 0,
-        "test_woodbury_through_layers_is_woodbury_through_rows": 1,
+        "test_woodbury_through_layers_is_woodbury_through_rows": 0,
     },
     "library/test_custom_rules.py": {
         "test_a_backward_rule_changes_nothing": 1,
         "test_a_backward_rule_inside_the_model": 1,
         "test_siblings_change_nothing_either": 0,
+        "test_solutions_have_their_first_derivative": 0,
     },
     "library/test_data_derivatives.py": {
         "test_a_derivative_in_hyperparameters_has_not_one_operation_more": 0,
@@ -218,10 +223,11 @@ KEPT = {
         "test_python_blocks_run": 1,
     },
     "library/test_dynamic_lanczos.py": {
+        "test_a_call_without_a_state_is_a_first_one": 0,
         "test_trees_dtypes_and_lanes": 0,
     },
     "library/test_evidence.py": {
-        "test_a_classifier_that_is_sure_of_its_examples_has_an_evidence": 2,
+        "test_a_classifier_that_is_sure_of_its_examples_has_an_evidence": 1,
         "test_blocks_are_ordered_and_unbiased": 0,
         "test_cuts_of_outputs_and_groups_are_ordered": 0,
     },
