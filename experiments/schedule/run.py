@@ -135,7 +135,7 @@ def tune(
             log_rates=hparams["log_rates"], grads=found.grads["log_rates"],
         )  # fmt: skip
         updates, state = tx.update(found.grads, state)
-        hparams = optax.apply_updates(hparams, updates)
+        hparams = jax.tree.map(jnp.add, hparams, updates)
     return hparams["log_rates"], spent
 
 
