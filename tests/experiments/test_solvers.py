@@ -35,18 +35,20 @@ def records(tmp_path_factory):
 
 
 def test_every_method_lowers_the_gradient_and_equals_its_twin(records):
-    last = {r.method: r for r in records[0]}
-    assert set(last) == {f"quadratic_{method}" for method in config.METHODS}
-    for name, r in last.items():
-        assert r.metrics["relative"] < 0.5, name
+    last = {r.method: r.metrics for r in records[0]}
+    names = [f"quadratic_{method}" for method in config.METHODS]
+    assert set(last) == {*names, *(f"time_{name}" for name in names)}
+    for name in names:
+        assert last[name]["relative"] < 0.5, name
         # 20 steps in float32, of the distance gone
-        assert r.metrics["difference"] < 1e-4, name
+        assert last[f"time_{name}"]["difference"] < 1e-4, name
+        assert last[f"time_{name}"]["time_ratio"] > 0
 
 
 def test_a_finished_run_is_not_repeated(records):
     before, out = records
     run.run(SETTINGS, 0, out, resume=True)
-    assert len(record.read(out)) == len(before) == len(config.METHODS) * (SETTINGS.points + 1)
+    assert len(record.read(out)) == len(before) == len(config.METHODS) * (SETTINGS.points + 2)
     assert all(path.exists() for path in figure.figures(out))
 
 

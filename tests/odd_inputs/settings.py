@@ -175,6 +175,7 @@ def settings() -> list[Setting]:
                 flags),
         Setting("Unroll", "initial", lambda v: _unroll(initial=v), None,
                 lambda: objects(("params", lambda: p.W))),
+        Setting("Unroll", "unroll", lambda v: _unroll(unroll=v), None, flags),
         Setting("UnrollMap", "step", lambda v: _map(step=v), _descent, FUNCTION),
         Setting("UnrollMap", "steps", lambda v: _map(steps=v), 3, lambda: count(3)),
         Setting("UnrollMap", "initial", lambda v: _map(initial=v), None,
@@ -197,6 +198,7 @@ def settings() -> list[Setting]:
                 lambda: count(4, optional=True), ANY),
         Setting("Evolution", "staggered", lambda v: _evolution(horizon=4, staggered=v), True,
                 flags, ANY),
+        Setting("Evolution", "unroll", lambda v: _evolution(unroll=v), None, flags),
         Setting("FiniteDifference", "inner_tx", b.FiniteDifference, optax.sgd(p.RATE), _tx),
         Setting("FiniteDifference", "radius",
                 lambda v: b.FiniteDifference(optax.sgd(p.RATE), v), 0.125,
@@ -212,6 +214,7 @@ def settings() -> list[Setting]:
                 lambda: real(0.5, strict=True)),
         Setting("BestResponse", "linearize", lambda v: _best(linearize=v), None,
                 lambda: objects(("an operator", b.Hessian))),
+        Setting("BestResponse", "unroll", lambda v: _best(unroll=v), None, flags),
         Setting("BestResponse", "seed", lambda v: _best(seed=v), 1, lambda: count(1, low=0)),
     ]  # fmt: skip
 
