@@ -27,6 +27,7 @@ KEPT = {
     },
     "experiments/test_costs.py": {
         "test_a_loop_counts_what_is_budgeted_for_its_step": 1,
+        "test_distill_counts_its_hypergradients": 0,
         "test_learning_rate_counts_its_windows": 1,
         "test_pes_counts_its_windows": 1,
     },
@@ -120,6 +121,7 @@ KEPT = {
         "test_every_method_is_recorded_once_and_holes_move_through_the_response_alone": 0,
     },
     "experiments/test_stn_ptb.py": {
+        "test_a_plain_network_follows_its_schedule": 0,
         "test_a_small_run_moves_what_it_tunes_replays_it_and_is_not_repeated": 0,
         "test_perturbed_sequences_are_the_plain_model_at_their_own_displacement": 0,
     },
@@ -146,6 +148,7 @@ KEPT = {
         "test_untrained_parameters_and_rows_beyond_the_data_are_told": 0,
     },
     "library/test_best_response.py": {
+        "test_gradients_of_groups_are_those_of_the_sum_and_can_be_differentiated": 0,
         "test_training_finds_the_slope_of_its_width": 0,
     },
     "library/test_carried.py": {
@@ -153,11 +156,13 @@ KEPT = {
         "test_a_stored_transpose_changes_no_product": 2,
     },
     "library/test_composite.py": {
+        "test_a_damped_tangent_is_the_transpose_of_the_damped_adjoint": 0,
         "test_a_lasso_with_two_thousand_weights_takes_the_products_of_its_support": 0,
         "test_cg_agrees_with_differences_of_the_solved_problem": 1,
         "test_curvature_is_judged_on_the_support": 0,
         "test_every_legal_solver_and_operator": 1,
         "test_mistakes_in_conditions_are_rejected_by_two_cases": 0,
+        "test_responses_hold_on_conditions_with_their_state": 0,
         "test_stationarity_is_that_of_minimize": 0,
         "test_the_system_is_that_of_the_fixed_point_for_every_step_size": 0,
         "test_trees_half_precision_and_warm_starts": 0,
@@ -170,6 +175,10 @@ KEPT = {
         "test_fixed_points_of_proximal_and_projected_steps": 1,
         "test_with_response_differentiates_an_equilibrium_to_second_order_in_both_modes": 0,
     },
+    "library/test_cross_validation.py": {
+        "test_a_condition_of_every_fold_lasso": 0,
+        "test_other_conditions_and_single_keys": 0,
+    },
     "library/test_curvature_layers.py": {
         "test_dual_is_the_jacobian_times_its_transpose": 0,
         "test_ekfac_is_exact_where_the_block_is_a_kronecker_product": 1,
@@ -180,12 +189,13 @@ KEPT = {
         "test_preconditioners_are_symmetric_and_positive": 0,
         "test_solvers_through_layers_may_be_mapped": 0,
         "test_woodbury_keeps_to_rows_where_examples_may_depend_on_each_other": 0,
-        "test_woodbury_through_layers_is_woodbury_through_rows": 1,
+        "test_woodbury_through_layers_is_woodbury_through_rows": 0,
     },
     "library/test_custom_rules.py": {
         "test_a_backward_rule_changes_nothing": 1,
         "test_a_backward_rule_inside_the_model": 1,
         "test_siblings_change_nothing_either": 0,
+        "test_solutions_have_their_first_derivative": 0,
     },
     "library/test_data_derivatives.py": {
         "test_a_derivative_in_hyperparameters_has_not_one_operation_more": 0,
@@ -218,10 +228,12 @@ KEPT = {
         "test_python_blocks_run": 1,
     },
     "library/test_dynamic_lanczos.py": {
+        "test_a_call_without_a_state_is_a_first_one": 0,
+        "test_an_outer_loop_finds_the_optimum_with_it": 0,
         "test_trees_dtypes_and_lanes": 0,
     },
     "library/test_evidence.py": {
-        "test_a_classifier_that_is_sure_of_its_examples_has_an_evidence": 2,
+        "test_a_classifier_that_is_sure_of_its_examples_has_an_evidence": 1,
         "test_blocks_are_ordered_and_unbiased": 0,
         "test_cuts_of_outputs_and_groups_are_ordered": 0,
     },
@@ -241,21 +253,24 @@ KEPT = {
         "test_ctrl_c_saves_the_finished_step_and_says_where_to_go_on": 0,
     },
     "library/test_fine_tuned.py": {
+        "test_three_levels_compose": 0,
         "test_two_quadratic_stages": 2,
     },
     "library/test_finite_difference.py": {
         "test_a_radius_below_rounding_is_marked": 1,
+        "test_a_traced_radius_is_judged_by_lane": 0,
         "test_error_is_quadratic_in_the_radius": 0,
         "test_exact_where_the_hyperparameter_gradient_is_quadratic": 1,
         "test_settings_of_the_optimizer_state_and_zero_outer_gradient": 0,
     },
     "library/test_fit.py": {
-        "test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before": 1,
+        "test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before": 0,
         "test_a_finished_run_goes_on_when_asked_for_more_steps": 0,
         "test_a_run_killed_three_times_ends_with_the_same_bits": 0,
     },
     "library/test_frozen.py": {
-        "test_an_implicit_response_is_that_of_the_trained_leaves": 2,
+        "test_an_implicit_response_is_that_of_the_trained_leaves": 1,
+        "test_networks_of_best_responses_move_the_trained_leaves_only": 0,
     },
     "library/test_functions.py": {
         "test_arguments_of_check_hypergrad": 4,
@@ -268,7 +283,14 @@ KEPT = {
     },
     "library/test_gauss_newton.py": {
         "test_push_through_gives_the_same_step": 0,
+        "test_the_damping_follows_the_prediction": 0,
         "test_the_direction_is_that_of_the_dense_system": 1,
+        "test_the_search_reaches_armijo": 0,
+    },
+    "library/test_hoag.py": {
+        "test_the_error_falls_with_the_tolerance": 0,
+        "test_the_linear_system_may_be_solved_less_accurately_and_the_estimate_fall_faster": 0,
+        "test_the_optimum_of_a_grid_at_half_the_work_of_exact_solves": 1,
     },
     "library/test_hyper_optimizers.py": {
         "test_a_gradient_of_zero_moves_nothing_and_a_nan_is_passed_on": 3,

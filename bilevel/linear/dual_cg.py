@@ -50,7 +50,7 @@ class DualCG:
     r"""Solves :math:`(Jᵀ Q J + D) q = g` by conjugate gradients in the space of the outputs.
 
     .. math:: q_k = D^{-1}(α_k g + Jᵀ u_k),
-        J_l D_l^{-1} J_lᵀ: δ ↦ a\, D_l^{-1} aᵀ δ
+        J_l D_l^{-1} J_lᵀ: δ ↦ a D_l^{-1} aᵀ δ
 
     D is the damping plus the diagonal of a separable penalty. The iterates of CG preconditioned by
     D (of plain CG where D is one number) are such sums, and so are its residuals and directions: a
@@ -61,7 +61,7 @@ class DualCG:
 
     Args:
       max_steps, rtol, atol, unroll: as in ``CG``; a tolerance is compared with
-        :math:`\max(D)^{1/2} ‖r‖_{D^{-1}}`, which is at least :math:`‖r‖`.
+        :math:`max(D)^{1/2} ‖r‖_{D^{-1}}`, which is at least :math:`‖r‖`.
 
     Needs ``GaussNewton(...)`` with :math:`D > 0`; where D is negative the status is
     ``negative_curvature``, and a penalty whose Hessian is not diagonal shows in the residual. A

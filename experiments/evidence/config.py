@@ -27,7 +27,8 @@ class Config:
         ended.
       draws, draws_judged: transformed copies that a prediction averages, in training and in test.
       augmented_batch, augmented_steps, augmented_inner: examples of a training step and of an
-        evidence gradient with transformations, outer steps there, and training steps before each.
+        evidence gradient with transformations, outer steps there, and training steps before each
+        (before the first twenty times as many).
       rate_ranges: of Adam, for the ranges and the precisions beside them.
       bounds: examples whose full kernel is compared with its bounds.
     """
@@ -59,8 +60,8 @@ class Config:
     draws: int = 4
     draws_judged: int = 16
     augmented_batch: int = 100
-    augmented_steps: int = 150
-    augmented_inner: int = 10
+    augmented_steps: int = 60
+    augmented_inner: int = 5
     rate_ranges: float = 0.2
     bounds: int = 100
 

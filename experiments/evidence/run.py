@@ -275,7 +275,7 @@ def _learned(config: Config, w: Any, start: Any, train: Any, key: jax.Array) -> 
         return jax.vmap(taken)(keys[1:]), (taken(keys[0]), key)
 
     tx = optax.adam(config.rate)
-    keys = jax.random.split(jax.random.fold_in(key, 1), config.burn_in)
+    keys = jax.random.split(jax.random.fold_in(key, 1), 20 * k)
     w = _trained(evidence.inner, tx, w, start, taken, keys)
     response = bilevel.Implicit(bilevel.Identity(1e-3), certify=False)
     alg = bilevel.alternate(

@@ -2,7 +2,7 @@ r"""The product :math:`u ↦ J D Jᵀ u` of a network, with no gradient of a den
 
 For a dense layer :math:`s = aW` the weights' part of it takes the gradients :math:`δ`
 at the outputs to :math:`a (D ∘ aᵀδ)`; where D varies along one axis of W alone
-that is :math:`(a\, diag(d)\, aᵀ) δ`, a product with a matrix of the batch's size.
+that is :math:`(a diag(d) aᵀ) δ`, a product with a matrix of the batch's size.
 """
 
 from collections.abc import Callable
