@@ -119,9 +119,19 @@ def settings() -> list[Setting]:
         Setting("KFAC", "num_samples",
                 lambda v: b.Implicit(cg(10, preconditioner=b.KFAC(v)), _gauss_newton().operator),
                 3, lambda: count(3, optional=True)),
+        Setting("KFAC", "damping_multiple",
+                lambda v: b.Implicit(
+                    cg(10, preconditioner=b.KFAC(3, v)), _gauss_newton().operator
+                ),
+                4.0, lambda: real(4.0, strict=True)),
         Setting("EKFAC", "num_samples",
                 lambda v: b.Implicit(b.EKFAC(v), _gauss_newton().operator),
                 3, lambda: count(3, optional=True)),
+        Setting("EKFAC", "damping_multiple",
+                lambda v: b.Implicit(
+                    cg(10, preconditioner=b.EKFAC(3, v)), _gauss_newton().operator
+                ),
+                4.0, lambda: real(4.0, strict=True)),
         Setting("Dense", "max_size", lambda v: _implicit(b.Dense(v)), 64, lambda: count(64)),
         Setting("Identity", "scale", lambda v: _implicit(b.Identity(v)), 0.5,
                 lambda: real(0.5, strict=True)),
