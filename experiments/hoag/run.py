@@ -168,8 +168,9 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
     ``near_TASK_METHOD``: cost and products until the loss was within 0.1 % of the best of all
     methods (with a penalty per weight: at most the loss that cold solves end with), and those over
     the cost of exact solves (over the products of cold ones), seed by seed with a 95 % interval. A
-    way that never came near counts with all that it spent, and as ``missed``. ``close_``: the same
-    for 0.01 %. ``errors_TASK``: of all hypergradients that were compared with exact ones.
+    way that never came near counts with all that it spent (its budget, if that ended it), and as
+    ``missed``. ``close_``: the same for 0.01 %. ``errors_TASK``: of all hypergradients that were
+    compared with exact ones.
     """
     near, close = Config().near, Config().close
     told = {**_reached(records, "near", near), **_reached(records, "close", close)}
@@ -201,7 +202,7 @@ def _reached(records: list[record.Record], word: str, above: float) -> dict[str,
         there = [r for r in way if _loss(r) <= goal]
         reached = there[0] if there else end
         found.setdefault(method, {})[seed] = {
-            "cost": reached.cost,
+            "cost": reached.cost if there else _spent(end, name, method),
             "products": reached.metrics["products"],
             "missed": float(not there),
         }
@@ -218,6 +219,17 @@ def _reached(records: list[record.Record], word: str, above: float) -> dict[str,
         }
         for method, seeds in found.items()
     }
+
+
+def _spent(end: record.Record, name: str, method: str) -> float:
+    """What a way cost that ended before its goal: the budget, if that is what ended it.
+
+    The step that went beyond the budget is not in the records.
+    """
+    config = Config()
+    most = config.points if method.endswith(methods.SEARCHES) else config.steps
+    within = name in config.single and end.step + 1 < most
+    return max(end.cost, config.budget) if within else end.cost
 
 
 def _loss(r: record.Record) -> float:

@@ -50,8 +50,8 @@ class Config:
     problems: tuple[str, ...] = ("quadratic", "ijcnn1", "covtype")
     methods: tuple[str, ...] = METHODS
     batch: int = 64
-    budget: tuple[float, ...] = (200_000.0, 300_000.0, 60_000.0)
-    points: int = 14
+    budget: tuple[float, ...] = (200_000.0, 300_000.0, 20_000.0)
+    points: int = 10
     products: int = 10
     inner_steps: int = 10
     penalty: float = 10.0

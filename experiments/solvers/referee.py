@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel.ground.cost import PRODUCT
@@ -199,11 +198,9 @@ def compare(config: Config, name: str, solver: Solver, seed: int, rates: Any, ou
     budget = dict(zip(config.problems, config.budget, strict=True))[name]
     stops = sorted(set(run.marks(max(1, int(budget / each)), config.points)))
     records = record.Records(out, seed)
-    first = float(np.sum(problem.gradient(problem.hparams) ** 2))
+    first = run.at_start(name, config.batch)
     for step, hparams in follow(config, name, solver, seed, rates, stops):
-        lam = np.asarray(hparams)
-        finite = bool(np.isfinite(lam).all())
-        size = float(np.sum(problem.gradient(lam) ** 2)) if finite else float("inf")
+        size = first if step == 0 else run.squared(problem, hparams)
         records.append(
             f"{name}_{MARK}{solver.name}", step, step * each, gradient=size, relative=size / first
         )

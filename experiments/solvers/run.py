@@ -1,5 +1,6 @@
 """Runs `solvers`: every single loop on three problems, ours beside the same by hand."""
 
+import functools
 import itertools
 import time
 from pathlib import Path
@@ -55,6 +56,13 @@ def follow(
         yield stop, one.hparams(state), seconds
 
 
+@functools.cache
+def at_start(name: str, batch: int) -> float:
+    """The squared gradient at the start."""
+    problem = cached(name, batch)
+    return float(np.sum(problem.gradient(problem.hparams) ** 2))
+
+
 def _run(
     records: record.Records, config: Config, seed: int, name: str, method: str, budget: float
 ) -> None:
@@ -62,14 +70,19 @@ def _run(
     rates = RATES.get(name, {}).get(method, loops.START)
     each = loops.cost(method, config, problem)
     stops = marks(int(budget / each), config.points)
-    first = float(np.sum(problem.gradient(problem.hparams) ** 2))
+    first = at_start(name, config.batch)
     label = f"{name}_{method}"
     for step, hparams, seconds in follow(config, name, method, seed, rates, stops):
-        finite = bool(np.isfinite(np.asarray(hparams)).all())
-        size = float(np.sum(problem.gradient(hparams) ** 2)) if finite else float("inf")
+        size = first if step == 0 else squared(problem, hparams)
         records.append(
             label, step, step * each, gradient=size, relative=size / first, seconds=seconds
         )
+
+
+def squared(problem: Problem, hparams: Any) -> float:
+    """The squared gradient; infinite where the hyperparameters are not finite."""
+    finite = bool(np.isfinite(np.asarray(hparams)).all())
+    return float(np.sum(problem.gradient(hparams) ** 2)) if finite else float("inf")
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:
@@ -94,9 +107,10 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
     for method, seeds in runs.items():
         into: dict[str, Any] = {}
         for power in TARGETS:
-            calls = [_calls(run, 10.0**-power) for run in seeds.values()]
-            into[f"to_{power}"] = expected.statistics(x for x, _ in calls)
-            into[f"missed_{power}"] = expected.statistics(float(x) for _, x in calls)
+            calls = {seed: _calls(run, 10.0**-power) for seed, run in seeds.items()}
+            into[f"to_{power}"] = expected.interval({s: x for s, (x, _) in calls.items()})
+            missed = {s: float(x) for s, (_, x) in calls.items()}
+            into[f"missed_{power}"] = expected.statistics(missed)
         told[f"calls_{method}"] = into
     return told
 

@@ -1,10 +1,12 @@
 """Time of our steps over that of the hand-written ones: `python -m experiments.solvers.times OUT`.
 
-A run measures what its records do not hold yet; on a machine that others use, measure before it,
-while all else is stopped, into the same folder. A call that is cut off goes on with the next one.
+A run measures every pair once. On a machine that others use, measure again while all else is
+stopped, into the folder of the run: the last measurement counts. A call that is cut off goes on
+with the next one; `run --resume` then makes the summary anew.
 """
 
 import functools
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -21,14 +23,17 @@ from experiments.solvers.problem import cached
 COMPARED = 20  # steps after which the two are compared
 
 
-def measure(records: record.Records, config: Config) -> None:
-    """What is not in the records yet, under `time_PROBLEM_METHOD`."""
-    for name in config.problems:
-        for method in config.methods:
-            label = f"time_{name}_{method}"
-            if not record.read(records.out, method=label):
-                rates = RATES.get(name, {}).get(method, loops.START)
-                records.append(label, 0, 0.0, **timing(config, name, method, rates))
+def measure(records: record.Records, config: Config, often: int = 1) -> None:
+    """Each pair until it was measured so often, the fewest first, as `time_PROBLEM_METHOD`."""
+
+    def done(pair: tuple[str, str]) -> int:
+        return len(record.read(records.out, method="time_{}_{}".format(*pair)))
+
+    for name, method in sorted(itertools.product(config.problems, config.methods), key=done):
+        if done((name, method)) < often:
+            rates = RATES.get(name, {}).get(method, loops.START)
+            told = timing(config, name, method, rates)
+            records.append(f"time_{name}_{method}", 0, 0.0, **told)
 
 
 def timing(config: Config, name: str, method: str, rates: tuple[float, float]) -> dict[str, float]:
@@ -71,4 +76,4 @@ def timing(config: Config, name: str, method: str, rates: tuple[float, float]) -
 
 
 if __name__ == "__main__":
-    measure(record.Records(Path(sys.argv[1]), 0), cpu())
+    measure(record.Records(Path(sys.argv[1]), 0), cpu(), often=2)

@@ -38,7 +38,7 @@ def reached(
     budget = dict(zip(config.problems, config.budget, strict=True))[name] * part
     count = max(1, int(budget / cost))
     stops = sorted({max(1, round(count * x)) for x in (0.8, 0.9, 1.0)})
-    first, ends = _first(name), []
+    first, ends = run.at_start(name, config.batch), []
     for step, hparams, *_ in follow(seed, pair, stops):
         lam = np.asarray(hparams)
         if not np.isfinite(lam).all() or np.abs(lam).max() > 20:
@@ -46,13 +46,6 @@ def reached(
         if step:
             ends.append(np.sum(problem.gradient(lam) ** 2) / first)
     return float(np.median(ends))
-
-
-@functools.cache
-def _first(name: str) -> float:
-    """The squared gradient at the start."""
-    problem = cached(name, cpu().batch)
-    return float(np.sum(problem.gradient(problem.hparams) ** 2))
 
 
 def reach(name: str, method: str) -> Reach:
