@@ -155,7 +155,7 @@ def _blocks(
     found: Kronecker, bases: list[tuple[jax.Array, jax.Array]], scales: list[jax.Array]
 ) -> Callable[[list[jax.Array]], list[jax.Array]]:
     """The inverse of each block, diagonal in its bases; the mean of D there is added to it."""
-    shifts = [jnp.mean(d) for d in found.split(found.known)]
+    shifts = [jnp.mean(d) for d in found.split(jax.tree.map(tree.replicated, found.known))]
 
     def blocks(matrices: list[jax.Array]) -> list[jax.Array]:
         made = []
@@ -171,14 +171,18 @@ def _prepared(
     found: Kronecker, rhs: Vector, blocks: Callable[[list[Any]], list[Any]], num_products: int
 ) -> Prepared:
     """The blocks on the layers, and a scalar on every other leaf."""
-    join = jax.linear_transpose(found.split, rhs)
+    known = jax.tree.map(tree.replicated, found.known)
+    join = jax.linear_transpose(found.split, jax.tree.map(tree.replicated, rhs))
 
     def scale(r: jax.Array, inside: bool, mean: jax.Array, known: jax.Array) -> jax.Array:
         return jnp.zeros_like(r) if inside else r / (mean + known).astype(r.dtype)
 
-    def apply(r: Vector) -> Vector:
-        apart = jax.tree.map(scale, r, found.has_block, found.rest, found.known)
-        return tree.add(join(blocks(found.split(r)))[0], apart)
+    def apply(divided: Vector) -> Vector:
+        # Both factors mix a whole axis of a weight: of an explicit mesh each device takes all.
+        r = jax.tree.map(tree.replicated, divided)
+        apart = jax.tree.map(scale, r, found.has_block, found.rest, known)
+        whole = tree.add(join(blocks(found.split(r)))[0], apart)
+        return jax.tree.map(tree.placed_like, whole, divided)
 
     covered = jnp.asarray(found.covered, tree.norm(rhs).dtype)
     return Prepared(apply, num_products, {"covered": covered})
