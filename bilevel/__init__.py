@@ -40,6 +40,7 @@ from bilevel.linear import EKFAC as EKFAC
 from bilevel.linear import KFAC as KFAC
 from bilevel.linear import Dense as Dense
 from bilevel.linear import Diagonal as Diagonal
+from bilevel.linear import DualCG as DualCG
 from bilevel.linear import DynamicLanczos as DynamicLanczos
 from bilevel.linear import Identity as Identity
 from bilevel.linear import LinearSolution as LinearSolution

@@ -23,6 +23,7 @@ from bilevel import (
     BestResponseState,
     Dense,
     Diagonal,
+    DualCG,
     Evolution,
     FiniteDifference,
     GaussNewton,
@@ -250,6 +251,14 @@ RESPONSES = [
         damped_gauss_newton,
         1e-8,
         BACKWARD_STABLE,
+        only("ridge_labels", "multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
+        "dual_cg",
+        lambda case: Implicit(DualCG(rtol=1e-7), gauss_newton(case, DAMPING)),
+        damped_gauss_newton,
+        1e-5,
+        TOLERANCE,
         only("ridge_labels", "multi_output", "softmax_per_weight", "network"),
     ),
     Row(

@@ -54,6 +54,26 @@ class Dual(NamedTuple):
     covered: float
 
 
+class Parts(NamedTuple):
+    r""":math:`A = Jᵀ Q J + D` as its factors, for methods whose vectors are outputs.
+
+    Attributes:
+      push: :math:`v ↦ J v`, shaped like the outputs.
+      pull: :math:`u ↦ Jᵀ u`.
+      weigh: :math:`u ↦ Q u`.
+      kernel: :math:`d ↦ (u ↦ J diag(d) Jᵀ u)`.
+      diagonal: D, tree like the vectors, damping included.
+      covered: share of the entries of a vector that the kernel makes no gradient for.
+    """
+
+    push: Callable[[Vector], Any]
+    pull: Callable[[Any], Vector]
+    weigh: Callable[[Any], Any]
+    kernel: Callable[[Vector], Callable[[Any], Any]]
+    diagonal: Vector
+    covered: float
+
+
 class Kronecker(NamedTuple):
     r"""Blocks :math:`L_i ⊗ R_i` of :math:`M`, and what stands beside them.
 
@@ -106,6 +126,7 @@ class LinearMap:
       fresh: ``fresh(v, i)`` is the damped product on batch ``i``, where batches are fresh.
       transpose: :math:`v ↦ Mᵀ v`; ``None`` for a symmetric M.
       dual: returns a :class:`Dual`, or None where the model has no layers to read it from.
+      parts: returns :class:`Parts`, where known.
       kronecker: returns a :class:`Kronecker`, of a number of samples (None: no sampling) and key.
     """
 
@@ -119,6 +140,7 @@ class LinearMap:
     fresh: Callable[[Vector, Any], Vector] | None = None
     transpose: MatVec | None = None
     dual: Callable[[], Dual | None] | None = None
+    parts: Callable[[], Parts] | None = None
     kronecker: Callable[[int | None, Key | None], Kronecker] | None = None
 
     def transposed(self) -> "LinearMap":

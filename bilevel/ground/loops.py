@@ -31,6 +31,11 @@ def must_unroll(function: Callable[..., Any], *args: Any) -> bool:
     )
 
 
+def unrolls(setting: bool | None, function: Callable[..., Any], *args: Any) -> bool:
+    """The setting ``unroll`` of a loop around ``function(*args)``, or what is best there."""
+    return must_unroll(function, *args) if setting is None else setting
+
+
 def strong_types(tree: Any) -> Any:
     """Every leaf strongly typed: a weak type would change in the first step of a loop."""
 

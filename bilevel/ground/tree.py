@@ -8,6 +8,7 @@ flattens a tree into one array, so leaves keep their sharding.
 
 import functools
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,26 @@ def paths(tree: Any, name: str) -> list[tuple[str, Any]]:
     """``(path, leaf)`` pairs with readable paths that start with ``name``, for messages."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in flat]
+
+
+def named_leaves(tree: Any, default: str) -> dict[str, Any]:
+    """The leaves by names such as ``net/decay``; a tree of one leaf has the name ``default``.
+
+    A key that is itself a path of JAX, such as ``"['dense']['kernel']"`` of a penalty, is one too.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(map(_name_of, path)) or default: leaf for path, leaf in flat}
+
+
+_STEP = r"(?:\['(.*?)'\]|\[(\d+)\]|\.(\w+))"
+"""A step of a path as JAX writes it: into a dictionary, a list or an attribute."""
+
+
+def _name_of(key: Any) -> str:
+    name = jax.tree_util.keystr((key,), simple=True)
+    if not re.fullmatch(f"({_STEP})+", name):
+        return name
+    return "/".join("".join(step) for step in re.findall(_STEP, name))
 
 
 def random_like(key: jax.Array, tree: Vector, draw: Callable[..., jax.Array]) -> Vector:

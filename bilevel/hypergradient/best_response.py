@@ -12,7 +12,7 @@ from jax.extend import core
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Scalar, Stats, Vector
 from bilevel.ground.cost import Cost
-from bilevel.ground.loops import loop, must_unroll
+from bilevel.ground.loops import loop, unrolls
 from bilevel.ground.settings import check_count, check_number, check_real, check_settings, count
 from bilevel.ground.status import Status, status_of
 from bilevel.ground.traced import depends
@@ -146,9 +146,9 @@ class BestResponse:
         model and a loss of its outputs: trains on the linearized outputs, whose optimum is
         the true response Jacobian rather than a secant of width :math:`σ`.
       seed: of the network's first parameters.
+      unroll: write the steps out one by one; None decides by itself (convolutions on CPU).
 
-    Cost: ``steps`` inner gradients (linearized: about two each), then one multiply-add a weight.
-    One network and its optimizer state carried.
+    Cost: ``steps`` inner gradients (linearized: about two each), one multiply-add per weight.
 
     Status ``invalid_setting``: a traced ``scale`` is not positive, or the network's Jacobian gives
     exactly zero for an outer gradient that is not, as an untrained network's does.
@@ -171,6 +171,7 @@ class BestResponse:
     scale: Any = 0.5
     linearize: GaussNewton | None = None
     seed: int = dataclasses.field(default=0, metadata={"static": True})
+    unroll: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -280,7 +281,7 @@ class BestResponse:
         key: Key,
     ) -> tuple[BestResponseState, Scalar]:
         scale = scale_like(self.scale, hparams)
-        unroll = must_unroll(problem.inner_loss, params, hparams, batch)
+        unroll = unrolls(self.unroll, problem.inner_loss, params, hparams, batch)
         tx = optax.identity() if self.tx is None else self.tx
 
         def step(state: BestResponseState, i: Any) -> tuple[BestResponseState, Scalar]:
@@ -307,8 +308,7 @@ class BestResponse:
             trained, info = take_step(lambda w, _: (loss(w), None), tx, InnerState(*state))
             return BestResponseState(trained.params, trained.opt_state), info.loss
 
-        shape = jax.eval_shape(step, state, 0)[1]
-        carry = (state, jnp.zeros((), shape.dtype))
+        carry = state, jnp.zeros((), jax.eval_shape(step, state, 0)[1].dtype)
         return loop(self.steps, lambda i, carry: step(carry[0], i), carry, unroll)
 
 

@@ -103,6 +103,7 @@ class Evolution:
         first call (a multiple of ``steps``); ``None`` never resets.
       staggered: with a horizon, spread the pairs evenly over its windows, so that every call
         sees every phase of training.
+      unroll: write the steps out one by one; None decides by itself (convolutions on CPU).
 
     ``value`` and ``params`` of the result belong to the unperturbed run, which is trained too,
     and ``direct`` is taken there. The objective is the outer loss at the end of each window.
@@ -128,6 +129,7 @@ class Evolution:
     persistent: bool = dataclasses.field(default=True, metadata={"static": True})
     horizon: int | None = count(None, optional=True)
     staggered: bool = dataclasses.field(default=True, metadata={"static": True})
+    unroll: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_inner_tx(self.inner_tx)
@@ -203,7 +205,7 @@ class Evolution:
     ) -> tuple[InnerState, StepInfo]:
         tx = build_tx(self.inner_tx, hparams)
         carry = carry._replace(opt_state=refresh_injected(carry.opt_state, tx, carry.params))
-        return descend(problem, tx, carry, hparams, batches, steps=self.steps)
+        return descend(problem, tx, carry, hparams, batches, steps=self.steps, unroll=self.unroll)
 
     def _reset(self, problem: Problem, hparams: Hparams, state: EvolutionState) -> EvolutionState:
         """Pairs whose clock has reached the horizon start again, with nothing accumulated."""

@@ -19,6 +19,7 @@ from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.judge import rounding_of_solve, stationarity_stats
 from bilevel.linear.base import CarryingSolver, LinearSolution, LinearSolver, state_of
 from bilevel.linear.cg import CG
+from bilevel.linear.dual_cg import DualCG
 from bilevel.linear.nystrom import Nystrom
 from bilevel.linear.woodbury import Woodbury
 from bilevel.problem.conditions import Composite
@@ -168,7 +169,7 @@ class Implicit:
         return System(operator.bind(problem, params, hparams, batch, fresh=self.fresh_batches))
 
     def _check_composite(self) -> None:
-        if isinstance(self.solver, (Nystrom, Woodbury)):
+        if isinstance(self.solver, (DualCG, Nystrom, Woodbury)):
             raise TypeError(
                 f"`solver` is {type(self.solver).__name__}, which inverts the damping of the whole "
                 "space, and the system of a `Composite` stands on its support alone: use "

@@ -92,10 +92,10 @@ class Unroll:
         the derivative of the whole run so far (stale by the moves of the hyperparameters).
       initial: ``initial(params, hparams) -> params``, a start that depends on hyperparameters
         (a learned initialization). Every call is then a new run from there.
-
       evaluate: ``evaluate(opt_state, params) -> params``, the parameters that the outer loss
         reads at the end, where these are an average kept by the optimizer
         (``optax.contrib.schedule_free_eval_params``). The trained ones are returned.
+      unroll: write the steps out one by one; None decides by itself (convolutions on CPU).
 
     The optimizer's moments keep their dtype even if a hyperparameter of a wider one enters.
     Where a gradient is exactly zero (a dead unit), the roots of second moments in Adam and its
@@ -150,6 +150,7 @@ class Unroll:
     evaluate: Callable[[Any, Params], Params] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
+    unroll: bool | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_inner_tx(self.inner_tx)
@@ -276,6 +277,7 @@ class Unroll:
             steps=steps,
             mixed=mode == "mixed",
             remat=remat,
+            unroll=self.unroll,
         )
 
     def vjp(

@@ -6,6 +6,7 @@ from bilevel.linear.base import LinearSolution as LinearSolution
 from bilevel.linear.base import LinearSolver as LinearSolver
 from bilevel.linear.cg import CG as CG
 from bilevel.linear.dense import Dense as Dense
+from bilevel.linear.dual_cg import DualCG as DualCG
 from bilevel.linear.dynamic_lanczos import DynamicLanczos as DynamicLanczos
 from bilevel.linear.identity import Identity as Identity
 from bilevel.linear.kronecker import EKFAC as EKFAC

@@ -129,14 +129,14 @@ class CG:
         require_symmetric(amap, "CG")
         unroll = amap.unroll if self.unroll is None else self.unroll
         eps = rounding(amap, rhs)
-        tolerance, has_tolerance = self._tolerance(rhs, eps)
+        tolerance, has_tolerance = tolerance_of(self.rtol, self.atol, rhs, eps)
 
         inverse, extra, told = None, 0, {}
         if self.preconditioner is not None:
             (inverse, extra, told), state = prepared_from(
                 self.preconditioner, amap, rhs, key, state
             )
-        x, r, used, spent = _start(amap, rhs, x0, unroll)
+        x, r, used, spent = start_from(amap, rhs, x0, unroll)
         limit = self.max_steps if has_tolerance else jnp.maximum(self.max_steps - spent, 1)
         z = _apply(inverse, r)
         rr = tree.vdot(r, r)
@@ -197,19 +197,21 @@ class CG:
         result = status_of(solution.result, (stale, Status.stagnated))
         return solution._replace(result=result), state
 
-    def _tolerance(self, rhs: Vector, eps: float) -> tuple[Scalar, bool]:
-        norm = tree.norm(rhs)
-        # Below this the recurrence goes on shrinking while the true residual no longer does,
-        # and its inner products end in underflow.
-        tolerance = eps * norm
-        if self.rtol is not None:
-            tolerance = jnp.maximum(tolerance, jnp.asarray(self.rtol, norm.dtype) * norm)
-        if self.atol is not None:
-            tolerance = jnp.maximum(tolerance, jnp.asarray(self.atol, norm.dtype))
-        return tolerance, self.rtol is not None or self.atol is not None
+
+def tolerance_of(rtol: Any, atol: Any, rhs: Vector, eps: float) -> tuple[Scalar, bool]:
+    """The residual norm at which to stop, and whether one was asked for."""
+    norm = tree.norm(rhs)
+    # Below this the recurrence goes on shrinking while the true residual no longer does,
+    # and its inner products end in underflow.
+    tolerance = eps * norm
+    if rtol is not None:
+        tolerance = jnp.maximum(tolerance, jnp.asarray(rtol, norm.dtype) * norm)
+    if atol is not None:
+        tolerance = jnp.maximum(tolerance, jnp.asarray(atol, norm.dtype))
+    return tolerance, rtol is not None or atol is not None
 
 
-def _start(
+def start_from(
     mv: LinearMap, rhs: Vector, x0: Vector | None, unroll: bool
 ) -> tuple[Vector, Vector, jax.Array | bool, jax.Array | int]:
     """``(x, g - A x, used, products)`` at the better of ``x0`` and zero, which needs none."""

@@ -11,7 +11,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.keys import require_key
 from bilevel.ground.linear_map import Kronecker, LinearMap
-from bilevel.ground.settings import check_settings, count
+from bilevel.ground.settings import check_settings, count, real
 from bilevel.ground.status import Status, status_of
 from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, require_symmetric
 from bilevel.linear.precondition import Prepared
@@ -22,14 +22,15 @@ from bilevel.linear.precondition import Prepared
 class KFAC:
     r"""The preconditioner with one Kronecker product per layer, for a Gauss–Newton matrix.
 
-    .. math:: P = ⨁_l A_l ⊗ G_l + ρ_l I
+    .. math:: P = ⨁_l A_l ⊗ G_l + m ρ_l I
 
     with :math:`A_l = E[a aᵀ]` of the layer's inputs (a one behind them for its bias)
     and :math:`G_l = E[δδᵀ]` of the gradients at its outputs, drawn from the
     Hessian of the output loss; a convolution counts each position as an example.
-    :math:`ρ_l` is the damping plus the mean of the penalty's diagonal in the layer. It is added
-    as it is, through the eigenvectors of both factors; split between them, as is usual for cheaper
-    inverses, it also multiplies what is large in one factor alone.
+    :math:`ρ_l` is the damping plus the mean of the penalty's diagonal in the layer, and m
+    ``damping_multiple``. It is added as it is, through the eigenvectors of both factors; split
+    between them, as is usual for cheaper inverses, it also multiplies what is large in one factor
+    alone.
 
     Layers are read off the model's program: kernels of dense layers and convolutions, and biases
     added to them. Every other leaf (scales of a normalization, embeddings, a kernel in a loop or in
@@ -39,6 +40,9 @@ class KFAC:
     Args:
       num_samples: backward passes for the :math:`G_l`, with random signs drawn from ``key``.
         ``None``: one for each output of an example, and nothing is drawn.
+      damping_multiple: m. The factors' product has a higher rank than the matrix of a batch, and
+        what is small in it is mostly curvature that is not there: above 1, less of it is divided
+        out. For the best Kronecker approximation set 1.
 
     Cost: ``num_samples`` products, :math:`O(∑_l d_l^3)` arithmetic for the eigenvectors of the
     factors and :math:`O(∑_l d_l n_l)` a step of CG, with d the width of the layer and
@@ -57,6 +61,7 @@ class KFAC:
     """
 
     num_samples: int | None = count(1, optional=True)
+    damping_multiple: float | jax.Array = real(10.0, low=0, strict=True)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -67,7 +72,7 @@ class KFAC:
         pairs = [(jnp.linalg.eigh(a), jnp.linalg.eigh(g)) for a, g in found.factors]
         bases = [(u, w) for (_, u), (_, w) in pairs]
         scales = [jnp.maximum(a, 0)[:, None] * jnp.maximum(g, 0)[None] for (a, _), (g, _) in pairs]
-        return _prepared(found, rhs, _blocks(found, bases, scales), found.num_products)
+        return _prepared(found, rhs, bases, scales, found.num_products, self.damping_multiple)
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +93,7 @@ class EKFAC:
     Args:
       num_samples: as in :class:`KFAC`; ``None``, the default, is exact where examples do not
         depend on each other.
+      damping_multiple: as in :class:`KFAC`, for the preconditioner; the solver has 1.
 
     Cost: that of :class:`KFAC` with twice the backward passes. Raises as :class:`KFAC`.
 
@@ -96,16 +102,20 @@ class EKFAC:
     """
 
     num_samples: int | None = count(None, optional=True)
+    damping_multiple: float | jax.Array = real(10.0, low=0, strict=True)
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     def prepare(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Prepared:
         """Eigenbases, and the diagonals in them."""
+        return self._prepare(mv, rhs, key, self.damping_multiple)
+
+    def _prepare(self, mv: LinearMap, rhs: Vector, key: Key | None, multiple: Any) -> Prepared:
         found = _found(mv, self.num_samples, key, "EKFAC")
         bases = [(jnp.linalg.eigh(a)[1], jnp.linalg.eigh(g)[1]) for a, g in found.factors]
-        blocks = _blocks(found, bases, found.moments(bases))
-        return _prepared(found, rhs, blocks, 2 * found.num_products)
+        moments = found.moments(bases)
+        return _prepared(found, rhs, bases, moments, 2 * found.num_products, multiple)
 
     def solve(
         self,
@@ -121,7 +131,7 @@ class EKFAC:
         amap = as_map(mv, rhs)
         require_fixed(amap, "EKFAC")
         require_symmetric(amap, "EKFAC")
-        prepared = self.prepare(amap, rhs, key)
+        prepared = self._prepare(amap, rhs, key, 1.0)
         stats = {**prepared.stats, "num_matvecs": jnp.asarray(prepared.num_products, jnp.int32)}
         value = prepared.apply(rhs)
         return finish(amap, rhs, value, stats, status_of(Status.ok), certify)
@@ -155,7 +165,7 @@ def _blocks(
     found: Kronecker, bases: list[tuple[jax.Array, jax.Array]], scales: list[jax.Array]
 ) -> Callable[[list[jax.Array]], list[jax.Array]]:
     """The inverse of each block, diagonal in its bases; the mean of D there is added to it."""
-    shifts = [jnp.mean(d) for d in found.split(jax.tree.map(tree.replicated, found.known))]
+    shifts = [jnp.mean(d) for d in found.split(found.known)]
 
     def blocks(matrices: list[jax.Array]) -> list[jax.Array]:
         made = []
@@ -168,10 +178,17 @@ def _blocks(
 
 
 def _prepared(
-    found: Kronecker, rhs: Vector, blocks: Callable[[list[Any]], list[Any]], num_products: int
+    found: Kronecker,
+    rhs: Vector,
+    bases: list[tuple[jax.Array, jax.Array]],
+    scales: list[jax.Array],
+    num_products: int,
+    multiple: Any,
 ) -> Prepared:
-    """The blocks on the layers, and a scalar on every other leaf."""
-    known = jax.tree.map(tree.replicated, found.known)
+    """The blocks on the layers, and a scalar on every other leaf, with ``multiple`` D added."""
+    known = jax.tree.map(tree.replicated, tree.scale(multiple, found.known))
+    found = found._replace(known=known)
+    blocks = _blocks(found, bases, scales)
     join = jax.linear_transpose(found.split, jax.tree.map(tree.replicated, rhs))
 
     def scale(r: jax.Array, inside: bool, mean: jax.Array, known: jax.Array) -> jax.Array:

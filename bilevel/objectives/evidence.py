@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.ground.aliases import Batch, Hparams, Params, Scalar
 from bilevel.ground.batches import check_batch
@@ -24,12 +25,11 @@ from bilevel.ground.tree import accumulate, paths
 from bilevel.objectives.kernel import (
     is_psd,
     likelihood_of,
-    log_det,
+    log_volume,
     num_in,
     outputs_of,
     per_example,
     psd_root,
-    weighted_rows,
 )
 from bilevel.regularizers.penalties import l2_penalty
 
@@ -92,7 +92,8 @@ class LaplaceEvidence:
       TypeError, ValueError: for settings, shapes, and parameters without a prior precision.
 
     Cost: b C gradients of one example for b examples and C outputs (C times less for
-    ``"single"``), memory for as many, and :math:`(b C)^3` arithmetic (less by cuts).
+    ``"single"``), memory for as many, and :math:`(b C)^3` arithmetic (less by cuts), or
+    :math:`b C D^2` where the D parameters are fewer.
 
     Example:
       >>> import jax.numpy as jnp, bilevel
@@ -201,6 +202,11 @@ class LaplaceEvidence:
     def _precisions(self, params: Params, hparams: Hparams) -> dict[str, jax.Array]:
         """The log precision of each leaf, by its path."""
         given, leaves = self.log_precision(hparams), paths(params, "")
+        if given is None:
+            raise TypeError(
+                "`log_precision` returned None: return the log precisions, one number or a "
+                "dictionary that names each leaf."
+            )
         if not isinstance(given, Mapping):
             return {path: jnp.asarray(given) for path, _ in leaves}
         missing = [path or "(the only leaf)" for path, _ in leaves if path not in given]
@@ -246,7 +252,12 @@ class LaplaceEvidence:
 
         leaves = jax.tree.leaves(per_example(rows, batch))  # (examples, outputs, *leaf)
         count = self._outputs(params, hparams, batch)
-        ids = None if self.groups is None else jnp.asarray(self.groups(batch))
+        ids = None if self.groups is None else self.groups(batch)
+        if not isinstance(ids, (jax.Array, np.ndarray)) and self.groups is not None:
+            raise TypeError(
+                f"`groups` returned {type(ids).__name__}, expected an array of whole numbers, one "
+                "per example."
+            )
         if self.outputs == "full":
             return self._blocks(leaves, scales, ids)
         parts = jax.vmap(lambda g: self._blocks([x[:, None] for x in g], scales, ids), in_axes=1)(
@@ -272,11 +283,8 @@ class LaplaceEvidence:
             )
 
         def one(rows: list[jax.Array], ids: Any) -> Scalar:
-            matrix = weighted_rows([g.reshape(-1, *g.shape[2:]) for g in rows], scales)
-            if ids is not None:  # a permutation of blocks: zeros between groups
-                each = jnp.repeat(ids, c)
-                matrix = jnp.where(each[:, None] == each[None, :], matrix, 0)
-            return log_det(matrix)
+            flat = [g.reshape(-1, *g.shape[2:]) for g in rows]
+            return log_volume(flat, scales, None if ids is None else jnp.repeat(ids, c))
 
         cut = [g.reshape(b // size, size, *g.shape[1:]) for g in rows]
         ids = None if ids is None else ids.reshape(b // size, size)

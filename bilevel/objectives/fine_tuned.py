@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.ground.aliases import Batch, Hparams, Loss, Params, Scalar
-from bilevel.ground.batches import check_stack
+from bilevel.ground.batches import check_stack, select_batch
 from bilevel.ground.settings import check_count, check_takes, is_function
 from bilevel.inner.descend import descend, start
 from bilevel.inner.optimizer import check_tx
@@ -96,6 +96,8 @@ class FineTuned:
         if self.steps:
             check_stack(batches, self.steps, "batches")
             problem = Problem(self.outer_loss, self.fine_loss)
+            value = jax.eval_shape(self.fine_loss, first, hparams, select_batch(batches, 0))
+            check_scalar(value, "fine_loss")
             state = start(self.tx, first)
             state, _ = descend(problem, self.tx, state, hparams, batches, steps=self.steps)
             first = state.params

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground.aliases import Hparams, Loss, Scalar
+from bilevel.ground.batches import is_single_key
 from bilevel.ground.leaves import select
 from bilevel.ground.settings import check_number, check_one_real, concrete
 from bilevel.ground.tree import accumulate, paths
@@ -243,7 +244,8 @@ def _labels(groups: Any, chosen: list[tuple[str, Any]]) -> dict[str, np.ndarray]
     given = dict(paths(groups, ""))
     found = {}
     for path, leaf in chosen:
-        labels = np.asarray(given.get(path, 0.5))
+        label = given.get(path, 0.5)
+        labels = np.asarray(0.5 if is_single_key(label) else label)
         if labels.shape != jnp.shape(leaf) or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
                 f"`groups`{path} must be whole numbers of shape {jnp.shape(leaf)}, the group of "

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Params, Scalar, Vector
 from bilevel.ground.batches import is_single_key
+from bilevel.ground.factor import cholesky
 from bilevel.ground.tree import paths
 
 
@@ -70,8 +71,8 @@ def num_in(batch: Batch) -> int:
     }
     if not lengths or 0 in lengths.values() or len(set(lengths.values())) > 1:
         raise ValueError(
-            "the batch of an evidence needs examples along the leading axis of every array, as "
-            f"many in each, got lengths {lengths or 'of no arrays'}: what is no example belongs in "
+            "`batch`: an evidence needs examples along the leading axis of every array, as many in "
+            f"each, got lengths {lengths or 'of no arrays'}: what is no example belongs in "
             "`hparams` or a closure."
         )
     return next(iter(lengths.values()))
@@ -125,17 +126,26 @@ def likelihood_of(
     return value[0]
 
 
-def weighted_rows(rows: Vector, scales: Vector) -> jax.Array:
-    r""":math:`G P_0^{-1} Gᵀ` for rows ``(m, *leaf)`` and :math:`P_0^{-1/2}` of each leaf."""
+def log_volume(rows: Vector, scales: Vector, ids: jax.Array | None) -> Scalar:
+    r""":math:`log|I + G P_0^{-1} Gᵀ|` for rows ``(m, *leaf)`` and :math:`P_0^{-1/2}` of each leaf.
+
+    Where there are fewer parameters than rows, the same determinant of a matrix of parameters.
+    With ``ids``, a number per row, rows of different numbers are taken apart.
+    """
     parts = []
     for g, s in zip(jax.tree.leaves(rows), jax.tree.leaves(scales), strict=True):
         wide = s.reshape((1,) * (g.ndim - s.ndim) + s.shape)
-        flat = (g * wide).reshape(g.shape[0], -1)
-        parts.append(flat @ flat.T)
-    return functools.reduce(jnp.add, parts)
+        parts.append((g * wide).reshape(g.shape[0], -1))
+    if ids is None and sum(g.shape[1] for g in parts) < parts[0].shape[0]:
+        whole = jnp.concatenate(parts, axis=1)
+        return log_det(whole.T @ whole)
+    matrix = functools.reduce(jnp.add, [g @ g.T for g in parts])
+    if ids is not None:  # a permutation of blocks: zeros between groups
+        matrix = jnp.where(ids[:, None] == ids[None, :], matrix, 0)
+    return log_det(matrix)
 
 
 def log_det(matrix: jax.Array) -> Scalar:
     """:math:`\\log|I + M|` of a positive semi-definite M."""
-    factor = jnp.linalg.cholesky(matrix + jnp.eye(matrix.shape[0], dtype=matrix.dtype))
+    factor = cholesky(matrix + jnp.eye(matrix.shape[0], dtype=matrix.dtype))
     return 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))

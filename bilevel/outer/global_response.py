@@ -13,8 +13,8 @@ from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params
 from bilevel.ground.batches import check_stack, select_batch
 from bilevel.ground.cost import Cost
 from bilevel.ground.keys import require_key
-from bilevel.ground.loops import keep_types, loop, must_unroll
-from bilevel.ground.settings import check_count, check_takes, is_function
+from bilevel.ground.loops import keep_types, loop, unrolls
+from bilevel.ground.settings import check_count, check_flag, check_takes, is_function
 from bilevel.ground.status import Status, status_of
 from bilevel.hypergradient.best_response import check_responds
 from bilevel.inner.descend import InnerState, StepInfo, take_step
@@ -78,6 +78,7 @@ def global_response(
     *,
     draws: int = 10,
     seed: int = 0,
+    unroll: bool | None = None,
 ) -> Algorithm:
     r"""Hypernetwork training over a distribution of hyperparameters.
 
@@ -102,6 +103,7 @@ def global_response(
       inner_steps: training steps per outer step.
       draws: S, draws a training step; the batch is shared.
       seed: of the network's first parameters, where ``init`` gets no ``key``.
+      unroll: write the training steps out; None decides by itself (convolutions on CPU).
 
     Returns:
       ``Algorithm(init, step, deploy)``: ``init(params, hparams, *, key=None)``, and
@@ -121,6 +123,7 @@ def global_response(
     check_count("inner_steps", inner_steps)
     check_count("draws", draws)
     check_count("seed", seed, 0)
+    check_flag("unroll", unroll, optional=True)
     if not is_function(sample):
         raise TypeError(f"`sample` must be a function (key, hparams) -> hparams, got {sample!r}.")
     check_takes("sample", sample, "sample(key, hparams)")
@@ -133,7 +136,7 @@ def global_response(
         )
     run = _GlobalResponse(
         Problem(outer, inner), network, sample, inner_tx, Mover(outer_tx, None), inner_steps,
-        draws, seed,
+        draws, seed, unroll,
     )  # fmt: skip
     return Algorithm(run.init, run.step, run.deploy)
 
@@ -150,6 +153,7 @@ class _GlobalResponse:
     inner_steps: int
     draws: int
     seed: int
+    unroll: bool | None
 
     def init(
         self,
@@ -247,7 +251,8 @@ class _GlobalResponse:
             )
             return trained, (info.loss.astype(zero.dtype), info.grad_norm.astype(zero.dtype))
 
-        unroll = must_unroll(self.problem.inner_loss, state.params, state.hparams, first)
+        at = state.params, state.hparams, first
+        unroll = unrolls(self.unroll, self.problem.inner_loss, *at)
         zero = jnp.zeros((), tree.norm(state.params).dtype)
         trained, seen = loop(self.inner_steps, train, (state.trained, (zero, zero)), unroll)
         return trained, StepInfo(*seen)

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from bilevel.ground.tree import named_leaves
 from bilevel.run.record import Record, from_json
 from bilevel.run.result import FitResult
 
@@ -82,10 +83,4 @@ def hyperparameters(history: Sequence[Record]) -> dict[str, np.ndarray]:
 
 def arrays(tree: Any) -> dict[str, np.ndarray]:
     """The leaves of a tree as float arrays, by a path such as ``layer/kernel``."""
-    import jax
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/") or "values": np.asarray(leaf, float)
-        for path, leaf in flat
-    }
+    return {name: np.asarray(leaf, float) for name, leaf in named_leaves(tree, "values").items()}

@@ -11,13 +11,13 @@ from jax.extend import core
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Loss, Params, Scalar
 from bilevel.ground.batches import is_single_key
-from bilevel.ground.loops import must_unroll
-from bilevel.ground.settings import check_count
+from bilevel.ground.loops import unrolls
+from bilevel.ground.settings import check_count, check_flag
 from bilevel.ground.tree import paths
 from bilevel.problem.validate import check_losses, check_scalar
 
 
-def accumulate(loss: Loss, parts: int) -> Loss:
+def accumulate(loss: Loss, parts: int, *, unroll: bool | None = None) -> Loss:
     r"""The same loss, read in ``parts`` micro-batches, in the memory of one.
 
     .. math:: h(w, λ; b) = 1/n ∑_{i=1}^{n} h(w, λ; b_i)
@@ -33,6 +33,7 @@ def accumulate(loss: Loss, parts: int) -> Loss:
       loss: ``loss(params, hparams, batch) -> scalar``.
       parts: n. The leading axis of every array of the batch must be a multiple of it; numbers
         without an axis go to every part, a single key is folded with the number of the part.
+      unroll: write the parts out one by one; None decides by itself (convolutions on CPU).
 
     Returns:
       ``accumulated(params, hparams, batch) -> scalar``.
@@ -54,6 +55,7 @@ def accumulate(loss: Loss, parts: int) -> Loss:
     """
     check_losses(loss=loss)
     check_count("parts", parts)
+    check_flag("unroll", unroll, optional=True)
 
     @functools.wraps(loss)
     def accumulated(params: Params, hparams: Hparams, batch: Batch) -> Scalar:
@@ -72,8 +74,8 @@ def accumulate(loss: Loss, parts: int) -> Loss:
             program = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, known[:split]))
             return program(*known[split:], *jax.tree.leaves(stacks), i)[0]
 
-        unroll = parts if must_unroll(loss, params, hparams, batch) else 1
-        return _mean(run, parts, unroll)([*closed.consts, *leaves], stacks)
+        at_once = parts if unrolls(unroll, loss, params, hparams, batch) else 1
+        return _mean(run, parts, at_once)([*closed.consts, *leaves], stacks)
 
     return accumulated
 

@@ -18,6 +18,9 @@ _RULE = (
 )
 
 
+MANY = 2  # times as many examples to tune on as to train on are seldom meant
+
+
 class Data:
     """``data(step)``: the batches of a step as keyword arguments of ``alg.step``.
 
@@ -44,12 +47,24 @@ class Data:
             self._last = step, batches
         return self._last[1]
 
+    def notices(self) -> list[str]:
+        """What the sizes of two constant sources tell: a swap, where the larger set is tuned on."""
+        inner, outer = (self._sources[name].constant for name in ("inner_batches", "outer_batch"))
+        sizes = None if inner is None or outer is None else _sizes(inner, outer)
+        if sizes is None or sizes[1] < MANY * sizes[0]:
+            return []
+        return [
+            f"training reads {sizes[0]} examples, the outer loss {sizes[1]}: unless that is meant, "
+            "`inner_data` and `outer_data` are swapped."
+        ]
+
 
 class _Source:
     """One argument of ``fit``, as a function of the step whose batches keep their form."""
 
     def __init__(self, name: str, data: Any):
         self.name = name
+        self.constant: Any = None
         self._form: Any = None
         if callable(data):
             self._function = data
@@ -74,7 +89,7 @@ class _Source:
                 "`lambda step: batches[step % len(batches)]`."
             )
         _check_arrays(name, f"`{name}`", data)
-        constant = jax.device_put(data)
+        self.constant = constant = jax.device_put(data)
         self._function: Callable[[int], Batch] = lambda step: constant
 
     def __call__(self, step: int) -> Batch:
@@ -124,6 +139,26 @@ class _Source:
             f"it {_words(self._form)}. Every step must return the same tree, with arrays of the "
             "same dtypes and numbers of axes."
         )
+
+
+def _sizes(inner: Batch, outer: Batch) -> tuple[int, int] | None:
+    """How many examples two constant trees hold; None where that cannot be told.
+
+    The inner tree has one axis more, of its training steps, which may all read the same.
+    """
+    stacks, batches = jax.tree.leaves(inner), jax.tree.leaves(outer)
+    if jax.tree.structure(inner) != jax.tree.structure(outer) or not stacks:
+        return None
+    for stack, batch in zip(stacks, batches, strict=True):
+        if jnp.ndim(batch) < 1 or jnp.shape(stack)[2:] != jnp.shape(batch)[1:]:
+            return None
+        if jnp.ndim(stack) != jnp.ndim(batch) + 1 or not stack.is_fully_addressable:
+            return None
+    steps, size = stacks[0].shape[:2]
+    outer_size = batches[0].shape[0]
+    if outer_size >= MANY * size and all(bool(jnp.all(x == x[:1])) for x in stacks):
+        steps = 1
+    return steps * size, outer_size
 
 
 def _dtype(leaf: Any) -> Any:

@@ -168,7 +168,7 @@ def fit(
             history,
             report.stopped or "steps",
             first.resumed_from,
-            trust_of(history),
+            trust_of(history, data.notices()),
         )
         if bar is not None:
             bar.tell(str(result.trust))

@@ -9,7 +9,7 @@ import numpy as np
 
 from bilevel.ground.aliases import Hparams
 from bilevel.ground.status import Status
-from bilevel.ground.tree import accumulate
+from bilevel.ground.tree import accumulate, named_leaves
 
 Record = dict[str, Any]
 
@@ -18,15 +18,6 @@ SMALL = 16
 
 HALVINGS = 20
 """Steps of the bisection for a median, which is exact to the range of the entries by 2 ** 20."""
-
-
-def _named(tree: Any, default: str) -> dict[str, Any]:
-    """Leaves by their path, written ``net/decay``."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/") or default: leaf
-        for path, leaf in flat
-    }
 
 
 def numbers_of(info: Any, hparams: Hparams) -> dict[str, Any]:
@@ -43,11 +34,11 @@ def numbers_of(info: Any, hparams: Hparams) -> dict[str, Any]:
     numbers.update(getattr(info, "stats", None) or {})
     if hasattr(info, "cost"):
         numbers["cost"] = info.cost.total
-    for path, leaf in _named(getattr(info, "aux", None), "").items():
+    for path, leaf in named_leaves(getattr(info, "aux", None), "").items():
         if jnp.shape(leaf) == ():
             numbers[f"aux/{path}".rstrip("/")] = leaf
     numbers["hparams"] = {}
-    for path, leaf in _named(hparams, "hparams").items():
+    for path, leaf in named_leaves(hparams, "hparams").items():
         told = {path: leaf} if jnp.size(leaf) <= SMALL else _summary(path, leaf)
         numbers["hparams"].update(told)
     return jax.tree.map(jnp.asarray, numbers)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from bilevel.ground.aliases import Hparams, ModelState, Params
 from bilevel.run.record import Record
-from bilevel.run.trust import Trust
+from bilevel.run.trust import Trust, jumps
 
 
 class FitResult(NamedTuple):
@@ -69,4 +69,7 @@ def nonfinite_error(result: FitResult, done: int, checkpoint: Path | None) -> No
         "there: with `on_nonfinite='skip'` to leave such steps out, with 'stop' to end at the "
         "first one without an error."
     )
+    # A smaller jump than a run that goes on would be told of: here it has done its harm.
+    for notice in jumps(result.history[-2:], 1):
+        message += f" Before it, {notice}"
     return NonfiniteError(message, i, what, checkpoint, result)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from bilevel.run.record import Record
 
 FEW = 10  # steps below which a run has no course that could be judged
 GROWTH = 100
+JUMP = 10  # an update of a hyperparameter beyond so many times its size, and beyond so much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Trust:
         return "; ".join(parts) + "".join(f"\n- {notice}" for notice in self.notices)
 
 
-def trust_of(history: Sequence[Record]) -> Trust:
-    """The judgement over the records of a run."""
+def trust_of(history: Sequence[Record], further: Sequence[str] = ()) -> Trust:
+    """The judgement over the records of a run; ``further``: notices made elsewhere."""
     statuses = collections.Counter(r["status"] for r in history if "status" in r)
     residuals = [
         r["residual_norm"] / r["rhs_norm"]
@@ -71,7 +73,7 @@ def trust_of(history: Sequence[Record]) -> Trust:
         sum("nonfinite" in r for r in history),
         *_quantiles(residuals),
         *_quantiles(distances),
-        notices=tuple(_notices(history)),
+        notices=(*jumps(history), *_notices(history), *further),
     )
 
 
@@ -89,6 +91,13 @@ def _notices(history: Sequence[Record]) -> list[str]:
         first, last = _ends([r[name] for r in history if name in r])
         if first is not None and last is not None and last > GROWTH * first > 0:
             said.append(f"`{name}` grew from {first:.2g} to {last:.2g}: {cause}.")
+    norms = [r["hypergrad_norm"] for r in history if "hypergrad_norm" in r]
+    if len(norms) >= FEW and not any(norms[-max(3, len(norms) // 10) :]):
+        said.append(
+            "`hypergrad_norm` ended at exactly zero: the losses no longer see the hyperparameters. "
+            "They left their useful range (lower the outer learning rate, start elsewhere, or "
+            "bound them with `constrain=`), or no parameter follows them."
+        )
     pairs = [(r["outer_loss"], r["inner_loss"]) for r in history if "inner_loss" in r]
     if len(pairs) >= FEW and all(0 <= 2 * outer < inner for outer, inner in pairs):
         said.append(
@@ -97,6 +106,26 @@ def _notices(history: Sequence[Record]) -> list[str]:
             "`outer_data` may be swapped, or share examples."
         )
     return said
+
+
+def jumps(history: Sequence[Record], factor: float = JUMP) -> list[str]:
+    """The first update that threw a hyperparameter far beyond its size, in words."""
+    for old, new in itertools.pairwise(history):
+        for path, value in old.get("hparams", {}).items():
+            # A norm grows with the number of entries; an older log may have other names.
+            if path.endswith("/norm") or path not in new.get("hparams", {}):
+                continue
+            before = np.ravel(np.asarray(value, float))
+            after = np.ravel(np.asarray(new["hparams"][path], float))
+            moved = np.abs(after - before) / np.maximum(1.0, np.abs(before))
+            if moved.size and np.nanmax(moved, initial=0.0) > factor:
+                k = int(np.nanargmax(moved))
+                return [
+                    f"one update (step {old['step']}) moved `{path}` from {before[k]:.3g} to "
+                    f"{after[k]:.3g}: lower the outer learning rate, or bound the hyperparameters "
+                    "(`constrain=`)."
+                ]
+    return []
 
 
 def _ends(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -36,6 +36,8 @@ from bilevel.problem.validate import (
 STATIONARY = 1e-3
 CONDITION = 1e4  # beyond it a float32 solve loses four of its seven digits
 ACCURACY = 1e-4
+SWAPPED = 2  # times as large a loss on what was trained on is no accident of a small batch
+FEW = 10  # products that a network in training is worth: what they leave out is not its error
 LARGE = 50  # inputs beyond it are seldom meant: pixels from 0 to 255, features in raw units
 READY = "Ready for implicit differentiation."
 
@@ -98,6 +100,8 @@ def diagnose(
     key: Key | None = None,
     num_steps: int = 30,
     operator: Operator | None = None,
+    outer: Loss | None = None,
+    outer_batch: Batch = None,
     has_state: bool = False,
     model_state: ModelState = None,
     print: bool = True,
@@ -117,6 +121,8 @@ def diagnose(
       key: of the random start; fixed by default, so that a call repeats itself.
       num_steps: Lanczos steps, at most n.
       operator: ``Hessian()`` by default, or a ``GaussNewton(...)``.
+      outer, outer_batch: if given, the outer loss is read on both batches, where both have the
+        same tree: trained parameters that fit ``outer_batch`` far better tell a swap.
       has_state, model_state: as for :func:`~bilevel.hypergrad`.
       print: write the table to the standard output, with ``rich`` where it is installed.
 
@@ -139,6 +145,9 @@ def diagnose(
         check_inner_problem(inner, has_state)
     else:
         check_losses(inner=inner)
+    if outer is not None:
+        check_losses(outer=outer)
+        check_batch(outer_batch, "outer_batch")
     check_key(key)
     check_inexact(params, "params", SPLIT_MODEL)
     check_inexact(hparams, "hparams", "Hyperparameters are real numbers.")
@@ -166,8 +175,11 @@ def diagnose(
         extremes(coefficients),
         operator,
     )
-    further = [*_of_batch(inner_batch), *_of_compilation(inner, has_state, params, hparams,
-               inner_batch, model_state)]  # fmt: skip
+    read = (lambda *_: None) if outer is None else outer
+    problem = Problem(read, inner, has_state=has_state, model_state=model_state)
+    further = [*_of_batch(inner_batch), *_of_compilation(problem, params, hparams, inner_batch)]
+    if outer is not None:
+        further += _of_swap(problem, params, hparams, inner_batch, outer_batch)
     if further:
         ready = (READY,) == found.advice
         found = dataclasses.replace(found, advice=(*(() if ready else found.advice), *further))
@@ -190,16 +202,25 @@ def _of_batch(batch: Batch) -> list[str]:
     return said
 
 
-def _of_compilation(
-    inner: Loss | Composite,
-    has_state: bool,
-    params: Params,
-    hparams: Hparams,
-    batch: Batch,
-    state: ModelState,
+def _of_swap(
+    problem: Problem, params: Params, hparams: Hparams, inner_batch: Batch, outer_batch: Batch
 ) -> list[str]:
+    """Whether the parameters fit the outer batch as one does what it was trained on."""
+    if jax.tree.structure(inner_batch) != jax.tree.structure(outer_batch):
+        return []
+    loss = jax.jit(lambda *args: problem.outer_loss(*args)[0])
+    trained, other = (float(loss(params, hparams, b)) for b in (inner_batch, outer_batch))
+    if not 0 <= SWAPPED * other < trained:
+        return []
+    return [
+        f"The outer loss is {other:.3g} on `outer_batch` and {trained:.3g} on `inner_batch`, which "
+        "parameters are trained on: the two are swapped, or share examples, or are not "
+        "preprocessed alike."
+    ]
+
+
+def _of_compilation(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> list[str]:
     """Where loops are unrolled, compiling is what a first call costs."""
-    problem = Problem(lambda *_: None, inner, has_state=has_state, model_state=state)
     if not must_unroll(problem.smooth.inner_loss, params, hparams, batch):
         return []
     return [
@@ -265,6 +286,8 @@ def _conclude(
         solver = Dense()
     elif condition <= 10 and top > 0:
         solver = Neumann(max(1, math.ceil(condition * math.log(1 / ACCURACY))), 1 / top)
+    elif isinstance(operator, GaussNewton) and not stationary:
+        solver = CG(max_steps=min(cg_steps, FEW))
     else:
         solver = CG(max_steps=cg_steps, rtol=ACCURACY)
     advised = operator
@@ -279,9 +302,10 @@ def _conclude(
     if not broken and not stationary:
         advice.append(
             f"The parameters are not at a minimum (a gradient step would move them by "
-            f"{stationarity:.1e} of their length): train further, or use a response that does not "
-            "assume a minimum, such as `Unroll(...)` (whether the derivative of a training run is "
-            "of use, `metasmoothness(...)` tells before it is taken)."
+            f"{stationarity:.1e} of their length): train further on this `inner_batch` (is it the "
+            "training data?), or use a response that does not assume a minimum, such as "
+            "`Unroll(...)` (whether the derivative of a training run is of use, "
+            "`metasmoothness(...)` tells before it is taken)."
         )
     if low < -1e-4 * scale:
         advice.append(
@@ -296,7 +320,12 @@ def _conclude(
         )
     if found.smallest_error > 0.1 * max(abs(low), 1e-6 * abs(high)) and found.steps < n:
         advice.append("The smallest eigenvalue has not settled: raise `num_steps`.")
-    if isinstance(solver, CG) and condition > 100:
+    if isinstance(solver, CG) and solver.rtol is None:
+        advice.append(
+            "Away from a minimum a tight solve does not make the hypergradient right: a few steps "
+            "of CG are enough (the recipe for networks), warm-started from step to step."
+        )
+    elif isinstance(solver, CG) and condition > 100:
         advice.append("`CG(preconditioner=Diagonal())` often halves the steps.")
     return Diagnosis(
         num_params=size,

@@ -1,7 +1,8 @@
 """W7: tuning while training: 20 or 40 Adam steps of the MLP of W2, then one hypergradient.
 
 The hand-written column is the training alone; a cell of the others says what tuning 668 672 decays
-adds to it. States come from two cycles before, so that what is carried from call to call is warm.
+adds to it, or one decay for each layer. States come from two cycles before, so that what is carried
+from call to call is warm.
 """
 
 import functools
@@ -24,6 +25,18 @@ CG_STEPS = 10
 DAMPING = 1e-2
 NO_LOOP = "no loop of training and tuning"
 NONE = dict.fromkeys(("lineax", "optimistix", "jaxopt"), NO_LOOP)
+
+
+def mean_penalty(params: Any, lam: Any) -> Any:
+    """The penalty of W2 with the mean strength of each layer in place of one for each weight."""
+    return w2.penalty(params, [jnp.log(jnp.mean(jnp.exp(x))) for x in lam])
+
+
+def _dual_cg(penalty: Any) -> bilevel.Implicit:
+    operator = bilevel.GaussNewton(w2.model, w2.cross_entropy, DAMPING, penalty)
+    return bilevel.Implicit(bilevel.DualCG(CG_STEPS), operator)
+
+
 RESPONSES = {
     "bilevel": bilevel.Implicit(bilevel.Neumann(TERMS), bilevel.Hessian()),
     "bilevel_uncertified": bilevel.Implicit(
@@ -37,8 +50,11 @@ RESPONSES = {
     "cg_gn_uncertified": bilevel.Implicit(
         bilevel.CG(CG_STEPS), w2._operator(DAMPING), certify=False
     ),
+    "dual_cg_mean": _dual_cg(mean_penalty),
     "identity": bilevel.Implicit(bilevel.Identity(), bilevel.Hessian()),
 }
+# With one decay for each layer, as networks are tuned.
+RESPONSES_OF_LAYERS = {"bilevel": _dual_cg(w2.penalty), "cg_gn": RESPONSES["cg_gn"]}
 
 
 def _algorithm(response: Any, steps: int) -> bilevel.Algorithm:
@@ -48,11 +64,13 @@ def _algorithm(response: Any, steps: int) -> bilevel.Algorithm:
 
 
 @functools.lru_cache(maxsize=1)
-def arguments(tiny: bool, seed: int, steps: int) -> tuple[Any, str]:
+def arguments(tiny: bool, seed: int, steps: int, by_layer: bool = False) -> tuple[Any, str]:
     """The states of each method after two cycles, and the batches of the third."""
     (params, lam, batches, held_out, key), source = w3.arguments(tiny, seed, steps, w3.BATCH)
+    if by_layer:
+        lam = [jnp.mean(x) for x in lam]
     states = {}
-    for name, response in RESPONSES.items():
+    for name, response in (RESPONSES_OF_LAYERS if by_layer else RESPONSES).items():
         if name.removesuffix("_uncertified") in states:
             states[name] = states[name.removesuffix("_uncertified")]
             continue
@@ -122,8 +140,33 @@ def tune_by_hand(steps: int) -> Any:
     return function
 
 
-def _tuned(name: str, steps: int) -> Any:
-    step = _algorithm(RESPONSES[name], steps).step
+def dual_by_hand(steps: int) -> Any:
+    """The same with CG (10) on Gauss–Newton, preconditioned by the decay, from its last solution.
+
+    Vectors are as long as the parameters: what agrees with the library, not how it is fast.
+    """
+
+    def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
+        batches, states = inner_batch
+        state = states["bilevel"]
+        params, _ = _trained(steps, params, lam, inner_batch)
+
+        def solve(g: Any, params: Any, lam: Any, batch: Any, key: Any) -> Any:
+            mv = w2._gauss_newton(params, lam, batch, DAMPING)
+            inverse = jax.tree.map(lambda d: 1 / d, w2._decay(params, lam, DAMPING))
+            start = state.response
+            left = plain.axpy(-1.0, mv(start), g)
+            return plain.axpy(1.0, start, plain.cg(mv, left, CG_STEPS - 1, inverse=inverse))
+
+        gradient = plain.hypergradient(w2.outer, w2.inner, solve)
+        grads = gradient(params, lam, plain.pick(batches, steps - 1), held_out, key)
+        return params, _adam(OUTER_RATE, lam, _moments(state.outer.opt_state[0]), grads)[0]
+
+    return function
+
+
+def _tuned(response: bilevel.Implicit, name: str, steps: int) -> Any:
+    step = _algorithm(response, steps).step
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         batches, states = inner_batch
@@ -138,23 +181,25 @@ def _tuned(name: str, steps: int) -> Any:
     return function
 
 
-def _row(steps: int, config: Config, seed: int) -> Row:
-    args, source = arguments(config.tiny, seed, steps)
+def _row(steps: int, config: Config, seed: int, by_layer: bool = False) -> Row:
+    args, source = arguments(config.tiny, seed, steps, by_layer)
+    responses = RESPONSES_OF_LAYERS if by_layer else RESPONSES
+    by_hand = (dual_by_hand if by_layer else tune_by_hand)(steps)
 
     def inner(params: Any, hparams: Any, inner_batch: Any) -> Any:
         return w2.inner(params, hparams, plain.pick(inner_batch[0], 0))
 
-    columns = {"jax": train_by_hand(steps), "bilevel": _tuned("bilevel", steps), **NONE}
-    extras = {name: _tuned(name, steps) for name in RESPONSES if name != "bilevel"}
+    tuned = {name: _tuned(response, name, steps) for name, response in responses.items()}
+    columns = {"jax": train_by_hand(steps), "bilevel": tuned.pop("bilevel"), **NONE}
     return Row(
-        f"w7_tuning_{steps}",
-        f"W7 {steps} Adam steps and one hypergradient",
+        f"w7_tuning{'_layers' if by_layer else ''}_{steps}",
+        f"W7 {steps} Adam steps and one hypergradient{', a decay a layer' if by_layer else ''}",
         source,
         args,
         inner,
         columns=columns,
-        extras=extras | {"by_hand": tune_by_hand(steps)},
-        twin=tune_by_hand(steps),
+        extras=tuned | {"by_hand": by_hand},
+        twin=by_hand,
     )
 
 
@@ -166,4 +211,12 @@ def tuning_40(config: Config, seed: int) -> Row:
     return _row(40, config, seed)
 
 
-ROWS = {"w7_tuning_20": tuning_20, "w7_tuning_40": tuning_40}
+def tuning_layers_20(config: Config, seed: int) -> Row:
+    return _row(20, config, seed, by_layer=True)
+
+
+ROWS = {
+    "w7_tuning_20": tuning_20,
+    "w7_tuning_40": tuning_40,
+    "w7_tuning_layers_20": tuning_layers_20,
+}

@@ -53,13 +53,15 @@ def implicit_hypergradient(num_matvecs: float, outer: float = 1.0) -> Cost:
     return hypergradient(bilevel.Implicit(bilevel.CG()), num_matvecs=num_matvecs, outer=outer)
 
 
-def self_tuning(network: Network, inner_steps: int, outer: float = 1.0) -> Cost:
+def self_tuning(
+    network: Network, inner_steps: int, outer: float = 1.0, *, linearized: bool = False
+) -> Cost:
     """One cycle of `bilevel.self_tuning`, when the warm-up is over.
 
-    Delta-STN (a centred network) makes a plain gradient and one of the response; STN makes one of
-    weights and response together.
+    Delta-STN (a centred network) makes a plain gradient and one of the response, on linearized
+    outputs or not; STN makes one of weights and response together.
     """
-    cycle = cycle_cost(network, inner_steps)
+    cycle = cycle_cost(network, inner_steps, linearized=linearized)
     return cycle._replace(outer_gradients=outer * cycle.outer_gradients)
 
 

@@ -48,16 +48,16 @@ def tuning_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
 
 
 def best_so_far(measured: Any, by: str = "validation_loss") -> dict[str, np.ndarray]:
-    """Of parallel runs, shape ``(n, points)``: every measurement at the best point so far.
+    """Of a run, shape ``(points,)``, or parallel ones: all measurements at the best point so far.
 
     The best in validation loss: rule 2, for methods that are measured equally often.
     """
     losses = np.asarray(measured[by])
-    lowest = np.minimum.accumulate(losses, axis=1)
-    points = np.arange(losses.shape[1])
-    at = np.maximum.accumulate(np.where(losses == lowest, points, 0), axis=1)
+    lowest = np.minimum.accumulate(losses, axis=-1)
+    points = np.arange(losses.shape[-1])
+    at = np.maximum.accumulate(np.where(losses == lowest, points, 0), axis=-1)
     return {
-        name: np.take_along_axis(np.asarray(value), at, axis=1) for name, value in measured.items()
+        name: np.take_along_axis(np.asarray(value), at, axis=-1) for name, value in measured.items()
     }
 
 

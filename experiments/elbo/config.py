@@ -22,6 +22,7 @@ class Config:
       samples: of the weights in each step of the variational runs.
       scale, scale_rate: first standard deviation of these weights, and the rate of its logarithm.
       draws: of the weights that a variational prediction averages.
+      kappa_head: emphasis of the data on the head; None takes D / N, as for all weights.
       head_std: standard deviation of the first weights of the head.
     """
 
@@ -45,6 +46,7 @@ class Config:
     scale: float = 0.05
     scale_rate: float = 0.03
     draws: int = 30
+    kappa_head: float | None = 30.0
     head_std: float = 0.1
 
 

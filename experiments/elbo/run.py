@@ -124,6 +124,8 @@ def variational(
     arm: str, task: problem.Task, config: Config, seed: int, kappa: float | None = None
 ) -> tuple[Any, float, dict[str, Any]]:
     """Draws from the Gaussian of one variational run on all examples."""
+    if kappa is None and arm == "head":
+        kappa = config.kappa_head
     q, variances = _fitted(arm, config, kappa)(task, jax.random.key(seed))
     precision = float(1 / (variances[0] * len(task.train[1])))
     told = {"decay": precision, "scale": float(q.scale)}

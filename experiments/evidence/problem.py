@@ -19,32 +19,34 @@ class Task(NamedTuple):
     test: tuple[jax.Array, jax.Array]
 
 
-def task(name: str, config: Config, seed: int) -> Task:
+def task(name: str, config: Config, seed: int, augmented: bool = False) -> Task:
     """A data set by name; the ending `_rotated` or `_shifted` transforms each of its images."""
+    n = config.augmented_examples if augmented else config.examples
+    side = config.augmented_pooled if augmented else config.pooled
     source = name.removesuffix("_rotated").removesuffix("_shifted")
     kinds = {"digits": data.digits, "mnist": data.mnist, "fashion_mnist": data.fashion_mnist}
     full = kinds[source](seed=seed)
     draw = np.random.default_rng((seed, 7))
-    count = min(len(full.train.y), config.examples + config.more)
+    count = min(len(full.train.y), n + config.more)
     rows = draw.permutation(len(full.train.y))[:count]
     tested = draw.permutation(len(full.test.y))[: config.test]
     parts = [
-        (full.train.x[rows[: config.examples]], full.train.y[rows[: config.examples]]),
-        (full.train.x[rows[config.examples :]], full.train.y[rows[config.examples :]]),
+        (full.train.x[rows[:n]], full.train.y[rows[:n]]),
+        (full.train.x[rows[n:]], full.train.y[rows[n:]]),
         (full.test.x[tested], full.test.y[tested]),
     ]
-    return Task(*(_prepared(name, x, y, config, draw) for x, y in parts))
+    return Task(*(_prepared(name, x, y, side, config.moved, draw) for x, y in parts))
 
 
 def _prepared(
-    name: str, x: np.ndarray, y: np.ndarray, config: Config, draw: np.random.Generator
+    name: str, x: np.ndarray, y: np.ndarray, side: int, moved: float, draw: np.random.Generator
 ) -> tuple[jax.Array, jax.Array]:
-    images, side = jnp.asarray(x), config.pooled
+    images = jnp.asarray(x)
     if name.endswith("_rotated"):
         angles = jnp.asarray(draw.uniform(-np.pi, np.pi, len(y)), jnp.float32)
         images = transformed(images, angles, jnp.zeros((len(y), 2)))
     if name.endswith("_shifted"):
-        moves = jnp.asarray(draw.uniform(-1, 1, (len(y), 2)) * config.moved * side, jnp.float32)
+        moves = jnp.asarray(draw.uniform(-1, 1, (len(y), 2)) * moved * side, jnp.float32)
         images = transformed(images, jnp.zeros(len(y)), moves)
     b, rows, columns = images.shape
     images = images.reshape(b, rows // side, side, columns // side, side).mean((2, 4))
@@ -82,7 +84,7 @@ def network(w: dict[str, Any], x: jax.Array) -> jax.Array:
     """Logits of flat images."""
     for i in range(len(w)):
         x = x @ w[f"layer{i}"]["kernel"] + w[f"layer{i}"]["bias"][None]
-        x = jnp.tanh(x) if i < len(w) - 1 else x
+        x = jax.nn.relu(x) if i < len(w) - 1 else x
     return x
 
 

@@ -16,9 +16,9 @@ from experiments.evidence import problem
 from experiments.evidence.config import Config
 
 TABLE = ("test_loss", "test_error", "rotation", "shift")
-# A stochastic evidence gradient: rows of the Jacobian, and about three times as much to
-# differentiate them.
-EVIDENCE_COST = 4.0
+# An evidence gradient, in gradients: ten rows of the Jacobian per example; with transformations
+# one, and about three times as much to differentiate it.
+FULL_COST, SINGLE_COST = 10.0, 4.0
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
@@ -31,10 +31,10 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
         _ranges(name, config, seed, records)
 
 
-def losses(config: Config, draws: int, frozen: bool = True, **cuts: Any) -> LaplaceEvidence:
+def losses(count: int, draws: int, **cuts: Any) -> LaplaceEvidence:
     """The evidence of the network; its `inner` is the training loss of every method."""
     return LaplaceEvidence(
-        problem.model(draws), problem.likelihood, config.examples, frozen_curvature=frozen, **cuts
+        problem.model(draws), problem.likelihood, count, frozen_curvature=True, **cuts
     )
 
 
@@ -52,10 +52,10 @@ def _decays(name: str, config: Config, seed: int, records: record.Records) -> No
     task = problem.task(name, config, seed)
     w = problem.initial(jax.random.key(seed), task.train[0][0].size, config)
     start = problem.first_hparams(w, transforms=False)
-    _finish(f"{name}_none", start, 0.0, task, config, seed, records)
+    _finish(f"{name}_none", w, start, 0.0, task, config, seed, records)
     for arm in ("evidence", "holdout", "cross_validation", "oracle"):
         hparams, cost, fitted = tuned(arm, w, start, task, config, seed)
-        _finish(f"{name}_{arm}", hparams, cost, task, config, seed, records)
+        _finish(f"{name}_{arm}", fitted, hparams, cost, task, config, seed, records)
         if arm == "evidence":
             _bounds(name, fitted, hparams, task, config, seed, records)
 
@@ -64,8 +64,11 @@ def tuned(
     arm: str, w: Any, start: Any, task: problem.Task, config: Config, seed: int
 ) -> tuple[Any, float, Any]:
     """Decays by one way to choose them, at the same cost; what was paid, and the parameters."""
-    state = _tuned(arm, config, w, start, task, jax.random.key(seed + 1))
-    return state.hparams, _steps(arm, config) * _price(arm, config), state.params
+    state = _tuned(arm, config, w, start, task)
+    # Of cross-validation the first fold's.
+    one = arm != "cross_validation"
+    fitted = state.params if one else jax.tree.map(lambda x: x[0], state.params)
+    return state.hparams, _steps(arm, config) * _price(arm, config), fitted
 
 
 def _steps(arm: str, config: Config) -> int:
@@ -78,8 +81,7 @@ def _price(arm: str, config: Config) -> float:
     """Of one outer step, in gradients of N examples."""
     products = 2.5 * (config.terms + 1)
     if arm == "evidence":
-        rows = EVIDENCE_COST * config.outer_batch / config.examples
-        return config.inner_steps + 2.5 + rows
+        return config.inner_steps + 2.5 + FULL_COST
     steps = config.inner_steps + products
     if arm == "cross_validation":
         return (config.folds - 1) * steps + 1
@@ -88,16 +90,27 @@ def _price(arm: str, config: Config) -> float:
     return steps + config.more / config.examples
 
 
+def _trained(inner: Any, tx: Any, w: Any, hparams: Any, sample: Any, keys: jax.Array) -> Any:
+    """Parameters after as many steps as there are keys."""
+
+    def body(state: Any, key: jax.Array) -> Any:
+        rows = jax.tree.map(lambda x: x[None], sample(key))
+        return bilevel.descend(inner, tx, state, hparams, rows, steps=1)[0], None
+
+    return jax.lax.scan(body, bilevel.InnerState(w, tx.init(w)), keys)[0].params
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _tuned(arm: str, config: Config, w: Any, start: Any, task: problem.Task, key: jax.Array) -> Any:
-    evidence, valid, n = losses(config, 1, outputs="single"), mean_nll(1), config.examples
-    steps, inner, first = config.inner_steps, evidence.inner, w
-    held = n // config.folds
+def _tuned(arm: str, config: Config, w: Any, start: Any, task: problem.Task) -> Any:
+    n, steps = config.examples, config.inner_steps
+    evidence, valid = losses(n, 1), mean_nll(1)
+    inner, first, held = evidence.inner, w, n // config.folds
     # The reference validates on many further examples.
     outer, train, checked = valid, task.train, task.more
     response = bilevel.Implicit(bilevel.Neumann(config.terms), certify=False)
     if arm == "evidence":
-        outer, response = evidence.outer, bilevel.Implicit(bilevel.Identity(1e-3), certify=False)
+        outer, checked = evidence.outer, task.train
+        response = bilevel.Implicit(bilevel.Identity(1e-3), certify=False)
     elif arm == "cross_validation":
         cv = CrossValidation(k_folds(n, config.folds), valid, inner)
         outer, inner, first = cv.outer, cv.inner, cv.init(w)
@@ -106,45 +119,47 @@ def _tuned(arm: str, config: Config, w: Any, start: Any, task: problem.Task, key
         train = jax.tree.map(lambda x: x[held:], task.train)
         checked = jax.tree.map(lambda x: x[:held], task.train)
 
-    def sample(key: jax.Array) -> Any:
-        stack = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps, *x.shape)), train)
-        if arm != "evidence":
-            return stack, checked
-        rows = jax.random.permutation(key, n)[: config.outer_batch]
-        return stack, (jax.tree.map(lambda x: x[rows], task.train), key)
+    keys = jax.random.split(jax.random.key(0), config.burn_in)
+    first = _trained(inner, optax.adam(config.rate), first, start, lambda _: train, keys)
+
+    def sample(_: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (steps, *x.shape)), train), checked
 
     alg = bilevel.alternate(
         outer, inner, response, optax.adam(config.rate), optax.adam(config.rate_hparams), steps
     )
-    start = alg.init(first, start)
-    return bilevel.scan_run(alg, start, sample, _steps(arm, config), key=key).state
+    state = alg.init(first, start)
+    return bilevel.scan_run(alg, state, sample, _steps(arm, config), key=keys[0]).state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _retrained(
+def _finished(
     config: Config, batch: int | None, w: Any, hparams: Any, train: Any, key: jax.Array
 ) -> Any:
-    """Parameters of a fresh run on all examples with the chosen hyperparameters."""
-    draws = config.draws if "rotation" in hparams else 1
-    inner, n = losses(config, draws).inner, config.examples
-    tx = optax.adam(optax.cosine_decay_schedule(config.rate, config.retrain))
+    """Parameters trained on with the chosen hyperparameters, on all examples.
 
-    def body(state: Any, key: jax.Array) -> Any:
-        rows = train
-        if batch is not None:
-            chosen = jax.random.permutation(key, n)[:batch]
-            rows = jax.tree.map(lambda x: x[chosen], rows)
-        if "rotation" in hparams:
-            rows = (*rows, key)
-        rows = jax.tree.map(lambda x: x[None], rows)
-        return bilevel.descend(inner, tx, state, hparams, rows, steps=1)[0], None
+    Not anew: precisions of layers drift along the scale symmetry of a network, which the
+    parameters beside them follow and a fresh start does not find.
+    """
+    draws, n = config.draws if "rotation" in hparams else 1, len(train[1])
 
-    keys = jax.random.split(key, config.retrain)
-    return jax.lax.scan(body, bilevel.InnerState(w, tx.init(w)), keys)[0].params
+    def sample(key: jax.Array) -> Any:
+        rows = train if batch is None else _drawn(train, key, batch)
+        return (*rows, key) if "rotation" in hparams else rows
+
+    tx = optax.adam(optax.cosine_decay_schedule(config.rate, config.finish))
+    keys = jax.random.split(key, config.finish)
+    return _trained(losses(n, draws).inner, tx, w, hparams, sample, keys)
+
+
+def _drawn(rows: Any, key: jax.Array, count: int) -> Any:
+    chosen = jax.random.permutation(key, len(rows[1]))[:count]
+    return jax.tree.map(lambda x: x[chosen], rows)
 
 
 def _finish(
     method: str,
+    w: Any,
     hparams: Any,
     cost: float,
     task: problem.Task,
@@ -153,8 +168,7 @@ def _finish(
     records: record.Records,
     batch: int | None = None,
 ) -> None:
-    w = problem.initial(jax.random.key(seed + 2), task.train[0][0].size, config)
-    w = _retrained(config, batch, w, hparams, task.train, jax.random.key(seed + 3))
+    w = _finished(config, batch, w, hparams, task.train, jax.random.key(seed + 3))
     told: dict[str, Any] = {
         "log_precision": [float(x) for x in jax.tree.leaves(hparams["log_precision"])]
     }
@@ -200,7 +214,7 @@ def _bound(cut: str, config: Config, w: Any, hparams: Any, batch: Any) -> jax.Ar
         "diagonal": {"outputs": "independent", "block": 1},
         "single": {"outputs": "single"},
     }
-    return losses(config, 1, **settings[cut]).outer(w, hparams, batch)
+    return losses(config.examples, 1, **settings[cut]).outer(w, hparams, batch)
 
 
 def _bounds(
@@ -236,36 +250,37 @@ def _bounds(
 
 
 def _ranges(name: str, config: Config, seed: int, records: record.Records) -> None:
-    task = problem.task(name, config, seed)
+    task = problem.task(name, config, seed, augmented=True)
     w = problem.initial(jax.random.key(seed), task.train[0][0].size, config)
-    arms = (("ranges", True), ("no_ranges", False))
-    for arm, transforms in arms:
-        start = problem.first_hparams(w, transforms)
-        hparams, cost = learned(w, start, task, config, seed, records, f"{name}_{arm}_path")
-        batch = config.augmented_batch
-        _finish(f"{name}_{arm}", hparams, cost, task, config, seed, records, batch)
+    batch = config.augmented_batch
+    for arm, transforms in (("ranges", True), ("no_ranges", False)):
+        start, path = problem.first_hparams(w, transforms), f"{name}_{arm}_path"
+        state, cost = learned(w, start, task, config, seed, records, path)
+        method, fitted = f"{name}_{arm}", state.params
+        _finish(method, fitted, state.hparams, cost, task, config, seed, records, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _learned(config: Config, w: Any, start: Any, train: Any, key: jax.Array) -> bilevel.WholeRun:
-    draws = config.draws if "rotation" in start else 1
-    evidence = losses(config, draws, outputs="single")
-    k, b, n = config.inner_steps, config.augmented_batch, config.examples
+    draws, n = config.draws if "rotation" in start else 1, len(train[1])
+    evidence = losses(n, draws, outputs="single")
+    k, b = config.augmented_inner, config.augmented_batch
 
-    def taken(key: jax.Array, size: int) -> Any:
-        rows = jax.random.permutation(key, n)[:size]
-        rows = jax.tree.map(lambda x: x[rows], train)
+    def taken(key: jax.Array) -> Any:
+        rows = _drawn(train, key, b)
         return (*rows, key) if "rotation" in start else rows
 
     def sample(key: jax.Array) -> Any:
         keys = jax.random.split(key, k + 1)
-        outer = taken(keys[0], b), key
-        return jax.vmap(lambda key: taken(key, b))(keys[1:]), outer
+        return jax.vmap(taken)(keys[1:]), (taken(keys[0]), key)
 
+    tx = optax.adam(config.rate)
+    keys = jax.random.split(jax.random.fold_in(key, 1), 20 * k)
+    w = _trained(evidence.inner, tx, w, start, taken, keys)
+    response = bilevel.Implicit(bilevel.Identity(1e-3), certify=False)
     alg = bilevel.alternate(
-        evidence.outer, evidence.inner, bilevel.Implicit(bilevel.Identity(1e-3), certify=False),
-        optax.adam(config.rate), optax.adam(config.rate_hparams), k,
-    )  # fmt: skip
+        evidence.outer, evidence.inner, response, tx, optax.adam(config.rate_ranges), k
+    )
     return bilevel.scan_run(alg, alg.init(w, start), sample, config.augmented_steps, key=key)
 
 
@@ -273,11 +288,10 @@ def learned(
     w: Any, start: Any, task: problem.Task, config: Config, seed: int,
     records: record.Records, path: str,
 ) -> tuple[Any, float]:  # fmt: skip
-    """Decays, and ranges if ``start`` has them, by the stochastic evidence."""
+    """Decays, and ranges if ``start`` has them, by the stochastic evidence; the last state."""
     found = _learned(config, w, start, task.train, jax.random.key(seed + 1))
-    k, b, n = config.inner_steps, config.augmented_batch, config.examples
-    steps = config.augmented_steps
-    price = (k + 2.5 + EVIDENCE_COST) * b / n
+    steps, share = config.augmented_steps, config.augmented_batch / len(task.train[1])
+    price = (config.augmented_inner + 2.5 + SINGLE_COST) * share
     side = task.train[0].shape[1]
     for i in range(0, steps, max(1, steps // 25)):
         now = jax.tree.map(lambda x, i=i: x[i], found.infos.hparams)
@@ -286,7 +300,7 @@ def learned(
             angle, move = problem.ranges(now, side)
             told |= {"rotation": float(np.degrees(angle)), "shift": float(move)}
         records.append(path, i, i * price, **told)
-    return found.state.hparams, steps * price
+    return found.state, steps * price
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:

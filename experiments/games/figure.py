@@ -32,10 +32,10 @@ def figures(out: Path) -> list[Path]:
         axes[0].set_ylim(1e-7, 1e4)
         axes[1].set_ylim(1e-2, 1e2)
         axes[0].set(
-            title="a game that only rotates",
+            title="Rotating game: π/8 converges, 0.9 diverges",
             ylabel="distance to the equilibrium, relative to the start",
         )
-        axes[1].set(title="rotation and descent at once")
+        axes[1].set(title="Rotation with descent: the same")
         axes[1].legend(title="momentum", loc="upper right", fontsize=8)
         saved = record.load_arrays(out, "map")
         radii = saved["radii"]
@@ -48,9 +48,9 @@ def figures(out: Path) -> list[Path]:
             yscale="log",
             xlabel="angle of the momentum, in units of π",
             ylabel="step size",
-            title="spectral radius at magnitude 0.9",
+            title="Magnitude 0.9 converges where the map is blue",
         )
         axes[2].grid(visible=False)
         bar = drawn.colorbar(image, ax=axes[2])
-        bar.ax.set_title("below 1:\nconverges", fontsize=8)
+        bar.set_label("spectral radius (below 1: converges)")
     return [path]

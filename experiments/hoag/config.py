@@ -8,12 +8,14 @@ class Config:
     """Every number of the experiment. Costs are in inner-gradient evaluations (G).
 
     Attributes:
-      single: sets with two classes, one penalty for all weights: every method.
+      single: sets with two classes, one penalty for all weights: every method, but no random
+        search and TPE on the newsgroups, where they take longest.
       every: sets with ten classes, one penalty for every weight: gradient methods.
+      few_seeds: `every`, and the schedules that are not judged, are run on the first so many.
       budget: G that every method may spend on a problem with one penalty.
       cold_steps: for each set of `every`, outer steps of the cold solves, whose loss and cost are
         the goal and the budget of the others.
-      steps: most outer steps, where they cost next to nothing.
+      steps: most outer steps: by then a tolerance that halves is that of exact solves.
       start: log penalty at the start.
       low, high: range of the log penalty for the searches, and of the grid.
       points: of the grid, coarse to fine: halves, then quarters, and so on.
@@ -21,6 +23,7 @@ class Config:
       cold: relative tolerance of the solves that are to be beaten, and of the exact ones.
       exact: that of the exact ones.
       first_tol: first tolerance of the schedules, with one penalty.
+      fall: what the exponential schedule multiplies it with in every step.
       rough: the same, with a penalty for every weight.
       linear_factor: how much looser their linear systems are solved.
       shrink: of the Lipschitz estimate after a good step, in all gradient methods.
@@ -30,9 +33,10 @@ class Config:
 
     single: tuple[str, ...] = ("a9a", "ijcnn1", "newsgroups")
     every: tuple[str, ...] = ("digits", "mnist")
+    few_seeds: int = 2
     budget: float = 2_000.0
     cold_steps: tuple[int, ...] = (3, 2)
-    steps: int = 12
+    steps: int = 10
     start: float = 0.0
     low: float = -6.0
     high: float = 6.0
@@ -40,9 +44,10 @@ class Config:
     solved: float = 1e-4
     cold: float = 1e-5
     exact: float = 1e-12
-    first_tol: float = 3e-4
+    first_tol: float = 1e-3
+    fall: float = 0.5
     rough: float = 3e-3
-    linear_factor: float = 30.0
+    linear_factor: float = 100.0
     shrink: float = 0.5
     near: float = 1e-3
     close: float = 1e-4

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.custom_derivatives import linear_call
 
 import bilevel
 from experiments.common import data
@@ -49,25 +50,56 @@ def _dense(part: Any, outputs: int) -> Any:
 
 
 def _sparse(part: Any) -> Any:
-    """Rows of unit length as three lists, sorted by row; the first ten groups against the last."""
+    """Rows of unit length, by row and by column; the first ten groups against the last."""
     x = part.x.tocsr()
     length = np.sqrt(np.asarray(x.multiply(x).sum(1))).ravel()
     rows = np.repeat(np.arange(x.shape[0]), np.diff(x.indptr))
+    value = (x.data / np.maximum(length, 1e-12)[rows]).astype(np.float32)
     return {
-        "value": jnp.asarray(x.data / np.maximum(length, 1e-12)[rows]),
-        "row": jnp.asarray(rows, jnp.int32),
-        "column": jnp.asarray(x.indices, jnp.int32),
+        "rows": _pieces(rows, x.indices, value, x.shape[0], 16),
+        "columns": _pieces(x.indices, rows, value, x.shape[1], 8),
         "y": jnp.asarray(np.where(part.y < 10, 1.0, -1.0), jnp.float32),
     }
+
+
+def _pieces(
+    major: np.ndarray, minor: np.ndarray, value: np.ndarray, count: int, width: int
+) -> dict[str, jax.Array]:
+    """Entries by line, each line filled up with zeros to pieces of one width.
+
+    A sum over lines adds within the pieces first: three times as fast as a sum over entries.
+    """
+    order = np.argsort(major, kind="stable")
+    major, minor, value = major[order], minor[order], value[order]
+    size = np.bincount(major, minlength=count)
+    pieces = -(-size // width)
+    ahead = (np.cumsum(pieces) - pieces) * width - (np.cumsum(size) - size)
+    place = ahead[major] + np.arange(len(value))
+    values, minors = np.zeros(pieces.sum() * width, np.float32), np.zeros(pieces.sum() * width, int)
+    values[place], minors[place] = value, minor
+    return {
+        "value": jnp.asarray(values.reshape(-1, width)),
+        "minor": jnp.asarray(minors.reshape(-1, width), jnp.int32),
+        "major": jnp.asarray(np.repeat(np.arange(count), pieces), jnp.int32),
+    }
+
+
+def _product(pieces: dict[str, jax.Array], x: jax.Array, count: int) -> jax.Array:
+    sums = jnp.sum(pieces["value"] * x[pieces["minor"]], axis=1)
+    return jax.ops.segment_sum(sums, pieces["major"], count, indices_are_sorted=True)
 
 
 def outputs(params: jax.Array, hparams: Any, batch: Any) -> jax.Array:
     """Margins or logits."""
     if "x" in batch:
         return batch["x"] @ params
-    products = batch["value"] * params[batch["column"]]
-    count = batch["y"].shape[0]
-    return jax.ops.segment_sum(products, batch["row"], count, indices_are_sorted=True)
+    examples, features = len(batch["y"]), len(params)
+    return linear_call(
+        lambda both, w: _product(both["rows"], w, examples),
+        lambda both, z: _product(both["columns"], z, features),
+        {name: batch[name] for name in ("rows", "columns")},
+        params,
+    )
 
 
 def data_loss(z: jax.Array, hparams: Any, batch: Any) -> jax.Array:

@@ -18,7 +18,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     """All methods on one seed; one that is finished has a test loss, and is not run again."""
     records = record.Records(out, seed)
     loaded: Any = ("", None, None)
-    for name, method in methods.tasks(config):
+    for name, method in methods.tasks(config, seed):
         label = f"{name}_{method}"
         done = record.read(out, seed=seed, method=label)
         if any("test_loss" in r.metrics for r in done):
@@ -168,8 +168,9 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
     ``near_TASK_METHOD``: cost and products until the loss was within 0.1 % of the best of all
     methods (with a penalty per weight: at most the loss that cold solves end with), and those over
     the cost of exact solves (over the products of cold ones), seed by seed with a 95 % interval. A
-    way that never came near counts with all that it spent, and as ``missed``. ``close_``: the same
-    for 0.01 %. ``errors_TASK``: of all hypergradients that were compared with exact ones.
+    way that never came near counts with all that it spent (its budget, if that ended it), and as
+    ``missed``. ``close_``: the same for 0.01 %. ``errors_TASK``: of all hypergradients that were
+    compared with exact ones.
     """
     near, close = Config().near, Config().close
     told = {**_reached(records, "near", near), **_reached(records, "close", close)}
@@ -191,7 +192,7 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
 
 def _reached(records: list[record.Record], word: str, above: float) -> dict[str, Any]:
     finals = record.final(records)
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[int, dict[str, float]]] = {}
     for (method, seed), end in finals.items():
         name = method.split("_")[0]
         cold = finals.get((f"{name}_cold", seed))
@@ -200,21 +201,35 @@ def _reached(records: list[record.Record], word: str, above: float) -> dict[str,
         way = [r for r in records if r.method == method and r.seed == seed]
         there = [r for r in way if _loss(r) <= goal]
         reached = there[0] if there else end
-        columns = ("cost", "products", "missed")
-        into = found.setdefault(f"{word}_{method}", {k: [] for k in columns})
-        into["cost"].append(reached.cost)
-        into["products"].append(reached.metrics["products"])
-        into["missed"].append(float(not there))
-    for method, columns in found.items():
+        found.setdefault(method, {})[seed] = {
+            "cost": reached.cost if there else _spent(end, name, method),
+            "products": reached.metrics["products"],
+            "missed": float(not there),
+        }
+    for method, seeds in found.items():
         name = method.rpartition("_")[0]
         for rival, what in ((f"{name}_exact", "cost"), (f"{name}_cold", "products")):
             if rival in found and rival != method:
-                pairs = zip(columns[what], found[rival][what], strict=True)
-                columns["over_rival"] = [a / b for a, b in pairs]
+                for seed, mine in seeds.items():
+                    mine["over_rival"] = mine[what] / found[rival][seed][what]
     return {
-        method: {metric: expected.interval(values) for metric, values in columns.items()}
-        for method, columns in found.items()
+        f"{word}_{method}": {
+            metric: expected.interval({seed: one[metric] for seed, one in seeds.items()})
+            for metric in next(iter(seeds.values()))
+        }
+        for method, seeds in found.items()
     }
+
+
+def _spent(end: record.Record, name: str, method: str) -> float:
+    """What a way cost that ended before its goal: the budget, if that is what ended it.
+
+    The step that went beyond the budget is not in the records.
+    """
+    config = Config()
+    most = config.points if method.endswith(methods.SEARCHES) else config.steps
+    within = name in config.single and end.step + 1 < most
+    return max(end.cost, config.budget) if within else end.cost
 
 
 def _loss(r: record.Record) -> float:

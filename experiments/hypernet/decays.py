@@ -18,6 +18,7 @@ from experiments.hypernet.config import Decays
 
 CLASSES = 10
 FIRST = 0.01
+NEWTON, PRODUCTS = 10, 200  # steps to the exact minimum, and products of a linear solve
 
 
 def images(config: Decays, seed: int) -> Any:
@@ -122,7 +123,11 @@ def algorithm(method: str, config: Decays) -> bilevel.Algorithm:
 
 @functools.cache
 def local(method: str, config: Decays) -> Any:
-    """``(key, train, valid, test) -> (valid, test, decays)`` at ``points`` of local training."""
+    """``(key, train, valid, test) -> (rows, phi, decays)``: local training and where it ends.
+
+    The rows are the losses in validation and test, and mean and spread of the log decays, at each
+    of the ``points``.
+    """
     made = algorithm(method, config)
 
     def whole(key: jax.Array, train: Any, valid: Any, test: Any) -> Any:
@@ -145,7 +150,41 @@ def local(method: str, config: Decays) -> Any:
             measured = outer(w, None, valid), outer(w, None, test), flat.mean(), flat.std()
             return state, jnp.stack(measured)
 
-        return jax.lax.scan(stretch, state, jax.random.split(key, config.points))[1]
+        state, rows = jax.lax.scan(stretch, state, jax.random.split(key, config.points))
+        return rows, state.network_params, state.hparams
+
+    return jax.jit(whole)
+
+
+@functools.cache
+def likeness(config: Decays) -> Any:
+    """``(phi, decays, train, valid) -> (cosine, stationarity)`` of the network's hypergradient.
+
+    Its cosine with the exact one: that of the minimum of the training loss at these decays, found
+    by Newton's method from the predicted weights, with the inverse Hessian by conjugate gradients.
+    The stationarity is what is left of the training gradient there, over that at zero weights.
+    """
+    net = network("local_per_weight", config)
+
+    def whole(phi: Any, lam: Any, train: Any, valid: Any) -> Any:
+        first = initial(train[0].shape[1])
+        told = jax.grad(lambda lam: outer(net.apply(phi, first, lam), lam, valid))(lam)
+
+        def solve(w: Any, right: Any) -> Any:
+            slope = jax.grad(lambda w: inner(w, lam, train))
+            product = jax.linearize(slope, w)[1]
+            return jax.scipy.sparse.linalg.cg(product, right, tol=1e-6, maxiter=PRODUCTS)[0]
+
+        def newton(w: Any, _: None) -> Any:
+            move = solve(w, jax.grad(inner)(w, lam, train))
+            return jax.tree.map(jnp.subtract, w, move), None
+
+        w, _ = jax.lax.scan(newton, net.apply(phi, first, lam), None, NEWTON)
+        adjoint = solve(w, jax.grad(outer)(w, lam, valid))
+        exact = jax.tree.map(lambda q, lam, w: -q * jnp.exp(lam) * w, adjoint, lam, w)
+        left, start = (optax.global_norm(jax.grad(inner)(w, lam, train)) for w in (w, first))
+        size = optax.global_norm(told) * optax.global_norm(exact)
+        return optax.tree_utils.tree_vdot(told, exact) / size, left / start
 
     return jax.jit(whole)
 

@@ -81,8 +81,11 @@ def _decays(config: Decays, records: record.Records, out: Path) -> None:
         if len(record.read(out, seed=records.seed, method=method)) == config.points:
             continue
         records.rewind(method)
-        rows = decays.local(method, config)(jax.random.key(records.seed), *parts)
-        best = np.inf
+        rows, phi, lam = decays.local(method, config)(jax.random.key(records.seed), *parts)
+        best, ends = np.inf, {}
+        if method == "local_per_weight":
+            cosine, left = decays.likeness(config)(phi, lam, *parts[:2])
+            ends = {"cosine": float(cosine), "stationarity": float(left)}
         for i, (now, test, mean, spread) in enumerate(np.asarray(rows, np.float64)):
             best = min(best, now)
             records.append(
@@ -94,6 +97,7 @@ def _decays(config: Decays, records: record.Records, out: Path) -> None:
                 best_validation=best,
                 mean_decay=mean,
                 decay_spread=spread,
+                **(ends if i == config.points - 1 else {}),
             )
     for method in SEARCHES:
         done = len(record.read(out, seed=records.seed, method=method))

@@ -22,6 +22,8 @@ class Config:
       start_rate, start_momentum: of every layer and window before tuning.
       short: steps between two hypergradients of the greedy methods, for the MLP and the CNN.
       replays: fresh runs of the final schedule, over which its loss is averaged.
+      trial: fresh runs of one trial of a search, whose losses are averaged.
+      startup: trials of a search that are drawn at random before it models.
       quadratic_updates: moves of the schedule on the noisy quadratic.
     """
 
@@ -40,6 +42,8 @@ class Config:
         default_factory=lambda: {"mlp": (1, 10), "cnn": (10,)}, hash=False
     )
     replays: int = 3
+    trial: int = 3
+    startup: int = 8
     quadratic_updates: int = 300
 
 
@@ -51,8 +55,8 @@ def smoke() -> Config:
 
 
 def cpu() -> Config:
-    """The experiment, sized for two cores."""
-    return Config()
+    """The experiment, sized for two cores: the CNN takes three times as long as the MLP."""
+    return Config(models=("mlp",))
 
 
 def paper() -> Config:

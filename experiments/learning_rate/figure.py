@@ -12,7 +12,10 @@ STYLES = {
     "greedy_1": ("greedy, 1 step", draw.ORANGE, "-"),
     "greedy_10": ("greedy, 10 steps", draw.GOLD, "-"),
     "greedy": ("greedy, 1 step", draw.ORANGE, "-"),
-    "constant": ("best constant", draw.GREY, "--"),
+    "full_validation": ("whole run, on validation", draw.SKY, "-"),
+    "constant": ("constant, searched", draw.GREY, "--"),
+    "cosine": ("cosine, searched", draw.BLACK, "--"),
+    "linear": ("linear, searched", draw.NAVY, "--"),
     "d_adaptation": ("D-Adaptation", draw.PURPLE, ":"),
     "prodigy": ("Prodigy", draw.GREEN, ":"),
     "schedule_free": ("schedule-free", draw.OLIVE, ":"),
@@ -80,7 +83,10 @@ def _curves(axes, finished: list[record.Record], problem: str) -> None:
         axes.plot(time, middle, color=colour, linestyle=line, label=label)
         axes.fill_between(time, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set(yscale="log", ylabel="loss of a fresh run", xlabel="part of training")
-    axes.legend(loc="lower left", fontsize=9)
+    if len(axes.get_lines()) > 6:  # beside the curves, which leave no room
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+    else:
+        axes.legend(loc="upper right", fontsize=9)
 
 
 def _layers(finished: list[record.Record], path: Path) -> None:

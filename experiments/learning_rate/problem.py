@@ -56,9 +56,13 @@ def loss(params: list[Any], schedule: Any, batch: Any) -> jax.Array:
 
 
 def images(config: Config, seed: int) -> dict[str, Any]:
-    """`train` images of the training part, and the first 2000 of the test part."""
+    """`train` images of the training part, and the first 2000 of the two others."""
     sets = data.fashion_mnist(seed=seed)
-    parts = {"train": (sets.train, config.train), "test": (sets.test, 2000)}
+    parts = {
+        "train": (sets.train, config.train),
+        "validation": (sets.valid, 2000),
+        "test": (sets.test, 2000),
+    }
     return {
         name: (jnp.asarray(part.x[:count]), jnp.asarray(part.y[:count]))
         for name, (part, count) in parts.items()

@@ -1,37 +1,41 @@
 """Runs `learning_rate`: schedules learned through whole runs, and through short windows."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.common import record
+from experiments.common import baselines, record
 from experiments.learning_rate import free, problem, quadratic, schedules, tune
 from experiments.learning_rate.config import Config
 
-RATES = (0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.5)
-MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95)
+SHAPES = ("constant", "cosine", "linear")
+METHODS = ("full", "full_validation", "greedy", *SHAPES, *free.METHODS)
 EARLY = 3  # windows that count as early, of ten
 TABLE = ("final_loss", "test_error", "early_rate", "early_step", "last_rate")
 
 
-def run(config: Config, seed: int, out: Path, resume: bool) -> None:
+def run(
+    config: Config, seed: int, out: Path, resume: bool, methods: Sequence[str] = METHODS
+) -> None:
     """All methods on one seed; a resumed run skips those that had finished."""
     records = record.Records(out, seed)
     _quadratic(config, records)
     images = problem.images(config, seed)
     for model in config.models:
-        _grid(model, config, seed, images, records)
-        for length in (config.steps, *config.short[model]):
-            _tune(model, length, config, seed, images, records)
-        for method in free.METHODS:
-            _free(model, method, config, seed, images, records)
-
-
-def name(model: str, length: int, config: Config) -> str:
-    return f"{model}_full" if length == config.steps else f"{model}_greedy_{length}"
+        for method in methods:
+            if method in SHAPES:
+                _search(model, method, config, seed, images, records)
+            elif method in free.METHODS:
+                _free(model, method, config, seed, images, records)
+            elif method == "greedy":
+                for length in config.short[model]:
+                    _tune(f"{model}_greedy_{length}", length, config, seed, images, records)
+            else:
+                _tune(f"{model}_{method}", config.steps, config, seed, images, records)
 
 
 def _finished(records: record.Records, method: str) -> bool:
@@ -89,13 +93,11 @@ def _means(
     go: Any, config: Config, seed: int, images: Any, count: int, offset: int
 ) -> dict[str, Any]:
     key = _key(seed, 1)
-    runs = [
-        go(images["train"], images["test"], jax.random.fold_in(key, offset + i))
-        for i in range(count)
-    ]
+    runs = [go(images, jax.random.fold_in(key, offset + i)) for i in range(count)]
     means = jax.tree.map(lambda *x: np.mean(np.stack(x), 0), *runs)
     return {
         "final_loss": float(means["final_loss"]),
+        "validation_loss": float(means["validation_loss"]),
         "test_error": float(means["test_error"]),
         "curve": means["curve"].reshape(50 if config.steps % 50 == 0 else 10, -1).mean(1),
     }
@@ -110,48 +112,73 @@ def _described(schedule: Any) -> dict[str, Any]:
     rates = np.exp(np.asarray(schedule["log_rate"]))
     momenta = np.asarray(jax.nn.sigmoid(schedule["momentum"]))
     early = slice(0, max(1, round(0.1 * EARLY * rates.shape[1])))
+    every = max(1, rates.shape[1] // 50)  # enough to be drawn
     return {
         "early_rate": float(rates[:, early].mean()),
         "early_step": float((rates / (1 - momenta))[:, early].mean()),
         "last_rate": float(rates[:, -1].mean()),
-        "rates": rates,
-        "momenta": momenta,
+        "rates": rates[:, ::every],
+        "momenta": momenta[:, ::every],
     }
 
 
-def _grid(model: str, config: Config, seed: int, images: Any, records: record.Records) -> None:
-    """One rate and one momentum for all steps and layers: the best of a grid at equal cost."""
-    method = f"{model}_constant"
+def _search(
+    model: str, shape: str, config: Config, seed: int, images: Any, records: record.Records
+) -> None:
+    """One rate for all layers, constant or of a shape that falls: searched by TPE at equal cost.
+
+    Two of its trials are run anew and judged: that of the least training loss by the final loss,
+    which is what the greedy and the whole-run schedules are tuned for, and that of the least
+    validation loss by the test error.
+    """
+    method = f"{model}_{shape}"
     if _finished(records, method):
         return
-    runs = int(config.updates * tune.cost(config, config.steps) // config.steps)
-    settings = [(rate, momentum) for rate in RATES for momentum in MOMENTA]
-    each = max(1, runs // len(settings))
-    settings = settings[:: max(1, round(len(settings) / runs))]
-    best: dict[str, Any] = {"loss": np.inf}
-    for i, (rate, momentum) in enumerate(settings):
-        schedule = _constant(config, rate, momentum)
-        measured = _replayed(model, schedule, config, seed, images, each, 1000)
-        loss = measured["final_loss"]
-        if loss < best["loss"]:  # false for a run that diverged to NaN
-            best = {"loss": loss, "schedule": schedule}
-        cost = (i + 1) * each * config.steps
-        records.append(method, i, cost, loss=loss, rate=rate, momentum=momentum)
-    measured = _replayed(model, best["schedule"], config, seed, images, config.replays, 0)
-    records.append(method, len(settings), cost, **measured, **_described(best["schedule"]))
+    budget, cost = config.updates * tune.cost(config, config.steps), config.trial * config.steps
+    ends: list[dict[str, Any]] = []
 
+    def objective(setting: dict[str, Any]) -> float:
+        schedule = schedules.shaped(shape, config.steps, setting)
+        told = _replayed(model, schedule, config, seed, images, config.trial, 1000)
+        ends.append({"final_loss": told["final_loss"], "schedule": schedule})
+        return told["validation_loss"]
 
-@functools.cache
-def _constant(config: Config, rate: float, momentum: float) -> Any:
-    # A momentum of exactly zero has no logit.
-    return schedules.start(3, config.windows, rate, max(momentum, 1e-6))
+    def log(trial: baselines.Trial) -> None:
+        told = {"trial_loss": ends[-1]["final_loss"], "trial_validation": trial.value}
+        records.append(method, trial.number, trial.cost, **told, **trial.hparams)
+
+    trials = baselines.search(
+        objective,
+        schedules.space(shape),
+        budget=budget,
+        cost=cost,
+        sampler="tpe",
+        seed=seed,
+        startup=config.startup,
+        log=log,
+    )
+    valid = baselines.best(trials)
+    fast = min(ends, key=lambda end: np.nan_to_num(end["final_loss"], nan=np.inf))
+    found, quickest = (
+        _replayed(model, schedule, config, seed, images, config.replays, 0)
+        for schedule in (ends[valid.number]["schedule"], fast["schedule"])
+    )
+    records.append(
+        method,
+        len(trials),
+        budget,
+        **found | {"final_loss": quickest["final_loss"], "curve": quickest["curve"]},
+        **_described(fast["schedule"]),
+        **valid.hparams,
+    )
 
 
 def _tune(
-    model: str, length: int, config: Config, seed: int, images: Any, records: record.Records
+    method: str, length: int, config: Config, seed: int, images: Any, records: record.Records
 ) -> None:
     """Moves a schedule as often as the budget allows, then replays it."""
-    method = name(model, length, config)
+    model = method.partition("_")[0]
+    outer = images["validation" if method.endswith("validation") else "train"]
     if _finished(records, method):
         return
     schedule = schedules.start(3, config.windows, config.start_rate, config.start_momentum)
@@ -159,7 +186,7 @@ def _tune(
     move, count = tune.move(config, model, length), tune.updates(config, length)
     for step in range(count):
         key = jax.random.fold_in(_key(seed, 2), step)
-        schedule, opt_state, value = move(schedule, opt_state, images["train"], key)
+        schedule, opt_state, value = move(schedule, opt_state, images["train"], outer, key)
         metrics: dict[str, Any] = {"outer_loss": float(value), **_described(schedule)}
         if step == count - 1:
             metrics |= _replayed(model, schedule, config, seed, images, config.replays, 0)

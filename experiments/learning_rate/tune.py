@@ -10,7 +10,7 @@ import optax
 
 import bilevel
 from experiments.common import batches, budget
-from experiments.learning_rate import problem, schedules
+from experiments.learning_rate import fresh, problem, schedules
 from experiments.learning_rate.config import Config
 
 
@@ -29,7 +29,9 @@ def response(config: Config, length: int) -> bilevel.Unroll:
 
 
 def hypergradient(config: Config, model: str, length: int) -> Callable[..., Any]:
-    """`(schedule, train, key) -> (mean outer loss, gradient)` of one fresh run.
+    """`(schedule, train, outer, key) -> (mean outer loss, gradient)` of one fresh run.
+
+    ``train`` is trained on, and batches of ``outer`` are what the schedule is tuned for.
 
     With `length = T` the derivative of the loss at the end. With less, the sum over windows of
     `length` steps of the derivative of the loss at the window's end in the schedule of that
@@ -37,7 +39,7 @@ def hypergradient(config: Config, model: str, length: int) -> Callable[..., Any]
     """
     one = response(config, length)
 
-    def run(schedule: Any, train: Any, key: jax.Array) -> Any:
+    def run(schedule: Any, train: Any, outer: Any, key: jax.Array) -> Any:
         keys = jax.random.split(key, 2)
         params = problem.initial(model, keys[0])
         state = bilevel.hypergrad_init(problem.loss, problem.loss, one, params, schedule)
@@ -52,7 +54,7 @@ def hypergradient(config: Config, model: str, length: int) -> Callable[..., Any]
                 params,
                 schedule,
                 inner_batch=batches.draw(train, inner_key, (length, config.batch)),
-                outer_batch=batches.draw(train, outer_key, (config.outer_batch,)),
+                outer_batch=batches.draw(outer, outer_key, (config.outer_batch,)),
                 state=state,
             )
             return (solve.params, solve.state), (solve.value, solve.grads)
@@ -79,12 +81,12 @@ def outer_tx(config: Config, length: int) -> optax.GradientTransformation:
 
 @functools.cache
 def move(config: Config, model: str, length: int) -> Callable[..., Any]:
-    """Jitted `(schedule, opt_state, train, key) -> (schedule, opt_state, loss)`."""
+    """Jitted `(schedule, opt_state, train, outer, key) -> (schedule, opt_state, loss)`."""
     gradient, tx = hypergradient(config, model, length), outer_tx(config, length)
 
     @jax.jit
-    def update(schedule: Any, opt_state: Any, train: Any, key: jax.Array) -> Any:
-        value, grads = gradient(schedule, train, key)
+    def update(schedule: Any, opt_state: Any, train: Any, outer: Any, key: jax.Array) -> Any:
+        value, grads = gradient(schedule, train, outer, key)
         moves, opt_state = tx.update(grads, opt_state, schedule)
         return optax.apply_updates(schedule, moves), opt_state, value
 
@@ -93,29 +95,14 @@ def move(config: Config, model: str, length: int) -> Callable[..., Any]:
 
 @functools.cache
 def replay(config: Config, model: str) -> Callable[..., Any]:
-    """Jitted `(schedule, train, test, key) -> metrics` of one fresh run at a schedule."""
-    every = config.steps // config.windows
+    """Jitted `(schedule, images, key) -> metrics` of one fresh run at a schedule.
+
+    A schedule may have any number of windows that divides the run.
+    """
 
     @jax.jit
-    def run(schedule: Any, train: Any, test: Any, key: jax.Array) -> Any:
-        keys = jax.random.split(key, 2)
-        tx = schedules.sgd(schedule, every)
-        params = problem.initial(model, keys[0])
-
-        def loss(params: Any, hparams: None, key: jax.Array) -> jax.Array:
-            return problem.loss(params, hparams, batches.draw(train, key, (config.batch,)))
-
-        first, steps = bilevel.InnerState(params, tx.init(params)), config.steps
-        # A whole run is too long to be straight-line code.
-        state, seen = bilevel.descend(
-            loss, tx, first, None, jax.random.split(keys[1], steps), steps=steps, unroll=False
-        )
-        params = state.params
-        wrong = jnp.argmax(problem.logits(params, test[0]), -1) != test[1]
-        return {
-            "final_loss": problem.loss(params, None, train),
-            "test_error": jnp.mean(wrong),
-            "curve": seen.loss,
-        }
+    def run(schedule: Any, images: Any, key: jax.Array) -> Any:
+        every = config.steps // schedule["log_rate"].shape[1]
+        return fresh.run(config, model, schedules.sgd(schedule, every), images, key)
 
     return run

@@ -2,7 +2,9 @@
 
 import dataclasses
 
-METHODS = ("soba", "saba", "fsla", "srba", "spaba", "mrbo", "stocbio", "amigo", "f2sa")
+METHODS = (
+    "soba", "saba", "fsla", "srba", "spaba", "mrbo", "stocbio", "amigo", "f2sa", "pbgd", "bome",
+)  # fmt: skip
 
 # (step size of parameters and adjoint, that of the hyperparameters), found by `tune.py` on seed
 # 100. Where a method's steps decrease, the first one. Those of `f2sa` on ijcnn1 and covtype are
@@ -11,17 +13,17 @@ RATES: dict[str, dict[str, tuple[float, float]]] = {
     "quadratic": {
         "soba": (0.1, 0.1), "saba": (0.1, 0.01), "fsla": (0.1, 0.1), "srba": (0.3, 0.1),
         "spaba": (0.1, 1.0), "mrbo": (1.0, 0.1), "stocbio": (1.0, 0.01), "amigo": (0.3, 0.01),
-        "f2sa": (0.1, 0.01),
+        "f2sa": (0.1, 0.01), "pbgd": (0.1, 0.01), "bome": (0.1, 0.01),
     },
     "ijcnn1": {
         "soba": (0.3, 100.0), "saba": (0.3, 10.0), "fsla": (30.0, 10.0), "srba": (1.0, 10.0),
         "spaba": (1.0, 1.0), "mrbo": (0.3, 1e4), "stocbio": (0.01, 1e5), "amigo": (0.3, 100.0),
-        "f2sa": (0.3, 100.0),
+        "f2sa": (0.3, 100.0), "pbgd": (0.3, 10.0), "bome": (0.3, 10.0),
     },
     "covtype": {
         "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.03, 1e4), "srba": (0.01, 1e3),
         "spaba": (0.01, 1e3), "mrbo": (0.03, 1e4), "stocbio": (0.03, 100.0), "amigo": (0.03, 1e3),
-        "f2sa": (0.03, 1e3),
+        "f2sa": (0.03, 1e3), "pbgd": (0.03, 1e3), "bome": (0.03, 1e3),
     },
 }  # fmt: skip
 
@@ -38,29 +40,29 @@ class Config:
       points: records of a run, evenly spaced in the logarithm of its steps.
       products: Hessian-vector products of the series of `mrbo` and `stocbio`, and steps of the
         adjoint of `amigo`.
-      inner_steps: training steps of `stocbio`, `amigo` and (of both its copies) `f2sa`.
-      penalty: the first of `f2sa`; it grows as the seventh root of the step.
+      inner_steps: training steps of `stocbio`, `amigo`, `bome` and (of both its copies) `f2sa`.
+      penalty: that of `pbgd`, and the first of `f2sa`, which grows as the seventh root of the step.
       passes: a full step of `srba` comes every so many passes over the training data.
-      timed: part of the budget that a timing makes; 0 times nothing.
+      timed: seconds of a timing; 0 times nothing.
       rounds: timings of each implementation, in turns.
     """
 
     problems: tuple[str, ...] = ("quadratic", "ijcnn1", "covtype")
     methods: tuple[str, ...] = METHODS
     batch: int = 64
-    budget: tuple[float, ...] = (200_000.0, 300_000.0, 60_000.0)
-    points: int = 14
+    budget: tuple[float, ...] = (200_000.0, 300_000.0, 20_000.0)
+    points: int = 10
     products: int = 10
     inner_steps: int = 10
     penalty: float = 10.0
     passes: float = 0.5
-    timed: float = 0.05
-    rounds: int = 21
+    timed: float = 0.02
+    rounds: int = 41
 
 
 def smoke() -> Config:
     """A short run on the problem that needs no file: does everything run?"""
-    return Config(problems=("quadratic",), budget=(4_000.0,), points=3, timed=0.05, rounds=2)
+    return Config(problems=("quadratic",), budget=(4_000.0,), points=3, timed=0.001, rounds=2)
 
 
 def cpu() -> Config:

@@ -17,9 +17,12 @@ TITLES = {
 NAMES: dict[str, str] = {
     "soba": "SOBA", "saba": "SABA", "fsla": "FSLA", "srba": "SRBA", "spaba": "SPABA",
     "mrbo": "MRBO", "stocbio": "stocBiO", "amigo": "AmIGO", "f2sa": "F2SA",
+    "pbgd": "PBGD", "bome": "BOME",
 }  # fmt: skip
-COLOURS: dict[str, str] = dict(zip(METHODS, (*draw.OTHERS, draw.BROWN), strict=True))
-DASHED = ("mrbo", "stocbio", "amigo", "f2sa")  # those that sum a series or train in between
+COLOURS: dict[str, str] = dict(
+    zip(METHODS, (*draw.OTHERS, draw.BROWN, draw.GREY, draw.BLACK), strict=True)
+)
+DASHED = ("mrbo", "stocbio", "amigo", "f2sa", "bome")  # they sum a series or train in between
 
 
 def figures(out: Path) -> list[Path]:

@@ -20,6 +20,11 @@ def add(a: Any, x: Any, y: Any) -> Any:
     return jax.tree.map(lambda x, y: a * x + y, x, y)
 
 
+def dot(x: Any, y: Any) -> Any:
+    """x'y."""
+    return sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y), x, y)))
+
+
 def at(batches: Any, k: Any) -> Any:
     """Batch k of a stack."""
     return jax.tree.map(lambda x: x[k], batches)
@@ -52,8 +57,10 @@ class Hand:
         point, t = (w, jax.tree.map(jnp.zeros_like, w), lam), jnp.zeros((), jnp.int32)
         if self.method in ("fsla", "srba", "spaba"):
             return point, t, point, jax.tree.map(jnp.zeros_like, point)
-        if self.method == "f2sa":
+        if self.method in ("f2sa", "pbgd"):
             return (w, w, lam), t
+        if self.method == "bome":
+            return (w, lam), t
         if self.method == "mrbo":
             return (w, lam), t, (w, lam), jax.tree.map(jnp.zeros_like, (w, lam))
         if self.method == "saba":
@@ -151,6 +158,29 @@ class Hand:
         high, low = (jax.grad(inner, 1)(w, lam, at(i, count - 1)) for w in (y, z))
         d = add(sigma, add(-1, low, high), jax.grad(outer, 1)(y, lam, j))
         return (y, z, add(-self.rates[1], d, lam)), t + 1
+
+    def pbgd(self, state: Any, i: Any, j: Any, key: Any) -> Any:
+        (y, z, lam), t = state
+        sigma, a = self.config.penalty, self.rates[0]
+        z = add(-a, jax.grad(self.problem.inner)(z, lam, at(i, 0)), z)
+        low = jax.grad(self.problem.inner, 1)(z, lam, at(i, 0))
+        high = jax.grad(self.problem.inner, (0, 1))(y, lam, at(i, 0))
+        g = jax.grad(self.problem.outer, (0, 1))(y, lam, j)
+        d = add(sigma, add(-1, low, high[1]), g[1])
+        y = add(-a, add(1 / sigma, g[0], high[0]), y)
+        return (y, z, add(-self.rates[1], d, lam)), t + 1
+
+    def bome(self, state: Any, i: Any, j: Any, key: Any) -> Any:
+        (y, lam), t = state
+        last, z = at(i, self.config.inner_steps - 1), self._trained(y, lam, i)
+        g = jax.grad(self.problem.outer, (0, 1))(y, lam, j)
+        high = jax.grad(self.problem.inner, (0, 1))(y, lam, last)
+        low = jax.grad(self.problem.inner, 1)(z, lam, last)
+        q = high[0], add(-1, low, high[1])
+        square = dot(q, q)
+        sigma = jnp.maximum(0.5 * square - dot(g, q), 0) / jnp.where(square == 0, 1, square)
+        d, (a, b) = add(sigma, q, g), self.rates
+        return (add(-a, d[0], y), add(-b, d[1], lam)), t + 1
 
     def _lengths(self) -> tuple[int, ...]:
         n, m = sizes(self.problem)

@@ -1,5 +1,6 @@
 """Our loops and their hand-written twins, with the batches that each step draws."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,10 +12,11 @@ import bilevel
 from bilevel.ground.cost import PRODUCT
 from experiments.solvers.config import Config
 from experiments.solvers.hand import Hand
-from experiments.solvers.problem import Problem, everything
+from experiments.solvers.problem import Problem, cached, everything
 from experiments.solvers.steps import falling, momentum, period, sizes
 
 IMPLEMENTATIONS = ("bilevel", "jax")
+START = (0.1, 0.01)  # step sizes where none were tuned
 
 
 class Runner(NamedTuple):
@@ -55,6 +57,10 @@ def ours(
         return bilevel.stocbio(*losses, tx, outer_tx, t, k, rates[0])
     if method == "f2sa":
         return bilevel.f2sa(*losses, tx, outer_tx, t, penalty=config.penalty)
+    if method == "pbgd":
+        return bilevel.pbgd(*losses, tx, outer_tx, penalty=config.penalty)
+    if method == "bome":
+        return bilevel.bome(*losses, tx, outer_tx, t)
     return bilevel.amigo(*losses, tx, tx, outer_tx, t, k)
 
 
@@ -80,7 +86,8 @@ def runner(
 def draw(method: str, config: Config, train: Any, valid: Any, key: Any) -> tuple[Any, Any]:
     """What a step reads: batches drawn evenly, with what the method wants beside them."""
     k, t = config.products, config.inner_steps
-    count = {"mrbo": k + 2, "stocbio": t + k + 1, "amigo": t + k + 1, "f2sa": t}.get(method, 1)
+    count = {"mrbo": k + 2, "stocbio": t + k + 1, "amigo": t + k + 1, "f2sa": t, "bome": t}
+    count = count.get(method, 1)
     batches = jax.tree.leaves(train)[0].shape[0], jax.tree.leaves(valid)[0].shape[0]
     one, two = jax.random.split(key)
     i = jax.random.randint(one, (count,), 0, batches[0], jnp.int32)
@@ -110,4 +117,25 @@ def cost(method: str, config: Config, problem: Problem) -> float:
         "stocbio": t + (k + 1) * product + 1,
         "amigo": t + (k + 1) * product + 1,
         "f2sa": 3 * (t + 1),
+        "pbgd": 4,
+        "bome": t + 3,
     }[method]
+
+
+@functools.cache
+def advance(implementation: str, method: str, config: Config, name: str) -> Any:
+    """``(state, count, key, rates, train, valid) -> state`` after ``count`` more steps."""
+    problem = cached(name, config.batch)
+
+    @jax.jit
+    def steps(state: Any, begin: Any, end: Any, key: Any, rates: Any, train: Any, valid: Any):
+        one = runner(implementation, method, config, problem, rates)
+
+        def body(t: Any, state: Any) -> Any:
+            drawn, own = jax.random.split(jax.random.fold_in(key, t))
+            inner, outer = draw(method, config, train, valid, drawn)
+            return one.step(state, inner, outer, own)
+
+        return jax.lax.fori_loop(begin, end, body, state)
+
+    return steps

@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import expected, record
-from experiments.solvers import loops
+from experiments.solvers import loops, times
 from experiments.solvers.config import RATES, Config
 from experiments.solvers.problem import Problem, cached
 
 TABLE = ("gradient", "relative", "seconds", "time_ratio", "difference")
-START = (0.1, 0.01)  # where no rates were tuned
 TARGETS = (2, 4, 6)  # minus the logarithms of the squared gradients that the summary times
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     """All methods on all problems for one seed; a resumed run skips those that had finished."""
     records = record.Records(out, seed)
+    if config.timed:
+        times.measure(records, config)
     for name, budget in zip(config.problems, config.budget, strict=True):
         for method in config.methods:
             if not records.finished(f"{name}_{method}", config.points + 1):
@@ -35,32 +36,13 @@ def marks(steps: int, points: int) -> list[int]:
     return [round(x) for x in np.geomspace(first, steps, points)]
 
 
-@functools.cache
-def advance(implementation: str, method: str, config: Config, name: str) -> Any:
-    """``(state, count, key, rates, train, valid) -> state`` after ``count`` more steps."""
-    problem = cached(name, config.batch)
-
-    @jax.jit
-    def steps(state: Any, begin: Any, end: Any, key: Any, rates: Any, train: Any, valid: Any):
-        one = loops.runner(implementation, method, config, problem, rates)
-
-        def body(t: Any, state: Any) -> Any:
-            drawn, own = jax.random.split(jax.random.fold_in(key, t))
-            inner, outer = loops.draw(method, config, train, valid, drawn)
-            return one.step(state, inner, outer, own)
-
-        return jax.lax.fori_loop(begin, end, body, state)
-
-    return steps
-
-
 def follow(
     config: Config, name: str, method: str, seed: int, rates: Any, stops: list[int],
     implementation: str = "bilevel",
 ) -> Any:  # fmt: skip
     """``(step, hyperparameters, seconds)`` at each stop, compilation left out of the time."""
     problem = cached(name, config.batch)
-    steps, key = advance(implementation, method, config, name), jax.random.key(seed)
+    steps, key = loops.advance(implementation, method, config, name), jax.random.key(seed)
     rates = tuple(jnp.float32(x) for x in rates)
     one = loops.runner(implementation, method, config, problem, rates)
     state, data = one.init(problem.params, problem.hparams), (problem.train, problem.valid)
@@ -74,53 +56,33 @@ def follow(
         yield stop, one.hparams(state), seconds
 
 
+@functools.cache
+def at_start(name: str, batch: int) -> float:
+    """The squared gradient at the start."""
+    problem = cached(name, batch)
+    return float(np.sum(problem.gradient(problem.hparams) ** 2))
+
+
 def _run(
     records: record.Records, config: Config, seed: int, name: str, method: str, budget: float
 ) -> None:
-    problem, each = cached(name, config.batch), 0.0
-    rates = RATES.get(name, {}).get(method, START)
+    problem = cached(name, config.batch)
+    rates = RATES.get(name, {}).get(method, loops.START)
     each = loops.cost(method, config, problem)
     stops = marks(int(budget / each), config.points)
-    first = float(np.sum(problem.gradient(problem.hparams) ** 2))
-    count = int(config.timed * budget / each)
+    first = at_start(name, config.batch)
     label = f"{name}_{method}"
-    known = any("time_ratio" in r.metrics for r in record.read(records.out, method=label))
-    timed = {} if known or not count else timing(config, name, method, rates, count)
     for step, hparams, seconds in follow(config, name, method, seed, rates, stops):
-        finite = bool(np.isfinite(np.asarray(hparams)).all())
-        size = float(np.sum(problem.gradient(hparams) ** 2)) if finite else float("inf")
+        size = first if step == 0 else squared(problem, hparams)
         records.append(
-            label, step, step * each, gradient=size, relative=size / first,
-            seconds=seconds, **timed,
-        )  # fmt: skip
-
-
-@functools.cache
-def timing(config: Config, name: str, method: str, rates: Any, count: int) -> dict[str, float]:
-    """Time of ours over that by hand, in turns, and how far the two end from each other."""
-    problem, key = cached(name, config.batch), jax.random.key(0)
-    rates = tuple(jnp.float32(x) for x in rates)
-    data, calls, ends = (problem.train, problem.valid), {}, {}
-    for implementation in loops.IMPLEMENTATIONS:
-        steps = advance(implementation, method, config, name)
-        one = loops.runner(implementation, method, config, problem, rates)
-        state = one.init(problem.params, problem.hparams)
-        calls[implementation] = functools.partial(steps, state, 0, count, key, rates, *data)
-        ends[implementation] = np.asarray(
-            one.hparams(steps(state, 0, 20, key, rates, *data)), np.float64
+            label, step, step * each, gradient=size, relative=size / first, seconds=seconds
         )
-    ratios = []
-    for turn in range(config.rounds):
-        order = loops.IMPLEMENTATIONS if turn % 2 else loops.IMPLEMENTATIONS[::-1]
-        spent = {}
-        for implementation in order:
-            begin = time.perf_counter()
-            jax.block_until_ready(calls[implementation]())
-            spent[implementation] = time.perf_counter() - begin
-        ratios.append(spent["bilevel"] / spent["jax"])
-    moved = np.linalg.norm(ends["jax"] - np.asarray(problem.hparams, np.float64))
-    apart = np.linalg.norm(ends["bilevel"] - ends["jax"]) / max(moved, 1e-30)
-    return {"time_ratio": float(np.median(ratios)), "difference": float(apart)}
+
+
+def squared(problem: Problem, hparams: Any) -> float:
+    """The squared gradient; infinite where the hyperparameters are not finite."""
+    finite = bool(np.isfinite(np.asarray(hparams)).all())
+    return float(np.sum(problem.gradient(hparams) ** 2)) if finite else float("inf")
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:
@@ -139,13 +101,16 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
         }
     runs: dict[str, dict[int, list[record.Record]]] = {}
     for r in records:
+        if "relative" not in r.metrics:
+            continue
         runs.setdefault(r.method, {}).setdefault(r.seed, []).append(r)
     for method, seeds in runs.items():
         into: dict[str, Any] = {}
         for power in TARGETS:
-            calls = [_calls(run, 10.0**-power) for run in seeds.values()]
-            into[f"to_{power}"] = expected.statistics(x for x, _ in calls)
-            into[f"missed_{power}"] = expected.statistics(float(x) for _, x in calls)
+            calls = {seed: _calls(run, 10.0**-power) for seed, run in seeds.items()}
+            into[f"to_{power}"] = expected.interval({s: x for s, (x, _) in calls.items()})
+            missed = {s: float(x) for s, (_, x) in calls.items()}
+            into[f"missed_{power}"] = expected.statistics(missed)
         told[f"calls_{method}"] = into
     return told
 

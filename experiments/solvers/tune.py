@@ -38,7 +38,7 @@ def reached(
     budget = dict(zip(config.problems, config.budget, strict=True))[name] * part
     count = max(1, int(budget / cost))
     stops = sorted({max(1, round(count * x)) for x in (0.8, 0.9, 1.0)})
-    first, ends = np.sum(problem.gradient(problem.hparams) ** 2), []
+    first, ends = run.at_start(name, config.batch), []
     for step, hparams, *_ in follow(seed, pair, stops):
         lam = np.asarray(hparams)
         if not np.isfinite(lam).all() or np.abs(lam).max() > 20:
@@ -61,9 +61,9 @@ def reach(name: str, method: str) -> Reach:
 
 def tune(
     reach: Reach, rates: Sequence[float] = RATES, outer: Sequence[float] = OUTER,
-    grown: int = GROWN, kept: int = KEPT,
+    grown: int = GROWN, kept: int = KEPT, more: Sequence[Pair] = (),
 ) -> tuple[Pair, float]:  # fmt: skip
-    """The best pair and what it reaches, relative to the start."""
+    """The best pair and what it reaches, relative to the start; `more` are tried to the end."""
     grid, found = [list(rates), list(outer)], {}
     for _ in range(grown + 1):
         for pair in [(a, b) for a in grid[0] for b in grid[1]]:
@@ -78,7 +78,7 @@ def tune(
                 values.append(_round(at / factor))
         if before == (len(grid[0]), len(grid[1])):
             break
-    last = sorted(found, key=lambda pair: found[pair])[:kept]
+    last = [*sorted(found, key=lambda pair: found[pair])[:kept], *more]
     ends = {pair: reach(pair, 1.0, SEEDS[0]) for pair in last}
     return stable(reach, min(ends, key=lambda pair: ends[pair]))
 

@@ -27,6 +27,7 @@ class Config:
       max_holes, max_length: largest number and side of the holes of cutout.
       budget: G of a whole run of a method.
       trials: settings that random search may try in that budget.
+      stops: points of a trial at which it is measured, the best of which counts.
       points: records along a run.
     """
 
@@ -53,6 +54,7 @@ class Config:
     max_length: int = 23
     budget: int = 8_500
     trials: int = 6
+    stops: int = 6
     points: int = 20
 
 
@@ -68,6 +70,7 @@ def smoke() -> Config:
         batch=16,
         budget=340,
         trials=2,
+        stops=2,
         points=4,
     )
 
@@ -98,5 +101,6 @@ def paper() -> Config:
         inner_steps=2,
         budget=500_000,
         trials=12,
+        stops=20,
         points=100,
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import baselines, record
+from experiments.common import baselines, protocol, record
 from experiments.stn_cifar import problem, train
 from experiments.stn_cifar.config import Config
 
@@ -48,16 +48,18 @@ def _tune(config: Config, params: Any, parts: Any, records: record.Records) -> N
     )
     record.save_arrays(records.out, f"schedule_{records.seed}", **schedule)
     every = train.cycles(config) // config.points
+    best = protocol.best_so_far(measured)
     for i in range(config.points):
         widths = {f"scale_{name}": value for name, value in _row(scales, i).items()}
         records.append(
             "delta_stn",
             i,
             train.cycle_cost(config) * every * (i + 1),
-            **_row(measured, i),
+            **_row(best, i),
             **_row(norms, i),
             **_row(hparams, i),
             **widths,
+            now=float(measured["validation_loss"][i]),
         )
 
 
@@ -74,8 +76,10 @@ def _train(method: str, config: Config, params: Any, parts: Any, records: record
     measured = train.trained(config, steps, config.points)(
         params, schedule, _key(records.seed, method), parts["train"], _held_out(parts)
     )
+    best = protocol.best_so_far(measured)
     for i in range(config.points):
-        records.append(method, i, steps // config.points * (i + 1), **_row(measured, i))
+        now = {"now": float(measured["validation_loss"][i])}
+        records.append(method, i, steps // config.points * (i + 1), **_row(best, i), **now)
 
 
 def _distributions(config: Config) -> dict[str, Any]:
@@ -90,15 +94,16 @@ def _distributions(config: Config) -> dict[str, Any]:
 
 
 def _search(config: Config, params: Any, parts: Any, records: record.Records) -> None:
-    """Random search over all of them; each trial trains a network to its end."""
+    """Random search over all of them; each trial trains a network, and is stopped in time."""
     method = "random_search"
     steps = config.budget // config.trials
-    once = train.trained(config, steps, 1)
+    once = train.trained(config, steps, config.stops)
 
     def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
         schedule = {name: jnp.asarray([value], jnp.float32) for name, value in setting.items()}
         key = jax.random.fold_in(_key(records.seed, method), number)
-        measured = _row(once(params, schedule, key, parts["train"], _held_out(parts)), 0)
+        run = once(params, schedule, key, parts["train"], _held_out(parts))
+        measured = _row(protocol.best_so_far(run), -1)
         return baselines.Tried(measured["validation_loss"], lambda: measured)
 
     baselines.recorded(

@@ -13,7 +13,9 @@ class Config:
       batch, valid_batch: examples of a batch to train on, and of one to move hyperparameters.
       high: the rates lie in (0, high).
       starts: the rate, of all three places, from which the runs of a method start.
-      first: the start of the runs about the width, and from where moves are measured.
+      first: the start of the runs about the width, and from where moves are measured; and of the
+        runs that all seeds make, as in the papers.
+      wide_seeds: seeds below it also make the runs from all starts, and those about the width.
       lr: of SGD with momentum 0.9 on the weights, the same for every method, and on the response;
         falls to zero.
       outer_lr: of Adam on the rates' logits and on the scales.
@@ -37,6 +39,7 @@ class Config:
     high: float = 0.95
     starts: tuple[float, ...] = (0.05, 0.3, 0.5, 0.7, 0.9)
     first: float = 0.05
+    wide_seeds: int = 3
     lr: float = 0.05
     outer_lr: float = 0.04
     outer_power: float = 1.0

@@ -82,6 +82,15 @@ def losses(width: int) -> tuple[Any, Any]:
     return outer, cross_entropy
 
 
+def split(width: int) -> bilevel.GaussNewton:
+    """The training loss as a model and a loss of its outputs, for responses that are linearized."""
+
+    def output_loss(z: jax.Array, rates: Any, batch: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(z, batch["y"]).mean()
+
+    return bilevel.GaussNewton(functools.partial(logits, width), output_loss)
+
+
 def space(config: Config) -> bilevel.Space:
     """All rates in (0, high)."""
     return bilevel.Space({place: bilevel.Interval(0.0, config.high) for place in PLACES})

@@ -13,11 +13,12 @@ from experiments.stn_digits import problem, train
 from experiments.stn_digits.config import Config
 
 TUNED = ("delta_stn", "stn")
+LOW = (train.LINEARIZED, "stn_low")  # from the papers' start alone
 FORCED = ("sgd", "small_scale", "no_response")
 BLACK_BOX = {"random_search": "random", "tpe": "tpe"}
 TABLE = ("validation_loss", "test_loss", "test_error", "spread", "loss_spread")
 # Streams of random numbers: methods share the first weights, and nothing else.
-STREAMS = {"delta_stn": 1, "stn": 2, "grid": 3, "search": 4, "replay": 5, "forced": 6}
+STREAMS = {"delta_stn": 1, "stn": 2, "grid": 3, "search": 4, "replay": 5, "forced": 6, "low": 7}
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
@@ -25,7 +26,11 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     records = record.Records(out, seed)
     sets = problem.batches(config, seed)
     params = problem.initial(config.hidden, seed)
-    for method in TUNED:
+    for method in LOW:
+        if not records.finished(method, config.points):
+            _low(method, config, params, sets, records)
+    wide = seed < config.wide_seeds
+    for method in TUNED if wide else ():
         if not records.finished(method, config.points):
             _tune(method, config, params, sets, records)
         if not records.finished(f"{method}_replay", config.points):
@@ -34,7 +39,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
         _grid(config, params, sets, records)
     for method in BLACK_BOX:
         _search(method, config, params, sets, records)
-    if not all([records.finished(method, config.points) for method in FORCED]):
+    if wide and not all([records.finished(method, config.points) for method in FORCED]):
         _forced(config, params, sets, records)
 
 
@@ -45,6 +50,24 @@ def _keys(seed: int, stream: str, count: int) -> jax.Array:
 def _row(best: dict[str, np.ndarray], i: int) -> dict[str, float]:
     """Mean over parallel runs of every measurement at one point."""
     return {name: float(np.mean(value[:, i])) for name, value in best.items()}
+
+
+def _low(method: str, config: Config, params: Any, sets: Any, records: record.Records) -> None:
+    """One run from the papers' start; both methods see the same batches and masks."""
+    one = jnp.ones(1)
+    infos, measured = train.tuned(method, config)(
+        params,
+        config.first * one,
+        train.Mode(config.scale * one, one, one),
+        _keys(records.seed, "low", 1),
+        sets,
+    )
+    best, every = protocol.best_so_far(measured), train.cycles(method, config) // config.points
+    rates = {p: np.asarray(infos[0][p]).reshape(-1) for p in problem.PLACES}
+    for i in range(config.points):
+        now = {f"rate_{p}": float(rates[p][every * (i + 1) - 1]) for p in rates}
+        cost = train.cycle_cost(method, config) * every * (i + 1)
+        records.append(method, i, cost, **_row(best, i), **now)
 
 
 def _tune(method: str, config: Config, params: Any, sets: Any, records: record.Records) -> None:

@@ -13,13 +13,19 @@ from experiments.stn_digits import problem
 from experiments.stn_digits.config import Config
 
 TRAINING = 5  # training steps per cycle
+LINEARIZED = "delta_stn_low"  # its response is learned on linearized outputs
+
+
+def centred(method: str) -> bool:
+    """Whether it is Delta-STN."""
+    return method.startswith("delta_stn")
 
 
 def cycle_cost(method: str, config: Config) -> float:
     """G of five training steps and a validation step."""
-    network = problem.network(config.hidden, method == "delta_stn")
+    network = problem.network(config.hidden, centred(method))
     outer = budget.weight(config.valid_batch, config.batch)
-    return budget.self_tuning(network, TRAINING, outer).total
+    return budget.self_tuning(network, TRAINING, outer, linearized=method == LINEARIZED).total
 
 
 def cycles(method: str, config: Config) -> int:
@@ -75,7 +81,7 @@ def algorithm(
     their gradients: Adam makes full steps of noise alone.
     """
     count = cycles(method, config)
-    network = problem.network(config.hidden, method == "delta_stn")
+    network = problem.network(config.hidden, centred(method))
     outer, inner = problem.losses(config.hidden)
     rate = optax.cosine_decay_schedule(config.outer_lr, count, exponent=config.outer_power)
     weights_tx = optimizer(config, TRAINING * count)
@@ -90,6 +96,7 @@ def algorithm(
         response_tx=optax.chain(weights_tx, optax.scale(mode.learns)),
         scale_tx=optax.chain(outer_tx, optax.scale(mode.moves)),
         entropy=config.entropy,
+        linearize=problem.split(config.hidden) if method == LINEARIZED else None,
         constrain=problem.space(config),
         warm_up=round(config.warm_up * count),
     )

@@ -27,6 +27,7 @@ class Config:
       max_holes, max_length: largest number and side of the holes of cutout.
       budget: G of a whole run of a method.
       trials: settings that random search may try in that budget.
+      stops: points of a trial at which it is measured, the best of which counts.
       points: records along a run.
     """
 
@@ -52,6 +53,7 @@ class Config:
     max_length: int = 16
     budget: int = 6_000
     trials: int = 6
+    stops: int = 6
     points: int = 20
 
 
@@ -68,6 +70,7 @@ def smoke() -> Config:
         valid_batch=32,
         budget=340,
         trials=2,
+        stops=2,
         points=4,
         starts=(),
     )
@@ -93,5 +96,6 @@ def paper() -> Config:
         stn_outer_lr=0.25,
         budget=510_000,
         trials=12,
+        stops=20,
         points=100,
     )

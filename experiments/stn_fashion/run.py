@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import optuna
 
-from experiments.common import baselines, record
+from experiments.common import baselines, protocol, record
 from experiments.stn_fashion import problem, train
 from experiments.stn_fashion.config import Config
 
@@ -104,6 +104,7 @@ def _tune(
     )
     every = train.cycles(config, centred) // config.points
     first = {name: float(value) for name, value in start.items()}
+    best = protocol.best_so_far(measured)
     before = _area(config, first, dict.fromkeys(problem.names(config), mode.scale))
     for i in range(config.points):
         now, widths = _row(hparams, i), _row(scales, i)
@@ -112,7 +113,8 @@ def _tune(
             method,
             i,
             train.cycle_cost(config, centred) * every * (i + 1),
-            **_row(measured, i),
+            **_row(best, i),
+            now=_row(measured, i)["validation_loss"],
             **_row(norms, i),
             **now,
             **{f"scale_{name}": widths[name] for name in problem.names(config)},
@@ -173,12 +175,20 @@ def _fixed(config: Config, params: Any, parts: Any, records: record.Records) -> 
     every = config.budget // config.points
     key, held_out = _key(records.seed, 10), _held_out(parts, "fixed")
     opt_state, hparams = optax.adam(config.lr).init(params), problem.start(config)
+    rows = []
     for i in range(config.points):
         params, opt_state = train.trained(config)(
             params, opt_state, hparams, key, parts["train"], i * every, every, config.points * every
         )
-        measured = train.evaluator(config)(params, held_out)
-        records.append("fixed", i, every * (i + 1), **_floats(measured))
+        rows.append(_floats(train.evaluator(config)(params, held_out)))
+    best = protocol.best_so_far(_stacked(rows))
+    for i, row in enumerate(rows):
+        cost = every * (i + 1)
+        records.append("fixed", i, cost, **_row(best, i), now=row["validation_loss"])
+
+
+def _stacked(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
+    return {name: np.asarray([row[name] for row in rows]) for name in rows[0]}
 
 
 def _distributions(config: Config, part: float) -> dict[str, Any]:
@@ -196,18 +206,20 @@ def _distributions(config: Config, part: float) -> dict[str, Any]:
 def _search(
     method: str, index: int, config: Config, params: Any, parts: Any, records: record.Records
 ) -> None:
-    """Random search over all fifteen; each trial trains a network to its end."""
-    steps = config.budget // config.trials
+    """Random search over all fifteen; each trial trains a network, and is stopped in time."""
+    every = config.budget // config.trials // config.stops
+    steps = every * config.stops
     opt_state = optax.adam(config.lr).init(params)
     held_out = _held_out(parts, method)
 
     def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
         hparams = {name: jnp.float32(value) for name, value in setting.items()}
         key = _key(records.seed, 100 * (1 + index) + number)
-        weights, _ = train.trained(config)(
-            params, opt_state, hparams, key, parts["train"], 0, steps, steps
-        )
-        measured = _floats(train.evaluator(config)(weights, held_out))
+        now, rows = (params, opt_state), []
+        for i in range(config.stops):
+            now = train.trained(config)(*now, hparams, key, parts["train"], i * every, every, steps)
+            rows.append(_floats(train.evaluator(config)(now[0], held_out)))
+        measured = _row(protocol.best_so_far(_stacked(rows)), -1)
         return baselines.Tried(measured["validation_loss"], lambda: measured)
 
     baselines.recorded(

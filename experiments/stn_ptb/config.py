@@ -52,7 +52,7 @@ class Starts:
     budget: float = 3_000.0
     random_trials: int = 3
     tpe_trials: int = 12
-    grid: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
+    grid: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 0.85, 0.9)
     points: int = 25
     eval_batch: int = 50
 

@@ -27,7 +27,7 @@ def test_one_row_from_run_to_figure(tmp_path):
     assert "CG, 40 steps" in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["w5_lstm_training", "w5_cnn_validation"])
+@pytest.mark.parametrize("name", ["w5_lstm_training", "w5_cnn_validation", "w7_tuning_layers_20"])
 def test_self_tuning_steps_are_those_written_by_hand(name):
     row = workloads.ROWS[name](config.Config(tiny=True), 0)
     results = measure.measure(row, rounds=1, compilations=1, only=("bilevel",))

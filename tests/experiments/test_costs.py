@@ -268,6 +268,7 @@ def lstm(products: int) -> Step:
 STEPS: dict[str, Any] = {
     "stn_digits, Delta-STN": lambda: stn_digits("delta_stn"),
     "stn_digits, STN": lambda: stn_digits("stn"),
+    "stn_digits, Delta-STN linearized": lambda: stn_digits("delta_stn_low"),
     "stn_fashion, Delta-STN": lambda: stn_fashion(True),
     "stn_fashion, STN": lambda: stn_fashion(False),
     "stn_cifar": stn_cifar,
@@ -292,7 +293,7 @@ STEPS: dict[str, Any] = {
 # The other method of an experiment has the same builders and another count of the same loop.
 TWINS = {
     "stn_digits, STN", "stn_digits, Delta-STN", "stn_fashion, STN", "stn_ptb from starts, STN",
-    "stn_cifar", "hypernet, global",
+    "stn_digits, Delta-STN linearized", "stn_cifar", "hypernet, global",
     "digits, Neumann", "lstm, Neumann",
 }  # fmt: skip
 
@@ -362,7 +363,7 @@ def test_learning_rate_counts_its_windows(monkeypatch, length):
     images = jnp.zeros((64, 28, 28), jnp.float32), jnp.zeros(64, jnp.int32)
     calls = Calls(monkeypatch, config.batch)
     schedule = schedules.start(3, config.windows, 0.01, 0.5)
-    jax.jit(rate_tune.hypergradient(config, "mlp", length))(schedule, images, KEY)
+    jax.jit(rate_tune.hypergradient(config, "mlp", length))(schedule, images, images, KEY)
     jax.effects_barrier()
     assert len(calls.seen) == 50 // length
     assert sum(calls.seen) == pytest.approx(rate_tune.cost(config, length))

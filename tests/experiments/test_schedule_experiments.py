@@ -56,11 +56,11 @@ def test_the_whole_run_is_differentiated():
 
     def moved(sign):
         log_rate = schedule["log_rate"].at[0, 0].add(sign * step)
-        return float(run({**schedule, "log_rate": log_rate}, train, keys[1])[0])
+        return float(run({**schedule, "log_rate": log_rate}, train, train, keys[1])[0])
 
     with jax.numpy_rank_promotion("allow"):
         run = jax.jit(tune.hypergradient(settings, "mlp", settings.steps))
-        _, grads = run(schedule, train, keys[1])
+        _, grads = run(schedule, train, train, keys[1])
         difference = (moved(1) - moved(-1)) / (2 * step)
     # Central differences in float64 at 1e-5: about 1e-10 of curvature and 1e-11 of rounding.
     assert float(grads["log_rate"][0, 0]) == pytest.approx(difference, rel=1e-6)
@@ -134,3 +134,14 @@ def test_a_population_of_any_size_has_a_standard_error():
     exact = np.sqrt(variance / 50_000)
     assert np.max(np.abs(means - truth) / exact) < 5  # fifty correlated estimates
     np.testing.assert_allclose(errors, exact, rtol=0.05)  # 1.2 % of sampling, at the worst of 50
+
+
+def test_a_searched_shape_rises_to_its_peak_and_falls_to_its_last_rate():
+    setting = {"peak": 0.2, "momentum": 0.9, "warm_up": 0.1, "last": 0.05}
+    for shape in ("cosine", "linear"):
+        rates = np.exp(schedules.shaped(shape, 1000, setting)["log_rate"])
+        assert rates.shape == (3, 1000) and rates[0].argmax() in (99, 100)
+        np.testing.assert_allclose(rates[0, [49, 100, -1]], [0.099, 0.2, 0.01], rtol=0.02)
+    flat = schedules.shaped("constant", 10, {"peak": 0.2, "momentum": 0.9})
+    np.testing.assert_allclose(np.exp(flat["log_rate"]), 0.2, rtol=1e-6)
+    np.testing.assert_allclose(jax.nn.sigmoid(flat["momentum"]), 0.9, rtol=1e-6)

@@ -36,7 +36,7 @@ def test_every_method_is_recorded_once_and_drawn(finished):
     run.run(SETTINGS, 0, finished, resume=True)
     assert record.read(finished) == before
     methods = {r.method for r in before}
-    assert {"delta_stn", "stn", "stn_replay", "grid", "tpe", "no_response"} <= methods
+    assert {*run.TUNED, *run.LOW, "stn_replay", "grid", "tpe", "no_response"} <= methods
     assert all(np.isfinite(r.metrics["validation_loss"]) for r in before)
     assert max(r.cost for r in before if r.method != "grid") <= SETTINGS.budget
     for path in figure.figures(finished):

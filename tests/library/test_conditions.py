@@ -178,10 +178,11 @@ def seen(w, lam, batch):
 def test_the_root_of_kkt_conditions_and_its_multipliers():
     truth = jax.grad(lambda lam: seen(kkt_solution(lam), lam, VALID))(KKT)
     for solver in (Dense(), Lineax(lineax.GMRES(1e-12, 1e-12, restart=N + 2))):
-        sol = bilevel.hypergrad_solve(
-            seen, Root(kkt), Implicit(solver), kkt_solution(KKT), KKT,
-            inner_batch=TRAIN, outer_batch=VALID,
-        )  # fmt: skip
+        sol = jax.jit(
+            lambda w, solver=solver: bilevel.hypergrad_solve(
+                seen, Root(kkt), Implicit(solver), w, KKT, inner_batch=TRAIN, outer_batch=VALID
+            )
+        )(kkt_solution(KKT))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8), sol.grads, truth)
         assert int(sol.result) == Status.ok
 

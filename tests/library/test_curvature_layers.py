@@ -403,6 +403,20 @@ def test_ekfac_is_exact_where_the_block_is_a_kronecker_product(loss, count):
     assert float(got.stats["covered"]) == 1.0
 
 
+@pytest.mark.parametrize("multiple", [1.0, 10.0])
+def test_kfac_is_the_inverse_of_its_formula(multiple):
+    model, params = mlp()
+    amap, r = bound(model, params, damping=0.02), like(params)
+    found = amap.kronecker(None, None)
+    prepared = KFAC(None, damping_multiple=multiple).prepare(amap, r, None)
+    parts = zip(found.factors, found.split(r), found.split(prepared.apply(r)), strict=True)
+    for (left, right), v, got in parts:
+        block = jnp.kron(left, right) + multiple * 0.02 * jnp.eye(v.size)
+        np.testing.assert_allclose(
+            got.reshape(-1), jnp.linalg.solve(block, v.reshape(-1)), rtol=1e-8
+        )
+
+
 @pytest.mark.slow
 def test_ekfac_says_how_far_it_is_off_where_it_is_not_exact():
     model, params = mlp()

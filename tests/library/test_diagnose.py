@@ -36,6 +36,7 @@ def outer(w, lam, target):
 
 
 LAM = -3.0
+RNG = np.random.default_rng(1)
 KEY = jax.random.key(0)
 MATRIX = rotated(EIGENVALUES)
 
@@ -147,6 +148,19 @@ def test_gauss_newton_can_be_diagnosed():
         values[-1]
     )
     assert dataclasses.is_dataclass(d.operator) and isinstance(d.operator, GaussNewton)
+
+
+def test_a_network_in_training_is_worth_a_few_products():
+    x, y = RNG.standard_normal((40, 30)), RNG.standard_normal((40, 1))
+    op = GaussNewton(
+        lambda w, lam, b: jnp.tanh(b[0] @ w["in"]) @ w["out"],
+        lambda z, lam, b: jnp.mean((z - b[1]) ** 2),
+        damping=0.01,
+    )
+    w = {"in": RNG.standard_normal((30, 20)), "out": RNG.standard_normal((20, 1))}
+    d = diagnose(op.loss, w, 0.0, inner_batch=(x, y), operator=op, num_steps=10, print=False)
+    assert not d.stationary and d.solver == CG(max_steps=10)
+    assert any("a few steps of CG" in line for line in d.advice)
 
 
 # -- check_hypergrad -----------------------------------------------------------------------------

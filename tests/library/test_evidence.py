@@ -393,11 +393,14 @@ def bound_of(phi, y, noise, lam, block):
 @pytest.mark.slow
 def test_stochastic_evidence_finds_the_precision_of_its_bound():
     """S18: 200 Adam steps on batches of 50 of 300. The bound's own optimum is not the exact one:
-    it has a precision 3.7 times as large here."""
+    six blocks of 50 have up to 300 directions where there are 60, and a precision 3.7 times as
+    large (3 to 5 for other noises and spectra); two blocks are within a factor of two. In test
+    the two differ by less than 0.02 nats."""
     n, d, noise = 300, 60, 0.5
     rng = np.random.default_rng(5)
-    phi = rng.normal(size=(n, d)) / np.sqrt(d)
-    y = phi @ rng.normal(size=d) * 2 + noise * rng.normal(size=n)
+    phi, unseen = rng.normal(size=(2, n, d)) / np.sqrt(d)
+    weights = rng.normal(size=d) * 2
+    y, y_unseen = (x @ weights + noise * rng.normal(size=n) for x in (phi, unseen))
     fixed = jnp.log(noise)
     evidence = LaplaceEvidence(
         linear, lambda f, h, b: gaussian(f, {"log_noise": fixed}, b), n,
@@ -417,20 +420,34 @@ def test_stochastic_evidence_finds_the_precision_of_its_bound():
     start = alg.init(jnp.zeros(d), jnp.asarray(2.0))
     state, _ = jax.jit(lambda s: jax.lax.scan(step, s, keys))(start)
     grid = np.linspace(-4, 4, 161)
-    of_bound, exactly = (
-        grid[np.argmin([bound_of(phi, y, noise, lam, block) for lam in grid])] for block in (50, n)
+    of_bound, of_two, exactly = (
+        grid[np.argmin([bound_of(phi, y, noise, lam, block) for lam in grid])]
+        for block in (50, 150, n)
     )
     assert abs(float(state.hparams) - of_bound) <= 0.2
     assert 1 < of_bound - exactly < 1.5
+    assert 0 < of_two - exactly <= np.log(2)
+
+    def in_test(lam):
+        p = phi.T @ phi / noise**2 + np.exp(lam) * np.eye(d)
+        off = y_unseen - unseen @ np.linalg.solve(p, phi.T @ y / noise**2)
+        variance = noise**2 + np.sum(unseen * np.linalg.solve(p, unseen.T).T, axis=1)
+        return np.mean(0.5 * off**2 / variance + 0.5 * np.log(variance))
+
+    assert in_test(float(state.hparams)) <= in_test(exactly) + 0.02
 
 
 @pytest.mark.slow
 def test_the_plain_bound_underfits_where_there_are_many_parameters():
-    """S19: 2000 random features of 100 points, trained to rest in both weighings (O20)."""
+    """S19: 2000 random features of 100 points, trained to rest in both weighings (O20).
+
+    The features of a kernel of unit length scale, which sees sin(3x) only where the prior is wide;
+    for frequencies twice as high the ratio is 1.1.
+    """
     n, d, noise = 100, 2000, 0.1
     rng = np.random.default_rng(6)
     x, x_test = rng.uniform(-2, 2, (2, n))
-    frequency, phase = rng.normal(size=d) * 2, rng.uniform(0, 2 * np.pi, d)
+    frequency, phase = rng.normal(size=d), rng.uniform(0, 2 * np.pi, d)
     features = lambda x: np.sqrt(2 / d) * np.cos(x[:, None] * frequency + phase)  # noqa: E731
     phi, phi_test = features(x), features(x_test)
     y, y_test = (np.sin(3 * v) + noise * rng.normal(size=n) for v in (x, x_test))
@@ -459,7 +476,7 @@ def test_the_plain_bound_underfits_where_there_are_many_parameters():
             m = phi.T @ np.linalg.solve(k * t * kernel / noise**2 + np.eye(n), k * t * y / noise**2)
             t = 1 / (k * np.sum(phi**2) / (d * noise**2) + 1 / t) + m @ m / d
         np.testing.assert_allclose(errors[-1], np.sqrt(np.mean((y - phi @ m) ** 2)), rtol=1e-5)
-    assert errors[0] > 1.05 * errors[1]
+    assert errors[0] >= 1.5 * errors[1]
     assert likelihoods[1] < likelihoods[0]
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # A snapshot: adding a name is a decision, and so is taking one away.
 NAMES = """
 Algorithm Anchored BestResponse BestResponseState CG Certificate Composite DatamodelScore Dense
-Diagnosis Diagonal DynamicLanczos EKFAC Evolution FiniteDifference FitResult FixedPoint Free
+Diagnosis Diagonal DualCG DynamicLanczos EKFAC Evolution FiniteDifference FitResult FixedPoint Free
 GaussNewton Hessian HyperSchedule HypergradCheck Hypergradient HypergradientError Hypernetwork
 Identity Implicit Indexed Influence InnerState Integer Interval Jacobian KFAC LinearModel
 LinearSolution LinearSolver Lineax MemoryReport Metagradient Metasmoothness Minimum Neumann Nystrom

@@ -11,7 +11,7 @@ from odd_inputs.case import BAD, GOOD, Case, Verdict, judge
 from odd_inputs.known import KNOWN
 
 AREAS = ("settings", "calls", "losses", "points", "dtypes", "batches", "regularizers", "bounds",
-         "loops", "single_loops", "penalties", "runs", "tools")  # fmt: skip
+         "loops", "single_loops", "penalties", "runs", "tools", "objectives")  # fmt: skip
 
 
 class Row(NamedTuple):

@@ -9,7 +9,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, ModelState, Params, Scalar
 from bilevel.ground.batches import check_stack, select_batch
 from bilevel.ground.keys import require_key
-from bilevel.ground.loops import keep_types, loop, must_unroll
+from bilevel.ground.loops import keep_types, loop, unrolls
 from bilevel.ground.status import Status, status_of
 from bilevel.hypergradient.best_response import check_responds, scale_like
 from bilevel.inner.descend import InnerState, take_step
@@ -255,4 +255,4 @@ def _check_step(
     check_responds(*args, first, first_outer)
     if tuning.linearize is not None:
         check_split(tuning.linearize, *args, first)
-    return must_unroll(problem.inner_loss, *args[1:], first)
+    return unrolls(tuning.unroll, problem.inner_loss, *args[1:], first)

@@ -47,6 +47,7 @@ def self_tuning(
     warm_up: int = 0,
     has_state: bool = False,
     seed: int = 0,
+    unroll: bool | None = None,
 ) -> Algorithm:
     r"""Self-tuning networks (STN) and Delta-STN, on any model.
 
@@ -100,6 +101,7 @@ def self_tuning(
       has_state: both losses are ``loss(params, hparams, batch, model_state) -> (scalar,
         model_state)``; the general step alone advances the statistics.
       seed: of the network's first parameters, where ``init`` gets no ``key``.
+      unroll: write the loops out step by step; None decides by itself (convolutions on CPU).
 
     Returns:
       ``Algorithm(init, step, deploy)``, pure functions.
@@ -160,6 +162,7 @@ def self_tuning(
     check_flag("tune_scales", tune_scales)
     check_flag("has_state", has_state)
     check_count("seed", seed, 0)
+    check_flag("unroll", unroll, optional=True)
     if linearize is not None and not isinstance(linearize, GaussNewton):
         raise TypeError(
             "`linearize` must be `GaussNewton(model, output_loss, penalty=...)` or None, got "
@@ -196,6 +199,7 @@ def self_tuning(
         linearize=linearize,
         warm_up=warm_up,
         seed=seed,
+        unroll=unroll,
     )
     return Algorithm(
         functools.partial(init, tuning),

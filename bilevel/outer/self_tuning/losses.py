@@ -42,6 +42,7 @@ class Tuning:
     linearize: GaussNewton | None
     warm_up: int
     seed: int
+    unroll: bool | None
 
     @property
     def per_example(self) -> bool:

@@ -12,11 +12,17 @@ import numpy as np
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Params, Scalar, Vector
 from bilevel.ground.batches import select_batch
-from bilevel.ground.linear_map import Dual, Factors, Kronecker, LinearMap, SampledDiagonal
+from bilevel.ground.linear_map import Dual, Factors, Kronecker, LinearMap, Parts, SampledDiagonal
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
 from bilevel.ground.traced import BACKWARD_RULE, contains_primitive
-from bilevel.problem.layers import block_root, dual_kernel, kronecker, ordered_outputs
+from bilevel.problem.layers import (
+    block_root,
+    dual_kernel,
+    kronecker,
+    ordered_outputs,
+    output_kernel,
+)
 from bilevel.problem.operators.base import BoundOperator
 from bilevel.problem.operators.linear_model import LinearModel
 from bilevel.problem.two_losses import Problem
@@ -99,6 +105,7 @@ class GaussNewton:
                 lambda: _factors(self, problem, params, hparams, batch),
                 self.penalty is not None,
                 dual=lambda: _dual(self, problem, params, hparams, batch),
+                parts=lambda: _parts(self, problem, params, hparams, batch),
                 kronecker=functools.partial(_kronecker, self, problem, params, hparams, batch),
             ),
         )
@@ -262,6 +269,27 @@ def _dual(
         size,
         outputs + 2,
         covered,
+    )
+
+
+def _parts(
+    op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
+) -> Parts:
+    """The factors of the product apart, and the dual product from the layers of the model."""
+    z, push, pull = _jacobian(op, problem, params, hparams, batch, repeated=False)
+    weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
+    outputs = _outputs(op, problem, hparams, batch)
+    kernel, covered = output_kernel(outputs, params, uniform=op.penalty is None)
+
+    def narrow(function: Callable, like: Any) -> Callable:
+        return lambda v: tree.accumulate(function(tree.cast_like(v, like)))
+
+    def product(d: Vector) -> Callable[[Any], Any]:
+        return narrow(kernel(d), z)
+
+    diagonal = _separable_penalty(op, params, hparams)
+    return Parts(
+        narrow(push, params), narrow(pull, z), narrow(weigh, z), product, diagonal, covered
     )
 
 
