@@ -232,7 +232,7 @@ def _check_sum(arrays: Any) -> int:
         whole = bytes_.size // 4096 * 4096
         words = bytes_[:whole].view(np.uint64).reshape(-1, 512)
         for part in (words.sum(0), words.sum(1), bytes_[whole:]):
-            found = zlib.crc32(part, found)
+            found = zlib.crc32(part.tobytes(), found)
     return found
 
 

@@ -157,7 +157,7 @@ def _root(i: int, leaves: list[Any], treedef: Any, weigh: Callable[[Any], Any]) 
     def column(c: Any) -> jax.Array:
         direction = jax.nn.one_hot(c, units, dtype=z.dtype)
         whole = [jnp.zeros_like(x) for x in leaves]
-        whole[i] = direction + whole[i] if z.ndim > 1 else 1 + whole[i]
+        whole[i] = jnp.broadcast_to(direction, z.shape) + whole[i] if z.ndim > 1 else 1 + whole[i]
         image = jax.tree.leaves(weigh(jax.tree.unflatten(treedef, whole)))[i]
         return image if z.ndim > 1 else image.reshape(-1, 1)
 
