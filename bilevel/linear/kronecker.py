@@ -188,16 +188,20 @@ def _prepared(
     multiple: Any,
 ) -> Prepared:
     """The blocks on the layers, and a scalar on every other leaf, with ``multiple`` D added."""
-    found = found._replace(known=tree.scale(multiple, found.known))
+    known = jax.tree.map(tree.replicated, tree.scale(multiple, found.known))
+    found = found._replace(known=known)
     blocks = _blocks(found, bases, scales)
-    join = jax.linear_transpose(found.split, rhs)
+    join = jax.linear_transpose(found.split, jax.tree.map(tree.replicated, rhs))
 
     def scale(r: jax.Array, inside: bool, mean: jax.Array, known: jax.Array) -> jax.Array:
         return jnp.zeros_like(r) if inside else r / (mean + known).astype(r.dtype)
 
-    def apply(r: Vector) -> Vector:
-        apart = jax.tree.map(scale, r, found.has_block, found.rest, found.known)
-        return tree.add(join(blocks(found.split(r)))[0], apart)
+    def apply(divided: Vector) -> Vector:
+        # Both factors mix a whole axis of a weight: of an explicit mesh each device takes all.
+        r = jax.tree.map(tree.replicated, divided)
+        apart = jax.tree.map(scale, r, found.has_block, found.rest, known)
+        whole = tree.add(join(blocks(found.split(r)))[0], apart)
+        return jax.tree.map(tree.placed_like, whole, divided)
 
     covered = jnp.asarray(found.covered, tree.norm(rhs).dtype)
     return Prepared(apply, num_products, {"covered": covered})
