@@ -20,6 +20,7 @@ FLOORS = {
         "ground.status",
         "ground.traced",
         "ground.loops",
+        "ground.factor",
         "ground.keys",
         "ground.batches",
         "ground.linear_map",

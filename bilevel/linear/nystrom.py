@@ -10,6 +10,7 @@ import numpy as np
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.factor import solve
 from bilevel.ground.keys import require_key
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings, count
@@ -119,7 +120,7 @@ class Nystrom:
         damping = jnp.asarray(amap.damping, eigenvalues.dtype)
         gram = contract(low_rank, low_rank)
         system = gram + damping * jnp.eye(self.rank, dtype=gram.dtype)
-        inner = jnp.linalg.solve(system, _inner(low_rank, rhs))
+        inner = solve(system, _inner(low_rank, rhs))
         value = jax.tree.map(
             lambda g, c: (
                 (g - jnp.tensordot(inner.astype(c.dtype), c, axes=1)) / damping.astype(g.dtype)

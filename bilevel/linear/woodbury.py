@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.factor import cholesky, solve
 from bilevel.ground.linear_map import Dual
 from bilevel.ground.settings import check_settings, count
 from bilevel.ground.status import Status, status_of
@@ -146,7 +147,7 @@ def _by_rows(rows: Vector, weights: jax.Array, diagonal: Vector, rhs: Vector) ->
             for h, g in zip(jax.tree.leaves(half), jax.tree.leaves(scaled), strict=True)
         ],
     )
-    inner = jnp.linalg.solve(system, weights.astype(kernel.dtype) @ projected)
+    inner = solve(system, weights.astype(kernel.dtype) @ projected)
     return jax.tree.map(
         lambda g, d, h: (g - jnp.tensordot(inner.astype(h.dtype), h, axes=1)) * d,
         scaled,
@@ -171,7 +172,7 @@ def _by_layers(dual: Dual, diagonal: Vector, rhs: Vector) -> Vector:
     def by_root(kernel: jax.Array, u: jax.Array) -> jax.Array:
         # (I + QK)^-1 Q = R (I + R'KR)^-1 R', symmetric: half the work of a general system.
         system = kernel + jnp.eye(dual.size, dtype=kernel.dtype)
-        factor = jnp.linalg.cholesky(system, symmetrize_input=False)
+        factor = cholesky(system)
         return blocks(jax.scipy.linalg.cho_solve((factor, True), blocks(u, True)), False)
 
     def by_weights(kernel: jax.Array, u: jax.Array) -> jax.Array:
@@ -179,7 +180,7 @@ def _by_layers(dual: Dual, diagonal: Vector, rhs: Vector) -> Vector:
         whole = jnp.tril(kernel) + jnp.tril(kernel, -1).T
         system = jax.vmap(lambda row: dual.weigh(row).astype(row.dtype))(whole)
         system = system + jnp.eye(dual.size, dtype=kernel.dtype)
-        return dual.weigh(jnp.linalg.solve(system, u)).astype(u.dtype)
+        return dual.weigh(solve(system, u)).astype(u.dtype)
 
     inner = jax.lax.cond(dual.is_root, by_root, by_weights, kernel, projected)
     back = tree.cast_like(dual.pull(inner), rhs)

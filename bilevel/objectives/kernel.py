@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from bilevel.ground.aliases import Batch, Hparams, Params, Scalar, Vector
 from bilevel.ground.batches import is_single_key
+from bilevel.ground.factor import cholesky
 from bilevel.ground.tree import paths
 
 
@@ -146,5 +147,5 @@ def log_volume(rows: Vector, scales: Vector, ids: jax.Array | None) -> Scalar:
 
 def log_det(matrix: jax.Array) -> Scalar:
     """:math:`\\log|I + M|` of a positive semi-definite M."""
-    factor = jnp.linalg.cholesky(matrix + jnp.eye(matrix.shape[0], dtype=matrix.dtype))
+    factor = cholesky(matrix + jnp.eye(matrix.shape[0], dtype=matrix.dtype))
     return 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
