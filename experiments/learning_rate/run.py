@@ -158,7 +158,7 @@ def _search(
         log=log,
     )
     valid = baselines.best(trials)
-    fast = min(ends, key=lambda end: np.nan_to_num(end["final_loss"], nan=np.inf))
+    fast = min(ends, key=lambda end: (np.isnan(end["final_loss"]), end["final_loss"]))
     found, quickest = (
         _replayed(model, schedule, config, seed, images, config.replays, 0)
         for schedule in (ends[valid.number]["schedule"], fast["schedule"])

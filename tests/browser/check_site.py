@@ -102,8 +102,10 @@ def check_search(page, address: str, phone: bool) -> list[str]:
         page.locator(".md-header__button[for=__search]").click()
     page.locator("input.md-search__input").click()
     page.locator("input.md-search__input").fill("gauss newton")
-    page.wait_for_timeout(1500)
-    found = page.locator(".md-search-result__item a").all_inner_texts()
+    results = page.locator(".md-search-result__item a")
+    with contextlib.suppress(Exception):  # on a busy machine the index takes seconds to load
+        results.first.wait_for(timeout=20_000)
+    found = results.all_inner_texts()
     if not any("networks" in text.lower() or "newton" in text.lower() for text in found):
         return [f"the search for 'gauss newton' finds {found[:3]}"]
     return []
