@@ -183,6 +183,7 @@ KEPT = {
     "library/test_curvature_layers.py": {
         "test_dual_is_the_jacobian_times_its_transpose": 0,
         "test_ekfac_is_exact_where_the_block_is_a_kronecker_product": 1,
+        "test_kfac_is_the_inverse_of_its_formula": 1,
         "test_kfac_needs_a_third_of_the_products": 0,
         "test_low_precision": 0,
         "test_moments_are_the_diagonal_of_gauss_newton_in_any_bases": 0,
@@ -222,7 +223,7 @@ KEPT = {
         "test_user_solver_and_float32": 0,
     },
     "library/test_discrimination.py": {
-        "test_every_mistake_is_rejected_by_two_cases": 1,
+        "test_every_mistake_is_rejected_by_two_cases": 0,
         "test_wrong_solvers_are_rejected_as_solvers": 3,
     },
     "library/test_docs.py": {
@@ -305,7 +306,7 @@ KEPT = {
     },
     "library/test_hypergrad.py": {
         "test_central_differences_of_the_resolved_problem": 4,
-        "test_method_equals_its_closed_form": 16,
+        "test_method_equals_its_closed_form": 8,
     },
     "library/test_hypernetwork.py": {
         "test_the_weights_are_those_of_the_formula": 2,
@@ -342,6 +343,9 @@ KEPT = {
         "test_memory_of_fifty_steps_on_670k_weights": 0,
         "test_memory_of_segments_grows_like_the_square_root": 0,
         "test_report_of_all_modes": 0,
+    },
+    "library/test_microbatches.py": {
+        "test_parts_give_what_the_full_batch_gives": 0,
     },
     "library/test_minimize.py": {
         "test_the_condition_of_a_proximal_solution": 1,
@@ -406,6 +410,7 @@ KEPT = {
     },
     "library/test_self_tuning.py": {
         "test_a_scanned_run_equals_a_loop_and_keeps_the_best_state_whole": 0,
+        "test_cycles_with_noise_equal_the_updates_written_out": 1,
         "test_ridge_optimum_is_found_within_two_percent_from_both_sides": 0,
     },
     "library/test_series.py": {
@@ -431,7 +436,7 @@ KEPT = {
         "test_half_precision_rounds_once_at_the_end": 1,
         "test_keys_of_every_kind": 4,
         "test_one_strength_per_example_acts_on_its_example_alone": 5,
-        "test_traced_strengths_that_are_impossible_give_nan_and_no_plausible_number": 4,
+        "test_traced_strengths_that_are_impossible_give_nan_and_no_plausible_number": 1,
     },
     "library/test_sure.py": {
         "test_functions_of_the_observations_implicit_explicit_unrolled": 0,
@@ -453,6 +458,7 @@ KEPT = {
         "test_arrays_are_checked_like_numbers": 6,
         "test_directions_that_the_batch_does_not_see_do_not_respond": 1,
         "test_far_from_a_minimum_is_a_status": 4,
+        "test_half_precision_on_a_convex_ridge_is_not_called_indefinite": 1,
         "test_traced_settings_out_of_range_are_a_status": 5,
         "test_weakly_damped_unseen_rows_are_never_worse_than_zero": 2,
     },
