@@ -135,7 +135,7 @@ def pass_of_a_run(name: str) -> Callable[..., Any]:
             [jnp.ones_like(x) for x in floats_of(state)],
             jax.tree.map(jnp.zeros_like, s["lam"]),
         )
-        fixed = step if name == "pull" else (run.link(*step)[2],)
+        fixed = step if name == "pull" else (run.link(*step)[2], *step)
         return getattr(run, name), (*fixed, *carried), lambda args, out: (*fixed, *out)
 
     return make

@@ -76,7 +76,7 @@ SOLVERS = {
     "Nystrom": Implicit(bilevel.Nystrom(5), GAUSS_NEWTON),
     "Nystrom(gaussian)": Implicit(bilevel.Nystrom(5, True), GAUSS_NEWTON),
     "DynamicLanczos": Implicit(bilevel.DynamicLanczos(5), HESSIAN),
-    "KFAC": Implicit(bilevel.KFAC(), GAUSS_NEWTON),
+    "EKFAC": Implicit(bilevel.EKFAC(), GAUSS_NEWTON),
     "DualCG": Implicit(bilevel.DualCG(5), GAUSS_NEWTON),
     "Woodbury": Implicit(bilevel.Woodbury(), GAUSS_NEWTON),
     "Woodbury(rows)": Implicit(bilevel.Woodbury(structured=False), GAUSS_NEWTON),

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from bilevel.ground.aliases import Scalar, Vector
 
@@ -40,8 +41,25 @@ def cast_like(tree: Vector, like: Vector) -> Vector:
 
 def zeros_accumulated(tree: Vector) -> Vector:
     """Zeros with the shapes of ``tree`` (arrays or ``ShapeDtypeStruct``), accumulator dtypes."""
+
+    def leaf(x: Any) -> jax.Array:
+        dtype = accumulator_dtype(jnp.result_type(x))
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jnp.zeros(x.shape, dtype)
+        return jnp.zeros_like(x, dtype)
+
+    return jax.tree.map(leaf, tree)
+
+
+def stacked_zeros(count: int, like: Vector) -> Vector:
+    """Room for ``count`` vectors: zeros ``(count, ...)``, each leaf sharded as that of ``like``."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(jnp.zeros_like(x), (count, *x.shape)), like)
+
+
+def put(stack: Vector, v: Vector, i: Any) -> Vector:
+    """``stack`` with ``v`` in place of its vector ``i``."""
     return jax.tree.map(
-        lambda x: jnp.zeros(jnp.shape(x), accumulator_dtype(jnp.result_type(x))), tree
+        lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x.astype(s.dtype), i, 0), stack, v
     )
 
 
@@ -141,7 +159,32 @@ def random_like(key: jax.Array, tree: Vector, draw: Callable[..., jax.Array]) ->
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(len(leaves), 1))
     drawn = [
-        draw(k, jnp.shape(x), accumulator_dtype(jnp.result_type(x)))
+        placed_like(draw(k, jnp.shape(x), accumulator_dtype(jnp.result_type(x))), x)
         for k, x in zip(keys, leaves, strict=False)
     ]
     return jax.tree.unflatten(treedef, drawn)
+
+
+def explicit_spec(x: Any) -> Any:
+    """How an explicit mesh divides ``x``, a ``PartitionSpec``; None where nothing does."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ()
+    return spec if any(name is not None for name in spec) else None
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """``x`` whole on every device, where an explicit mesh divides it: as factorizations need it."""
+    return x if explicit_spec(x) is None else jax.reshard(x, PartitionSpec(*[None] * x.ndim))
+
+
+def summed_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x.T @ y`` on every device, wherever an explicit mesh holds the rows that are summed."""
+    divided = explicit_spec(x) is not None or explicit_spec(y) is not None
+    return jax.lax.dot_general(
+        x, y, (((0,), (0,)), ((), ())), out_sharding=PartitionSpec(None, None) if divided else None
+    )
+
+
+def placed_like(x: jax.Array, like: Any) -> jax.Array:
+    """``x`` divided as ``like`` where an explicit mesh divides that: types must agree there."""
+    spec = explicit_spec(like)
+    return x if spec is None else jax.reshard(x, spec)

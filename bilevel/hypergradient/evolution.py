@@ -167,7 +167,7 @@ class Evolution:
             carry.opt_state,
             carry.model_state,
             _pairs(carry, n),
-            jax.tree.map(lambda x: jnp.zeros((n, *jnp.shape(x)), jnp.result_type(x)), hparams),
+            tree.stacked_zeros(n, jax.tree.map(jnp.asarray, hparams)),
             clock,
             None if self.horizon is None else (carry.params, carry.model_state),
         )

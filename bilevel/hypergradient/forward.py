@@ -19,7 +19,7 @@ from bilevel.inner.mixed import is_cotangent, is_float
 
 def no_tangents(carry: InnerState, p: int) -> list[jax.Array]:
     """``p`` zero tangents of every floating-point leaf of a training state, stacked."""
-    return [jnp.zeros((p, *jnp.shape(x)), x.dtype) for x in jax.tree.leaves(carry) if is_float(x)]
+    return tree.stacked_zeros(p, [x for x in jax.tree.leaves(carry) if is_float(x)])
 
 
 def _floats(carry: Any) -> list[Any]:

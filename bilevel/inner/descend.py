@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, ModelState, Params, Scalar
@@ -20,6 +21,7 @@ from bilevel.problem.two_losses import Problem
 
 Remat: TypeAlias = Literal["none", "step", "sqrt", "log"]
 
+GRADIENT = "gradient of a training step"  # its name for policies of `jax.checkpoint`
 KEEP = "Losses and optimizers must return every array in the shape and kind they received it in."
 
 
@@ -74,6 +76,7 @@ def take_step(
     if gradient is None:
         gradient = jax.value_and_grad(loss, has_aux=True)
     (value, new_model_state), grads = gradient(params, model_state)
+    grads = checkpoint_name(grads, GRADIENT)
     updates, new_opt_state = compute_updates(
         tx, grads, opt_state, params, value=value, value_fn=lambda w: loss(w, model_state)[0],
         given=given,

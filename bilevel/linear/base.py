@@ -18,6 +18,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Scalar, Stats, Vector
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.status import RESIDUAL, Status, status_of, worst
+from bilevel.ground.tree import replicated as replicated
 
 
 def as_map(mv: MatVec, rhs: Vector) -> LinearMap:
@@ -239,11 +240,4 @@ def contract_leaf(x: jax.Array, y: jax.Array, stacked: int) -> jax.Array:
 
 def replicated_if_explicit(x: jax.Array, ndim: int) -> PartitionSpec | None:
     """The sharding to ask for where an explicit mesh shards ``x`` along summed or read axes."""
-    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ()
-    return PartitionSpec(*[None] * ndim) if any(name is not None for name in spec) else None
-
-
-def replicated(x: jax.Array) -> jax.Array:
-    """``x`` whole on every device, where an explicit mesh divides it: as factorizations need it."""
-    spec = replicated_if_explicit(x, x.ndim)
-    return x if spec is None else jax.reshard(x, spec)
+    return None if tree.explicit_spec(x) is None else PartitionSpec(*[None] * ndim)

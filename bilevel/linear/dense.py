@@ -11,7 +11,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.settings import check_settings, count
 from bilevel.ground.status import Status, status_of
-from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed
+from bilevel.linear.base import LinearSolution, as_map, finish, replicated, require_fixed
 
 
 @jax.tree_util.register_dataclass
@@ -59,9 +59,9 @@ class Dense:
                 f"Dense would build a {n} x {n} matrix, above `max_size`={self.max_size}. Use "
                 "`CG()` or `Neumann(...)`, or raise `max_size` if the memory is there."
             )
-        flat, unravel = ravel_pytree(rhs)
+        flat, unravel = _raveled(rhs)
         basis = jnp.eye(n, dtype=flat.dtype)
-        columns = jax.vmap(lambda e: ravel_pytree(amap(unravel(e)))[0])(basis)
+        columns = jax.vmap(lambda e: _raveled(amap(unravel(e)))[0])(basis)
         if amap.transpose is not None:
             return _solve_by_singular_values(amap, rhs, columns.T, flat, unravel, certify)
         matrix = (columns + columns.T) / 2  # rounding aside, a Hessian is symmetric
@@ -83,6 +83,12 @@ class Dense:
             (unsolved, Status.singular),
         )
         return finish(amap, rhs, value, stats, result, certify)
+
+
+def _raveled(v: Vector) -> tuple[jax.Array, Any]:
+    """``v`` as one array on every device, as factorizations need it, and the way back."""
+    flat, unravel = ravel_pytree(jax.tree.map(replicated, v))
+    return flat, lambda x: jax.tree.map(tree.placed_like, unravel(x), v)
 
 
 def _solve_by_singular_values(

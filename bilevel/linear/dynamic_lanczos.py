@@ -88,7 +88,7 @@ class DynamicLanczos:
         real = jnp.result_type(*jax.tree.leaves(zero), jnp.float32)
         m = self.subspace
         return Subspace(
-            basis=jax.tree.map(lambda x: jnp.zeros((m, *x.shape), x.dtype), zero),
+            basis=tree.stacked_zeros(m, zero),
             direction=zero,
             matrix=jnp.zeros((m, m), real),
             origin=zero,
@@ -164,7 +164,7 @@ class DynamicLanczos:
         i, v = state.size, state.direction
         image = tree.cast_like(amap(v), v)
         alpha = tree.vdot(v, image).astype(state.matrix.dtype)
-        basis = jax.tree.map(lambda b, x: b.at[i].set(x), state.basis, v)
+        basis = tree.put(state.basis, v, i)
         scale, left = tree.norm(image), image
         for _ in range(2):
             left = orthogonal(basis, left)

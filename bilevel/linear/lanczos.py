@@ -10,7 +10,7 @@ import numpy as np
 from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.loops import loop
-from bilevel.linear.base import as_map, require_fixed, require_symmetric
+from bilevel.linear.base import as_map, contract_leaf, require_fixed, require_symmetric
 
 
 class Tridiagonal(NamedTuple):
@@ -57,12 +57,12 @@ def lanczos(
     require_symmetric(amap, "Lanczos")
     start = tree.accumulate(within(tree.random_like(key, like, jax.random.normal)))
     v = tree.unit(start)
-    basis = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), v)
+    basis = tree.stacked_zeros(steps, v)
     real = tree.norm(start).dtype
 
     def body(i, carry):
         basis, v, alpha, beta = carry
-        basis = jax.tree.map(lambda b, x: b.at[i].set(x), basis, v)
+        basis = tree.put(basis, v, i)
         image = amap(v)
         alpha = alpha.at[i].set(tree.vdot(v, image).astype(real))
         scale = tree.norm(image)
@@ -82,7 +82,7 @@ def lanczos(
 
 def orthogonal(basis: Vector, v: Vector) -> Vector:
     """``v`` minus its projection on the rows of ``basis`` (rows not yet filled are zero)."""
-    parts = jax.tree.map(lambda b, x: jnp.tensordot(b, x, axes=x.ndim), basis, v)
+    parts = jax.tree.map(lambda b, x: contract_leaf(b, x, 0), basis, v)
     coefficients = jax.tree.reduce(lambda a, b: a + b.astype(a.dtype), parts)
     return jax.tree.map(
         lambda b, x: x - jnp.tensordot(coefficients.astype(b.dtype), b, axes=1), basis, v

@@ -206,7 +206,7 @@ def _lanczos(
     """
     first = tree.unit(rhs)
     real = tree.vdot(rhs, rhs).dtype
-    basis = jax.tree.map(lambda x: jnp.zeros((steps + 1, *x.shape), x.dtype).at[0].set(x), first)
+    basis = tree.put(tree.stacked_zeros(steps + 1, first), first, 0)
 
     def body(i: Any, carry: tuple) -> tuple:
         basis, alpha, beta, dead = carry
@@ -220,7 +220,7 @@ def _lanczos(
         size = jnp.maximum(jnp.max(jnp.abs(alpha)), jnp.maximum(jnp.abs(along), jnp.max(beta)))
         alive = length > 10 * jnp.finfo(real).eps * size
         following = tree.scale(jnp.where(alive, 1 / jnp.where(alive, length, 1), 0), rest)
-        basis = jax.tree.map(lambda b, x: b.at[i + 1].set(x), basis, following)
+        basis = tree.put(basis, following, i + 1)
         alpha, beta = alpha.at[i].set(along), beta.at[i].set(jnp.where(alive, length, 0))
         return basis, alpha, beta, dead.at[i + 1].set(~alive)
 

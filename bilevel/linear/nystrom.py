@@ -98,7 +98,7 @@ class Nystrom:
         if self.refresh_every == 1:
             return None
         like = tree.zeros_accumulated(like)
-        stack = jax.tree.map(lambda x: jnp.zeros((self.rank, *x.shape), x.dtype), like)
+        stack = tree.stacked_zeros(self.rank, like)
         dtype = jnp.result_type(*jax.tree.leaves(like))
         return Refreshed(_Sketch(stack, jnp.zeros(self.rank, dtype)), jnp.zeros((), jnp.int32))
 

@@ -245,7 +245,8 @@ def _labels(groups: Any, chosen: list[tuple[str, Any]]) -> dict[str, np.ndarray]
     found = {}
     for path, leaf in chosen:
         label = given.get(path, 0.5)
-        labels = np.asarray(0.5 if is_single_key(label) else label)
+        is_key = isinstance(label, jax.Array) and is_single_key(label)
+        labels = np.asarray(0.5 if is_key else label)
         if labels.shape != jnp.shape(leaf) or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
                 f"`groups`{path} must be whole numbers of shape {jnp.shape(leaf)}, the group of "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.ground.aliases import Hparams
+from bilevel.ground.aliases import Batch, Hparams
 from bilevel.inner.descend import InnerState
 from bilevel.run.checkpoint import Checkpoints
 from bilevel.run.display import wants_bar
@@ -100,7 +100,7 @@ class Passes:
             if found is not None:
                 state, step = found.tree, self._first + found.step
                 told = list(found.notes["told"])
-                self._batches.seen.update({int(k): v for k, v in found.notes["seen"].items()})
+                self._batches.seen.update({int(k): v for k, v in found.notes["sums"].items()})
         resumed = step
         last = self._segments[-1]
         while step < self._end:
@@ -122,16 +122,16 @@ class Passes:
         return state, np.asarray(jax.device_get(told), np.float64)
 
     def _link(self, segment: Segment, state: InnerState, step: int) -> tuple[InnerState, jax.Array]:
-        batch = self._batches(step)
-        state, seen, pullback = self._run.link(state, self._hparams, batch)
-        segment.links.append(pullback)
-        return state, seen
+        batch = _own(self._batches(step))
+        new, seen, kept = self._run.link(state, self._hparams, batch)
+        segment.links.append((kept, state, self._hparams, batch))
+        return new, seen
 
     def _save(self, done: int, state: InnerState, told: list[Any]) -> list[Any]:
         told = [[float(x) for x in row] for row in jax.device_get(told)]
         if self._saved is not None and done not in self._saved.states.steps():
             seen = {str(step): found for step, found in self._batches.seen.items()}
-            notes = {"told": told, "seen": seen}  # as JSON gives them back
+            notes = {"told": told, "sums": seen}  # as JSON gives them back
             self._saved.states.save(done, state, notes)
         return told
 
@@ -167,7 +167,7 @@ class Passes:
                 self._fill_links(segment, begun)
                 for step in reversed(range(segment.first, segment.first + segment.steps)):
                     self._batches.compare(step)
-                    moved(self._run.follow(segment.links.pop(), *carried))
+                    moved(self._run.follow(*segment.links.pop(), *carried))
             else:
                 if not segment.is_filled():
                     self._fill(segment, begun, advance)
@@ -207,6 +207,11 @@ class Passes:
     def _told(self, stage: str, done: int) -> None:
         if self._bar is not None:
             self._bar.tell(stage, done)
+
+
+def _own(batch: Batch) -> Batch:
+    """``batch`` with copies of NumPy arrays, which a loader may fill again."""
+    return jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, batch)
 
 
 class _Bar:

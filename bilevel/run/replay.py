@@ -197,13 +197,16 @@ def metagradient(
     indirect = tree.add(indirect, more)
     grads = tree.add(direct, indirect)
     losses = told[:, 0]
-    finite = jnp.isfinite(losses).all() & tree.all_finite(end.params)
+    finite = jnp.isfinite(losses).all() & _all_finite(end.params)
     half = any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(params))
     rounded = (jnp.asarray(told[:, 1]), jnp.asarray(told[:, 2])) if half else None
     info = StepInfo(jnp.asarray(losses), jnp.asarray(losses), rounded)
     result = status_of(status_of_rounding([info], params), (~finite, Status.nonfinite_input),
-                       (~tree.all_finite(grads), Status.nonfinite_output))  # fmt: skip
+                       (~_all_finite(grads), Status.nonfinite_output))  # fmt: skip
     return Metagradient(value, aux, grads, direct, indirect, end, through, losses, result)
+
+
+_all_finite = jax.jit(tree.all_finite)
 
 
 def _check_reads(
@@ -242,7 +245,7 @@ def _places(
     if max_states is not None:
         return max_states - 3
     try:
-        linked = jax.tree.leaves(run.link.trace(begun, hparams, batch).out_info[2])
+        linked = jax.tree.leaves((run.link.trace(begun, hparams, batch).out_info[::2], batch))
     except (TypeError, ValueError, RuntimeError):
         pass  # a backward rule without a derivative; `pull` pushes tangents instead
     else:
@@ -283,9 +286,10 @@ def _at_the_end(
 ) -> tuple[Any, Any, list[Any], Hparams]:
     """The outer loss, its ``aux``, the cotangents of the floats of ``end``, the direct term."""
     value = aux = None
-    direct = jax.tree.map(jnp.zeros_like, hparams)
-    given = [jnp.zeros_like(x) for x in floats_of(end)]
-    if problem.outer is not None:
+    given: list[Any] = [None] * len(floats_of(end))
+    if problem.outer is None:
+        direct = jax.tree.map(jnp.zeros_like, hparams)
+    else:
         w: Any = Advanced(end.params, end.model_state) if problem.has_state else end.params
         (value, aux), (g, direct) = run.end(w, hparams, batch, end.model_state)
         here = InnerState(g, None, None)
@@ -295,7 +299,8 @@ def _at_the_end(
     if cotangent is not None:
         more = cotangent(end) if callable(cotangent) else cotangent
         given = _added(given, _as_cotangent(more, end), end)
-    return value, aux, given, direct
+    like = zip(given, floats_of(end), strict=True)
+    return value, aux, [jnp.zeros_like(x) if g is None else g for g, x in like], direct
 
 
 def _as_cotangent(given: Any, end: InnerState) -> InnerState:
@@ -316,7 +321,7 @@ def _as_cotangent(given: Any, end: InnerState) -> InnerState:
 
 
 def _added(given: list[Any], more: InnerState, end: InnerState) -> list[Any]:
-    """``given``, cotangents of the floats of ``end``, plus those in ``more``; None adds nothing."""
+    """``given``, cotangents of the floats of ``end``, plus those in ``more``; None is nothing."""
     rest = iter(given)
     out: list[Any] = []
     for part, like in zip(more, end, strict=True):
@@ -325,7 +330,10 @@ def _added(given: list[Any], more: InnerState, end: InnerState) -> list[Any]:
         for extra, leaf in zip(parts, leaves, strict=True):
             if is_float(leaf):
                 old = next(rest)
-                out.append(old if extra is None else old + jnp.asarray(extra).astype(old.dtype))
+                if extra is not None:
+                    extra = jnp.asarray(extra).astype(leaf.dtype)
+                    old = extra if old is None else old + extra
+                out.append(old)
     return out
 
 

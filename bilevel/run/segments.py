@@ -13,7 +13,7 @@ import numpy as np
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Params
 from bilevel.ground.loops import strong_types
-from bilevel.inner.descend import InnerState, descend, start
+from bilevel.inner.descend import GRADIENT, InnerState, descend, start
 from bilevel.inner.mixed import is_float
 from bilevel.inner.optimizer import InnerTx, build_tx, refresh_injected
 from bilevel.inner.reversal import Reversal, plan
@@ -31,10 +31,10 @@ class Steps(NamedTuple):
       pull: ``(state, hparams, batch, cotangents, found) -> (cotangents, found)``: through the
         step that begins at ``state``; cotangents are those of its floats, in a list, and
         ``found`` accumulates the gradient in the hyperparameters.
-      link: ``advance`` that also returns what the derivative of the step needs, activations
-        included: ``(state, told, pullback)``.
-      follow: ``(pullback, cotangents, found)``: ``pull`` by what ``link`` returned, which computes
-        nothing of the step again.
+      link: ``advance`` that also returns what the derivative of the step needs beside its own
+        arguments, products and the gradient: ``(state, told, kept)``.
+      follow: ``(kept, state, hparams, batch, cotangents, found)``: ``pull`` by what ``link``
+        returned, which computes no product of the step again.
       pull_begin: ``(params, hparams, model_state, opt_state, cotangents)``: the derivatives in
         parameters and hyperparameters, through ``begin``.
       checked: forms of arguments for which the checks were made, which trace the step anew.
@@ -93,10 +93,12 @@ def _compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
         # The two are programs of their own, so nothing needs to be kept from being merged.
         kept = jax.checkpoint(floats, prevent_cse=False, policy=_is_kept)
         _, pullback, (new, told) = jax.vjp(kept, floats_of(state), hparams, has_aux=True)
-        return new, told, pullback
+        return new, told, Kept.of(pullback, (state, hparams, batch))
 
-    def follow(pullback: Any, given: Any, found: Any) -> Any:
-        given, more = pullback(given)
+    def follow(
+        kept: Kept, state: InnerState, hparams: Hparams, batch: Batch, given: Any, found: Any
+    ) -> Any:
+        given, more = kept.pullback((state, hparams, batch))(given)
         return given, tree.add(found, more)
 
     def pull_begin(params: Params, hparams: Hparams, model_state: Any, old: Any, given: Any) -> Any:
@@ -109,17 +111,52 @@ def _compiled_steps(problem: Problem, inner_tx: InnerTx) -> Steps:
         jax.jit(begin),
         jax.jit(lambda state, hparams, batch: step(state, hparams, batch, False)),
         jax.jit(end),
-        jax.jit(pull, donate_argnums=(3, 4)),
+        # Cotangents are read to the end of a pullback: to donate them would have them copied.
+        jax.jit(pull),
         jax.jit(link),
-        jax.jit(follow, donate_argnums=(1, 2)),
+        jax.jit(follow),
         jax.jit(pull_begin),
         set(),
     )
 
 
-def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Of what a step computes: products are kept, what is cheap is computed again."""
-    return primitive.name in ("dot_general", "conv_general_dilated")
+def _is_kept(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Of what a step computes: products and the gradient, what is cheap is computed again."""
+    return primitive.name in ("dot_general", "conv_general_dilated") or (
+        primitive.name == "name" and params["name"] == GRADIENT
+    )
+
+
+@jax.tree_util.register_pytree_node_class
+class Kept:
+    """What a pullback reads, without those arrays that its step was given: they are not copied.
+
+    ``places`` tells for each array of the pullback which argument it is; None: one of ``arrays``.
+    """
+
+    def __init__(self, arrays: list[Any], places: tuple[int | None, ...], treedef: Any):
+        self.arrays, self._places, self._treedef = arrays, places, treedef
+
+    @classmethod
+    def of(cls, pullback: Any, args: Any) -> "Kept":
+        """While traced: an array of ``pullback`` is an argument if it is the same tracer."""
+        leaves, treedef = jax.tree.flatten(pullback)
+        given = {id(x): i for i, x in enumerate(jax.tree.leaves(args))}
+        places = tuple(given.get(id(x)) for x in leaves)
+        return cls([x for x, p in zip(leaves, places, strict=True) if p is None], places, treedef)
+
+    def pullback(self, args: Any) -> Any:
+        """The pullback, with the arguments that its step had."""
+        given, rest = jax.tree.leaves(args), iter(self.arrays)
+        leaves = [next(rest) if p is None else given[p] for p in self._places]
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def tree_flatten(self) -> Any:
+        return (self.arrays,), (self._places, self._treedef)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> "Kept":
+        return cls(*children, *static)
 
 
 _cached_steps = functools.lru_cache(maxsize=8)(_compiled_steps)
@@ -185,10 +222,17 @@ def digest_of(arrays: Any) -> str:
 
 
 def _check_sum(arrays: Any) -> int:
-    """CRC-32 of the numbers of a tree: many times faster than a digest, and enough for batches."""
+    """A check sum of the numbers of a tree, twenty times faster than a digest.
+
+    CRC-32 of sums along both axes of a table of words: which words there are, and where.
+    """
     found = 0
     for leaf in _numbers(arrays):
-        found = zlib.crc32(leaf.tobytes(), found)
+        bytes_ = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+        whole = bytes_.size // 4096 * 4096
+        words = bytes_[:whole].view(np.uint64).reshape(-1, 512)
+        for part in (words.sum(0), words.sum(1), bytes_[whole:]):
+            found = zlib.crc32(part.tobytes(), found)
     return found
 
 

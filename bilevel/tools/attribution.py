@@ -1,5 +1,6 @@
 r"""Training data attribution: how the loss of a query follows the weight of each example."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -102,6 +103,10 @@ def influence(
       TypeError, ValueError: when traced, for losses that are not one per example, and leading
         axes that do not agree.
 
+    The call compiles itself, once for the same losses and response; data, queries and rows are
+    arguments of that program. Inside a ``jax.jit`` of your own, make them its arguments too: what
+    a jitted function closes over is a constant of its program.
+
     Cost: one call of ``response``, training included if it trains; with ``per_query`` one
     pullback per query.
 
@@ -131,27 +136,54 @@ def influence(
     if check is not None:
         check(problem, params, weights, batches, (), None)
 
-    w, pullback = response.vjp(problem, params, weights, batches, None, key=key)
-    at = w.params if isinstance(w, Point) else w
+    try:
+        run = _cached_scores(losses, response, query, penalty, per_query, at_once)
+    except TypeError:  # a response or a loss that cannot be hashed
+        run = _compiled_scores(losses, response, query, penalty, per_query, at_once)
+    return run(params, weights, data, queries, batches, key)
 
-    def one(value: jax.Array, g: Params) -> Any:
-        grads, _, result, stats = pullback(g)
-        result = judged(value, g, params, grads, result, stats)
-        return grads, result, stats
 
-    if not per_query:
-        value, g = jax.value_and_grad(lambda p: jnp.mean(query(p, queries)))(at)
-        scores, result, stats = one(value, g)
-        return Influence(scores, value, at, result, stats)
-    value, pull = jax.vjp(lambda p: query(p, queries), at)
+def _compiled_scores(
+    losses: Losses,
+    response: Response,
+    query: Losses,
+    penalty: Callable[[Params], Any] | None,
+    per_query: bool,
+    at_once: int,
+) -> Callable[..., Influence]:
+    """:func:`influence` of arguments that were checked, compiled: no array is a constant of it."""
 
-    def row(one_query: tuple[jax.Array, jax.Array]) -> Any:
-        cotangent, value = one_query
-        return one(value, pull(cotangent)[0])
+    @jax.jit
+    def run(
+        params: Params, weights: jax.Array, data: Batch, queries: Batch, batches: Any, key: Any
+    ) -> Influence:
+        problem = _problem(losses, data, penalty)
+        w, pullback = response.vjp(problem, params, weights, batches, None, key=key)
+        at = w.params if isinstance(w, Point) else w
 
-    rows = jnp.eye(len(value), dtype=value.dtype), value
-    scores, results, stats = jax.lax.map(row, rows, batch_size=min(at_once, len(value)))
-    return Influence(scores, value, at, worst(*results), stats)
+        def one(value: jax.Array, g: Params) -> Any:
+            grads, _, result, stats = pullback(g)
+            result = judged(value, g, params, grads, result, stats)
+            return grads, result, stats
+
+        if not per_query:
+            value, g = jax.value_and_grad(lambda p: jnp.mean(query(p, queries)))(at)
+            scores, result, stats = one(value, g)
+            return Influence(scores, value, at, result, stats)
+        value, pull = jax.vjp(lambda p: query(p, queries), at)
+
+        def row(one_query: tuple[jax.Array, jax.Array]) -> Any:
+            cotangent, value = one_query
+            return one(value, pull(cotangent)[0])
+
+        rows = jnp.eye(len(value), dtype=value.dtype), value
+        scores, results, stats = jax.lax.map(row, rows, batch_size=min(at_once, len(value)))
+        return Influence(scores, value, at, worst(*results), stats)
+
+    return run
+
+
+_cached_scores = functools.lru_cache(maxsize=8)(_compiled_scores)
 
 
 def retraining(
@@ -218,7 +250,7 @@ def _problem(losses: Losses, data: Batch, penalty: Callable[[Params], Any] | Non
 
     def inner(params: Params, weights: jax.Array, index: Any) -> jax.Array:
         here, batch = weights, data
-        if index is not None:
+        if index is not None and index.ndim:  # else every step reads all
             # A row beyond the data makes the run NaN; as an index it would be clamped.
             here = weights.at[index].get(mode="fill", fill_value=jnp.nan)
             batch = jax.tree.map(lambda x: x[index], data)
@@ -233,7 +265,7 @@ def _problem(losses: Losses, data: Batch, penalty: Callable[[Params], Any] | Non
 
 def _stack(batches: Any, steps: int, n: int) -> jax.Array:
     if batches is None:
-        return jnp.broadcast_to(jnp.arange(n), (steps, n))
+        return jnp.arange(steps)  # which a step does not read
     batches = jnp.asarray(batches)
     if not jnp.issubdtype(batches.dtype, jnp.integer) or batches.ndim != 2:
         raise TypeError(

@@ -20,7 +20,7 @@ def figures(out: Path) -> list[Path]:
 
 
 def _predicted(records: list[record.Record], path: Path) -> Path:
-    """One query of each data set: its loss as predicted and as retrained, a point per subset."""
+    """One query of each data set, as predicted and as retrained: a point per subset."""
     sets = [name for name in TITLES if any(r.method == name for r in records)]
     with draw.figure(path, columns=len(sets), width=3.6 * len(sets) + 0.6, height=3.9) as (
         drawn,
@@ -34,9 +34,9 @@ def _predicted(records: list[record.Record], path: Path) -> Path:
             cell.plot([low, high], [low, high], color="0.5", linewidth=0.8)
             mean = np.mean([row["lds"] for row in rows])
             cell.set_title(f"{TITLES[name]}: rank correlation {mean:.3f}")
-            cell.set_xlabel("query loss predicted from scores")
-            if place == 0:
-                cell.set_ylabel("query loss after retraining")
+            what = "output for a query" if name == "concrete" else "query loss"
+            cell.set_xlabel(f"{what}, predicted from scores")
+            cell.set_ylabel(f"{what} after retraining")
         drawn.suptitle("Scores of a whole run predict what removing examples does")
     return path
 

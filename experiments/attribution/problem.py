@@ -69,16 +69,38 @@ def task(name: str, config: Config, setting: Setting, seed: int) -> Task:
     return Task(train, queries, params, jnp.asarray(batches))
 
 
+def output(
+    activation: str, w: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """What the network makes of each example."""
+    out = ACTIVATIONS[activation](batch[0] @ w["hidden"] + w["shift"][None]) @ w["out"]
+    return out + w["bias"][None]
+
+
 @functools.cache
 def losses(activation: str) -> Callable[..., jax.Array]:
     """Cross-entropy for classes, half the squared error for real targets; one per example."""
 
     def each(w: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x, y = batch
-        out = ACTIVATIONS[activation](x @ w["hidden"] + w["shift"][None]) @ w["out"]
-        out = out + w["bias"][None]
+        out, y = output(activation, w, batch), batch[1]
         if jnp.issubdtype(y.dtype, jnp.integer):
             return optax.softmax_cross_entropy_with_integer_labels(out, y)
         return 0.5 * (out[:, 0] - y) ** 2
+
+    return each
+
+
+@functools.cache
+def asked(activation: str) -> Callable[..., jax.Array]:
+    """What is asked of each query: the loss for classes, the predicted value for real targets.
+
+    The squared error of a query that is predicted well is at its minimum: its derivative is zero
+    whatever the examples do, and ranks nothing.
+    """
+
+    def each(w: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        if jnp.issubdtype(batch[1].dtype, jnp.integer):
+            return losses(activation)(w, batch)
+        return output(activation, w, batch)[:, 0]
 
     return each

@@ -1,11 +1,11 @@
 """Runs `attribution`: scores of training examples, held against retrained models."""
 
-import functools
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import bilevel
@@ -37,29 +37,41 @@ def scored(
     """Whole-run scores of every query and example, and how well they predict retraining."""
     task = problem.task(name, config, setting, seed)
     each, how = problem.losses(setting.activation), trained(setting)
+    query = problem.asked(setting.activation)
 
     def penalty(w):
         return 0.5 * config.decay * optax.tree.norm(w, squared=True)
 
-    call = functools.partial(
-        bilevel.influence, each, data=task.train, queries=task.queries, penalty=penalty,
-        per_query=True,
+    found = bilevel.influence(
+        each, how, task.params, task.train, task.queries, query=query, penalty=penalty,
+        batches=task.batches, per_query=True,
     )  # fmt: skip
-    found = jax.jit(lambda w: call(how, w, batches=task.batches))(task.params)
     train = bilevel.retraining(
         each, how, task.params, task.train, penalty=penalty, batches=task.batches
     )
-    judge = functools.partial(
-        bilevel.datamodel_score, train=train, query=each, queries=task.queries, subsets=subsets,
-        removed=config.removed, key=jax.random.key(seed + 100),
+    score = bilevel.datamodel_score(
+        found, train, query, task.queries, subsets=subsets, removed=config.removed,
+        key=jax.random.key(seed + 100),
     )  # fmt: skip
-    return judge(found), found, task
+    return score, found, task
+
+
+def of_squared_errors(score: bilevel.DatamodelScore, value: jax.Array, target: jax.Array) -> float:
+    """The score of the same scores for half the squared error of each query in place of its
+    predicted ``value``: the derivative of the error is that of the value times the error."""
+    error = np.asarray(value - target)
+    predicted = error * score.predicted
+    actual = 0.5 * (score.actual - np.asarray(target)) ** 2
+    return float(np.mean([spearman(a, b) for a, b in zip(predicted.T, actual.T, strict=True)]))
 
 
 def _attribute(name: str, config: Config, seed: int, records: record.Records) -> None:
     begun = time.perf_counter()
-    score, found, _ = scored(name, config, config.setting, seed, config.subsets)
-    steps = config.setting.steps
+    score, found, task = scored(name, config, config.setting, seed, config.subsets)
+    steps, target = config.setting.steps, task.queries[1]
+    more = {}
+    if jnp.issubdtype(target.dtype, jnp.floating):
+        more["lds_of_squared_errors"] = of_squared_errors(score, found.value, target)
     records.append(
         name,
         0,
@@ -67,9 +79,10 @@ def _attribute(name: str, config: Config, seed: int, records: record.Records) ->
         lds=score.score,
         worst_query=float(score.per_query.min()),
         seconds=time.perf_counter() - begun,
-        query_loss=float(found.value.mean()),
+        query_mean=float(found.value.mean()),
         predicted=score.predicted[:, 0],
         actual=score.actual[:, 0],
+        **more,
     )
 
 

@@ -21,7 +21,12 @@ from experiments.common import data
 
 STEPS, RATE, TOLERANCE, MOST, HELD_OUT = 100, 0.05, 0.1, 400, 1000
 DAMPINGS = (1e-3, 1e-4)
-METHODS = {"plain": None, "KFAC": bilevel.KFAC(), "EKFAC": bilevel.EKFAC()}
+METHODS = {
+    "plain": None,
+    "KFAC": bilevel.KFAC(),
+    "KFAC, exact, x 10": bilevel.KFAC(None, damping_multiple=10.0),
+    "EKFAC": bilevel.EKFAC(),
+}
 SETTINGS = {
     "mlp": (w2, 256, (256, 1024)),
     "mlp_standardized": (w2, 256, (1024,)),

@@ -71,7 +71,7 @@ def smoke() -> Config:
     return Config(
         decays=("digits",), ranges=("digits_rotated",), examples=100, augmented_examples=100,
         more=200, test=200, hidden=(8,), pooled=1, augmented_pooled=1, budget=100, reference=100,
-        terms=1, burn_in=20, finish=20, draws=2, draws_judged=2, augmented_batch=20,
+        terms=1, burn_in=20, inner_steps=5, finish=20, draws=2, draws_judged=2, augmented_batch=20,
         augmented_steps=3, bounds=20,
     )  # fmt: skip
 

@@ -71,7 +71,7 @@ def _decays(records: list[record.Record], path: Path) -> Path:
         bars.invert_yaxis()
         bars.set_xlabel("negative log evidence per example, nats")
         bars.set_title("Each cut of the kernel raises the bound")
-        bars.legend(loc="lower right")
+        bars.legend(loc="upper right")
     return path
 
 

@@ -168,9 +168,9 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
     ``near_TASK_METHOD``: cost and products until the loss was within 0.1 % of the best of all
     methods (with a penalty per weight: at most the loss that cold solves end with), and those over
     the cost of exact solves (over the products of cold ones), seed by seed with a 95 % interval. A
-    way that never came near counts with all that it spent (its budget, if that ended it), and as
-    ``missed``. ``close_``: the same for 0.01 %. ``errors_TASK``: of all hypergradients that were
-    compared with exact ones.
+    way that never came near counts with all that it spent (its budget, if that ended it; with a
+    penalty per weight at least the products of cold solves), and as ``missed``. ``close_``: the
+    same for 0.01 %. ``errors_TASK``: of all hypergradients that were compared with exact ones.
     """
     near, close = Config().near, Config().close
     told = {**_reached(records, "near", near), **_reached(records, "close", close)}
@@ -201,9 +201,10 @@ def _reached(records: list[record.Record], word: str, above: float) -> dict[str,
         way = [r for r in records if r.method == method and r.seed == seed]
         there = [r for r in way if _loss(r) <= goal]
         reached = there[0] if there else end
+        least = cold.metrics["products"] if cold and not there else 0.0
         found.setdefault(method, {})[seed] = {
             "cost": reached.cost if there else _spent(end, name, method),
-            "products": reached.metrics["products"],
+            "products": max(reached.metrics["products"], least),
             "missed": float(not there),
         }
     for method, seeds in found.items():

@@ -220,8 +220,8 @@ def public(config: Config, name: str, solver: Solver, out: Path) -> None:
     pairs = record.read_json(path) if path.exists() else {}
     if label not in pairs:
         known = PUBLISHED.get(name, {}).get(solver.name)
-        more = {"more": (known,) if known else ()}
-        pairs[label], worst = tune.tune(reach(solver, name), **SEARCH.get(name, {}), **more)
+        more, search = (known,) if known else (), SEARCH.get(name, {})
+        pairs[label], worst = tune.tune(reach(solver, name), more=more, **search)
         record.write_json(path, pairs)
         sys.stdout.write(f"{label} {pairs[label]} {worst:.2e}\n")
         sys.stdout.flush()

@@ -1,15 +1,19 @@
 """Attribution on ridge regression, where the outcome of every weighting is known."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend import core
 
 import bilevel
 from bilevel import CG, Dense, Implicit, Unroll
+from bilevel.tools import attribution
 from bilevel.tools.datamodels import spearman
 
 N, D, Q, DECAY = 24, 3, 4, 0.1
@@ -99,6 +103,28 @@ def test_data_are_arguments_of_a_compiled_run():
     train = bilevel.retraining(losses, RUN, W0, DATA)
     traced = jax.make_jaxpr(lambda train, weights: train(weights))(train, jnp.ones(N))
     assert sum(np.size(x) for x in traced.consts) < N <= sum(x.size for x in jax.tree.leaves(train))
+
+
+@pytest.mark.parametrize("response", [Implicit(CG(5)), RUN], ids=["implicit", "run"])
+def test_influence_compiles_once_and_data_are_its_arguments(response):
+    def call(data, queries):
+        return bilevel.influence(losses, response, W0, data, queries, per_query=True).scores
+
+    (of_call,) = [e for e in jax.make_jaxpr(call)(DATA, QUERIES).eqns if e.primitive.name == "jit"]
+    run = jax.jit(core.jaxpr_as_fun(of_call.params["jaxpr"]))
+    text = run.lower(*(jnp.zeros(x.aval.shape, x.aval.dtype) for x in of_call.invars)).compile()
+    assert largest_constant(text.as_text()) < N
+    closed = jax.jit(lambda: call(DATA, QUERIES)).lower().compile()
+    assert largest_constant(closed.as_text()) >= N  # what a constant looks like
+    before = attribution._cached_scores.cache_info().misses
+    other = (X + 1, Y), QUERIES
+    assert (call(DATA, QUERIES) != call(*other)).any()
+    assert attribution._cached_scores.cache_info().misses == before
+
+
+def largest_constant(text):
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* constant\(", text)
+    return max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
 
 
 def test_rank_correlation():

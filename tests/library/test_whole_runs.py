@@ -215,15 +215,33 @@ def test_activations_are_kept_where_they_fit(monkeypatch):
     begun = run.begin(W, LAM, None, None)
     asked = functools.partial(replay._places, run, begun, LAM, batches(0))
     assert asked(9, STEPS, None) == 6 and asked(None, STEPS, None) is None
-    link = run.link(begun, LAM, batches(0))[2]
-    size = sum(x.nbytes for x in jax.tree.leaves(link))
+    step = begun, LAM, batches(0)
+    new, _, kept = run.link(*step)
+    size = sum(x.nbytes for x in jax.tree.leaves((new, kept, batches(0))))
     monkeypatch.setattr(replay, "ROOM", 4 * size)
     assert asked(None, 5, None) == 32 - 3 and asked(None, 4, None) is None
     assert asked(None, STEPS, 4) is None  # of the steps between two checkpoints
     given = [jnp.ones_like(x) for x in floats_of(begun)]
-    follow = run.follow.lower(link, given, LAM).compile().cost_analysis()["flops"]
-    pull = run.pull.lower(begun, LAM, batches(0), given, LAM).compile().cost_analysis()["flops"]
+    follow = run.follow.lower(kept, *step, given, LAM).compile().cost_analysis()["flops"]
+    pull = run.pull.lower(*step, given, LAM).compile().cost_analysis()["flops"]
     assert follow < 0.9 * pull
+    # What a step is given is not copied: beside it stand the gradient and products.
+    shapes = sorted(x.shape for x in jax.tree.leaves(kept))
+    assert shapes == [(1,), (1, 3), (1, 4)], shapes
+
+
+def test_a_loader_may_fill_its_arrays_again():
+    """One array for all steps, as many loaders have it."""
+    here = np.array(X[0]), np.array(Y[0])
+
+    def filled(step):
+        here[0][...], here[1][...] = X[step], Y[step]
+        return here
+
+    found = bilevel.metagradient(
+        outer, inner, adam, W, LAM, filled, steps=STEPS, outer_batch=OUTER_BATCH, progress=False
+    )
+    close(found.grads, expected().grads)
 
 
 def test_runs_compose():

@@ -69,10 +69,7 @@ class Saga:
                 "`Storm(...)` or `Spider(...)`, which keep one direction, or raise `max_bytes`."
             )
         tables = Oracles(
-            *(
-                jax.tree.map(lambda x, n=length: jnp.zeros((n, *x.shape), x.dtype), part)
-                for length, part in zip(lengths, zero, strict=True)
-            )
+            *(tree.stacked_zeros(length, part) for length, part in zip(lengths, zero, strict=True))
         )
         return tables, zero
 

@@ -38,7 +38,7 @@ def dual_kernel(
     others = sorted(reasons)
 
     def kernel(d: Vector, root: jax.Array) -> jax.Array:
-        scales = jax.tree.leaves(d)
+        scales = [tree.replicated(x) for x in jax.tree.leaves(d)]
 
         def one(example: Batch, block: jax.Array) -> Any:
             return _one_example(program, layers, others, params, example, block)

@@ -19,6 +19,7 @@ from jax.extend import core
 from bilevel.problem.layers.program import Op, Program
 
 TWICE = "it is read in more than one place"
+PLACED = ("reshard", "sharding_constraint")  # a weight that is gathered where it is read
 NOT_A_KERNEL = "it is no kernel or bias of a dense or convolutional layer"
 
 
@@ -141,7 +142,7 @@ def _changed(op: Op, view: View) -> View | None:
     """The view after a change of shape or type, or None where the operation is another."""
     name, params = op.eqn.primitive.name, op.eqn.params
     shape = tuple(op.eqn.outvars[0].aval.shape)
-    if name in ("convert_element_type", "copy", "reduce_precision"):
+    if name in ("convert_element_type", "copy", "reduce_precision", *PLACED):
         return view
     if name == "transpose":
         order = tuple(params["permutation"])

@@ -60,14 +60,14 @@ def kronecker(
     def products(columns: list[jax.Array], gradients: list[jax.Array]) -> Any:
         flat = [d.reshape(-1, d.shape[-1]) for d in columns]
         means = [jnp.mean(jnp.square(tree.accumulate(g))) for g in gradients]
-        return [d.T @ d for d in flat], means
+        return [tree.summed_product(d, d) for d in flat], means
 
     sizes = [jax.eval_shape(lambda v, la=la: _matrix(la, v), leaves).shape for la in layers]
     right = [jnp.zeros((n, n), x.dtype) for (_, n), x in zip(sizes, rows, strict=True)]
     means = [jnp.zeros((), tree.accumulate(leaves[i]).dtype) for i in others]
     right, means = gather(products, (right, means))
     flat = [x.reshape(-1, x.shape[-1]) for x in rows]
-    left = [x.T @ x / x.shape[0] for x in flat]
+    left = [tree.summed_product(x, x) / x.shape[0] for x in flat]
 
     def moments(bases: list[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
         turned = [x @ u for x, (u, _) in zip(rows, bases, strict=True)]
@@ -135,7 +135,9 @@ def _seeds(
                 signs = jax.random.rademacher(key, root.shape[:-1], root.dtype)
                 signs = signs * float(count) ** -0.5
             parts.append(jnp.einsum("...ij,...j->...i", root, signs).reshape(z.shape))
-        cotangents = [x.astype(z.dtype) for x, z in zip(parts, leaves, strict=True)]
+        cotangents = [
+            tree.placed_like(x.astype(z.dtype), z) for x, z in zip(parts, leaves, strict=True)
+        ]
         return jax.tree.unflatten(treedef, cotangents)
 
     return count, seed
@@ -155,9 +157,7 @@ def _root(i: int, leaves: list[Any], treedef: Any, weigh: Callable[[Any], Any]) 
     def column(c: Any) -> jax.Array:
         direction = jax.nn.one_hot(c, units, dtype=z.dtype)
         whole = [jnp.zeros_like(x) for x in leaves]
-        whole[i] = (
-            jnp.broadcast_to(direction, (*z.shape[:-1], units)) if z.ndim > 1 else 1 + whole[i]
-        )
+        whole[i] = jnp.broadcast_to(direction, z.shape) + whole[i] if z.ndim > 1 else 1 + whole[i]
         image = jax.tree.leaves(weigh(jax.tree.unflatten(treedef, whole)))[i]
         return image if z.ndim > 1 else image.reshape(-1, 1)
 
@@ -192,7 +192,7 @@ def _matrix(layer: Layer, leaves: list[Any]) -> jax.Array:
 def _squares(x: jax.Array, d: jax.Array) -> jax.Array:
     """The sum over examples of the squares of their gradients, from (N, P, in) and (N, P, out)."""
     if x.shape[1] == 1:
-        return jnp.square(x[:, 0]).T @ jnp.square(d[:, 0])
+        return tree.summed_product(jnp.square(x[:, 0]), jnp.square(d[:, 0]))
 
     def body(total: jax.Array, example: Any) -> tuple[jax.Array, None]:
         inputs, gradients = example

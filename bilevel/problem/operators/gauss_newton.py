@@ -238,6 +238,8 @@ def _dual(
     """The dual form from the layers of the model, where examples are independent."""
     if not op.independent_examples:
         return None
+    # The kernel pairs all examples: every device has all of them.
+    divided, (params, batch) = params, jax.tree.map(tree.replicated, (params, batch))
 
     def model(w: Params, examples: Batch) -> Any:
         return _outputs(op, problem, hparams, examples)(w)
@@ -260,10 +262,10 @@ def _dual(
         kernel,
         root,
         is_root,
-        lambda v: flat(push(tree.cast_like(v, params))),
-        lambda u: pull(back(u)),
+        lambda v: flat(push(tree.cast_like(jax.tree.map(tree.replicated, v), params))),
+        lambda u: jax.tree.map(tree.placed_like, pull(back(u)), divided),
         weigh_flat,
-        _separable_penalty(op, params, hparams),
+        _separable_penalty(op, divided, hparams),
         size,
         outputs + 2,
         covered,
@@ -313,6 +315,7 @@ def _factors(
     op: GaussNewton, problem: Problem, params: Params, hparams: Hparams, batch: Batch
 ) -> Factors:
     """Jacobian rows, output Hessian and diagonal, for the exact inverse."""
+    divided, (params, batch) = params, jax.tree.map(tree.replicated, (params, batch))
 
     def flat(w: Params) -> jax.Array:
         outputs = jax.tree.leaves(_outputs(op, problem, hparams, batch)(w))
@@ -333,7 +336,8 @@ def _factors(
     else:
         outputs, pull = jax.vjp(flat, params)
         rows = jax.vmap(lambda e: pull(e)[0])(jnp.eye(outputs.size, dtype=outputs.dtype))
-    return Factors(rows, weights, _separable_penalty(op, params, hparams))
+    rows = jax.tree.map(lambda r, w: jax.vmap(tree.placed_like, (0, None))(r, w), rows, divided)
+    return Factors(rows, weights, _separable_penalty(op, divided, hparams))
 
 
 def _rows_by_example(
