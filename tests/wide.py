@@ -72,7 +72,7 @@ KEPT = {
         "test_many_start_where_few_start_and_reach_every_weight": 0,
     },
     "experiments/test_many.py": {
-        "test_fits_are_minima_and_the_derivative_is_that_of_the_refitted": 1,
+        "test_fits_are_minima_and_the_derivative_is_that_of_the_refitted": 0,
         "test_it_runs_and_falls_back_to_the_searched_penalty": 0,
         "test_the_picture_and_the_summary_compare_draw_by_draw": 0,
     },
@@ -92,6 +92,9 @@ KEPT = {
     },
     "experiments/test_protocol.py": {
         "test_other_test_labels_change_what_is_reported_and_nothing_that_is_chosen": 0,
+    },
+    "experiments/test_schedule_experiment.py": {
+        "test_rates_move_towards_a_lower_loss_within_the_budget": 0,
     },
     "experiments/test_schedule_experiments.py": {
         "test_images_pass_through_both_networks": 0,
@@ -191,6 +194,7 @@ KEPT = {
         "test_preconditioners_are_symmetric_and_positive": 0,
         "test_solvers_through_layers_may_be_mapped": 0,
         "test_woodbury_keeps_to_rows_where_examples_may_depend_on_each_other": 0,
+        "test_woodbury_refuses_more_equations_than_allowed": 0,
         "test_woodbury_through_layers_is_woodbury_through_rows": 0,
     },
     "library/test_custom_rules.py": {
@@ -203,6 +207,7 @@ KEPT = {
         "test_a_derivative_in_hyperparameters_has_not_one_operation_more": 0,
         "test_a_loss_with_a_backward_rule_has_its_first_derivative": 0,
         "test_a_residual_is_relative": 0,
+        "test_an_auxiliary_output_has_no_derivative_in_the_data": 0,
         "test_data_that_are_constants_are_not_traced_for": 0,
         "test_in_hyperparameters_and_data_by_every_solver": 0,
         "test_of_an_equation_that_is_no_gradient": 0,
@@ -229,8 +234,13 @@ KEPT = {
     "library/test_docs.py": {
         "test_python_blocks_run": 1,
     },
+    "library/test_dual_cg.py": {
+        "test_kernel_is_the_jacobian_times_its_transpose": 1,
+        "test_what_rounding_hides_is_said": 0,
+    },
     "library/test_dynamic_lanczos.py": {
         "test_a_call_without_a_state_is_a_first_one": 0,
+        "test_a_full_subspace_begins_anew_at_the_value_it_reached": 0,
         "test_an_outer_loop_finds_the_optimum_with_it": 0,
         "test_trees_dtypes_and_lanes": 0,
     },
@@ -238,6 +248,8 @@ KEPT = {
         "test_a_classifier_that_is_sure_of_its_examples_has_an_evidence": 1,
         "test_blocks_are_ordered_and_unbiased": 0,
         "test_cuts_of_outputs_and_groups_are_ordered": 0,
+        "test_elbo_groups_centre_and_samples": 0,
+        "test_function_space_is_parameter_space_for_a_network": 0,
     },
     "library/test_evolution.py": {
         "test_pes_is_unbiased_where_truncated_es_is_not": 0,
@@ -337,6 +349,7 @@ KEPT = {
     "library/test_maid.py": {
         "test_a_penalty_a_weight_keeps_both_guarantees": 1,
         "test_every_accepted_step_decreases_the_true_value_and_the_error_is_below_its_bound": 1,
+        "test_the_accuracy_finds_itself": 0,
         "test_three_starting_accuracies_reach_the_same_value_at_the_same_work": 0,
     },
     "library/test_memory_report.py": {
@@ -348,7 +361,9 @@ KEPT = {
         "test_parts_give_what_the_full_batch_gives": 0,
     },
     "library/test_minimize.py": {
-        "test_the_condition_of_a_proximal_solution": 1,
+        "test_a_minimiser_of_optimistix_is_judged_by_the_gradient_where_it_ends": 0,
+        "test_the_condition_of_a_proximal_solution": 0,
+        "test_what_became_of_it_is_told": 1,
     },
     "library/test_mutants.py": {
         "test_the_runner_tells_a_kill_from_a_survivor": 0,
@@ -370,7 +385,9 @@ KEPT = {
         "test_examples_and_columns_stay_where_they_are": 0,
     },
     "library/test_penalty.py": {
+        "test_a_schedule_is_used_as_it_is": 0,
         "test_no_second_derivative_is_asked_for": 2,
+        "test_statuses_say_how_far_to_trust_the_difference": 0,
         "test_the_bias_of_f2sa_falls_with_the_penalty_to_its_order": 1,
         "test_the_penalty_grows_as_the_theory_says": 0,
     },
@@ -474,10 +491,11 @@ KEPT = {
     "library/test_unroll_in_jax.py": {
         "test_a_derivative_of_the_hypergradient_through_a_closed_over_value": 0,
         "test_batch_norm_equals_central_differences": 1,
-        "test_jit_scan_vmap_donation_and_closures": 1,
+        "test_jit_scan_vmap_donation_and_closures": 0,
         "test_learned_initialisation": 0,
-        "test_low_precision_parameters_and_wide_hyperparameters": 1,
+        "test_low_precision_parameters_and_wide_hyperparameters": 0,
         "test_no_step_is_paid_twice": 0,
+        "test_real_time_forward_carries_the_derivative": 0,
         "test_too_many_steps_in_half_precision_are_marked_and_float32_masters_are_right": 0,
     },
     "library/test_unroll_map.py": {
@@ -490,7 +508,11 @@ KEPT = {
     "library/test_whole_runs.py": {
         "test_every_state_is_there_when_it_is_needed": 2,
         "test_loops_and_straight_lines_agree": 0,
-        "test_metagradient_is_the_unrolled_one": 2,
+        "test_memory_of_a_run_with_adam": 0,
+        "test_metagradient_is_the_unrolled_one": 1,
+        "test_runs_compose": 0,
+        "test_second_derivatives_of_a_loop_that_is_run_again": 1,
+        "test_steps_made_again_change_nothing": 1,
     },
     "library/test_with_response.py": {
         "test_a_leaf_that_does_not_respond_is_no_flat_direction": 1,
