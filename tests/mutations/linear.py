@@ -261,8 +261,8 @@ MUTANTS = [
     Mutant(
         "kfac_counts_examples_for_positions",
         "problem/layers/kronecker.py",
-        "left = [x.T @ x / x.shape[0] for x in flat]",
-        "left = [x.T @ x / r.shape[0] for x, r in zip(flat, rows, strict=True)]",
+        "left = [tree.summed_product(x, x) / x.shape[0] for x in flat]",
+        "left = [tree.summed_product(x, x) / r.shape[0] for x, r in zip(flat, rows, strict=True)]",
         "the factor of a convolution's inputs is a sum over positions rather than their mean",
         ("test_curvature_layers.py::test_factors_of_a_convolution_count_positions_as_examples",),
     ),
