@@ -182,8 +182,8 @@ def likeness(config: Decays) -> Any:
         w, _ = jax.lax.scan(newton, net.apply(phi, first, lam), None, NEWTON)
         adjoint = solve(w, jax.grad(outer)(w, lam, valid))
         exact = jax.tree.map(lambda q, lam, w: -q * jnp.exp(lam) * w, adjoint, lam, w)
-        left, start = (optax.global_norm(jax.grad(inner)(w, lam, train)) for w in (w, first))
-        size = optax.global_norm(told) * optax.global_norm(exact)
+        left, start = (optax.tree.norm(jax.grad(inner)(w, lam, train)) for w in (w, first))
+        size = optax.tree.norm(told) * optax.tree.norm(exact)
         return optax.tree_utils.tree_vdot(told, exact) / size, left / start
 
     return jax.jit(whole)
