@@ -12,8 +12,14 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("docs/**/*.md", "CONTRIBUTING.md", "tests/README.md", "experiments/README.md")
-SOURCES = ("bilevel/**/*.py",)
+PAGES = (
+    "docs/**/*.md",
+    "CONTRIBUTING.md",
+    "tests/README.md",
+    "experiments/README.md",
+    "experiments/*/README.md",
+)
+SOURCES = ("bilevel/**/*.py", "experiments/**/*.py")
 KEEP = "plain: ok"
 
 COUNTED = (
@@ -23,8 +29,8 @@ COUNTED = (
     "vectors|weight"
 )
 PER = (
-    "batch|call|cycle|direction|example|file|group|hyperparameter|image|iteration|layer|"
-    "leaf|method|output|parameter|product|row|run|sample|second|seed|solve|step|tensor|unit|"
+    "batch|call|channel|class|cycle|dimension|direction|dropout|example|file|group|hyperparameter|image|iteration|layer|"
+    "leaf|method|output|parameter|product|row|run|sample|second|seed|sequence|solve|step|tensor|unit|"
     "weight"
 )
 SLIPS = {

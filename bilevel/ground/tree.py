@@ -52,8 +52,16 @@ def zeros_accumulated(tree: Vector) -> Vector:
 
 
 def stacked_zeros(count: int, like: Vector) -> Vector:
-    """Room for ``count`` vectors: zeros ``(count, ...)``, each leaf sharded as that of ``like``."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(jnp.zeros_like(x), (count, *x.shape)), like)
+    """Room for ``count`` vectors: zeros ``(count, ...)``, each leaf sharded as that of ``like``.
+
+    Strongly typed, so that a state that holds them keeps its type in the first step.
+    """
+
+    def leaf(x: Any) -> jax.Array:
+        zero = jnp.zeros_like(x, jnp.result_type(x))
+        return jnp.broadcast_to(zero, (count, *zero.shape))
+
+    return jax.tree.map(leaf, like)
 
 
 def put(stack: Vector, v: Vector, i: Any) -> Vector:

@@ -167,7 +167,7 @@ class Evolution:
             carry.opt_state,
             carry.model_state,
             _pairs(carry, n),
-            tree.stacked_zeros(n, jax.tree.map(jnp.asarray, hparams)),
+            tree.stacked_zeros(n, hparams),
             clock,
             None if self.horizon is None else (carry.params, carry.model_state),
         )

@@ -98,7 +98,7 @@ class TunedConv(nnx.Module):
       in_features, out_features: channels.
       kernel_size: window, one length a dimension.
       num_hparams: H.
-      strides: one a dimension, or one for all.
+      strides: one per dimension, or one for all.
       padding: ``"SAME"``, ``"VALID"`` or pairs.
       rngs: ``nnx.Rngs``.
       dtype: of the parameters.

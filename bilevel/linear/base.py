@@ -18,7 +18,6 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Scalar, Stats, Vector
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.status import RESIDUAL, Status, status_of, worst
-from bilevel.ground.tree import replicated as replicated
 
 
 def as_map(mv: MatVec, rhs: Vector) -> LinearMap:

@@ -11,7 +11,7 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
 from bilevel.ground.settings import check_settings, count
 from bilevel.ground.status import Status, status_of
-from bilevel.linear.base import LinearSolution, as_map, finish, replicated, require_fixed
+from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +87,7 @@ class Dense:
 
 def _raveled(v: Vector) -> tuple[jax.Array, Any]:
     """``v`` as one array on every device, as factorizations need it, and the way back."""
-    flat, unravel = ravel_pytree(jax.tree.map(replicated, v))
+    flat, unravel = ravel_pytree(jax.tree.map(tree.replicated, v))
     return flat, lambda x: jax.tree.map(tree.placed_like, unravel(x), v)
 
 

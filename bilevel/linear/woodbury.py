@@ -18,7 +18,6 @@ from bilevel.linear.base import (
     contract,
     contract_leaf,
     finish,
-    replicated,
     require_fixed,
     require_symmetric,
 )
@@ -112,7 +111,7 @@ class Woodbury:
             rows, weights, diagonal = amap.factors()
             self._check_size(weights.shape[0])
             diagonal = tree.cast_like(diagonal, rhs)
-            value = _by_rows(tree.accumulate(rows), replicated(weights), diagonal, rhs)
+            value = _by_rows(tree.accumulate(rows), tree.replicated(weights), diagonal, rhs)
             stats = {"num_matvecs": jnp.asarray(weights.shape[0], jnp.int32)}
         low = jnp.min(jnp.stack([jnp.min(d) for d in jax.tree.leaves(diagonal)]))
         stats["min_curvature"] = low

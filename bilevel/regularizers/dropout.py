@@ -107,7 +107,7 @@ def locked_dropout(
     Args:
       key: a PRNG key.
       x: ``(B, T, d)``, or any shape with ``time_axis``.
-      rate: in [0, 1): a scalar or ``(B,)``, one a sequence.
+      rate: in [0, 1): a scalar or ``(B,)``, one per sequence.
       time_axis: the axis whose entries share their mask, counted as in NumPy. With 0 the leading
         axis holds no examples, and ``rate`` must be a scalar.
 
@@ -135,7 +135,7 @@ def word_mask(key: Key, num_words: int, tokens: jax.Array, rate: jax.Array | flo
     tokens = jnp.where(legal, tokens, 0)
     if np.ndim(rate) and np.shape(rate) != tokens.shape[:1]:
         raise ValueError(
-            f"`rate` has shape {np.shape(rate)}, expected a scalar or one rate a sequence of "
+            f"`rate` has shape {np.shape(rate)}, expected a scalar or one rate per sequence of "
             f"`tokens`, whose shape is {tokens.shape}."
         )
     if np.ndim(rate) == 0:

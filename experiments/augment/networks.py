@@ -33,7 +33,7 @@ class SmallCNN(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A residual block of two convolutions, normalised in groups."""
+    """A residual block of two convolutions, normalized in groups."""
 
     def __init__(self, before: int, after: int, stride: int, rngs: nnx.Rngs):
         self.first = nnx.Conv(before, after, (3, 3), (stride, stride), use_bias=False, rngs=rngs)

@@ -256,7 +256,7 @@ def _weights(
 def _save_augmented(
     out: Path, name: str, config: Config, part: Any, hparams: Any, shape: tuple[int, ...]
 ) -> None:
-    """The learned network, and what it makes of ten images, one a class."""
+    """The learned network, and what it makes of ten images, one per class."""
     built = problem.build(config, shape[0], shape[-1])
     labels = np.asarray(part["y"])
     first = [int(np.flatnonzero(labels == c)[0]) for c in range(10) if (labels == c).any()]

@@ -58,7 +58,7 @@ def _optimality(w: Any, _: None, inputs: Any) -> Any:
 
 
 def optimistix_cg(outer: Callable, inner: Callable, steps: int, rtol: float | None) -> Callable:
-    """What `optimistix.ImplicitAdjoint(lineax.CG(...))` does at a known minimiser (Hessian)."""
+    """What `optimistix.ImplicitAdjoint(lineax.CG(...))` does at a known minimizer (Hessian)."""
 
     def function(params: Any, hparams: Any, inner_batch: Any, outer_batch: Any, key: Any) -> Any:
         import lineax as lx

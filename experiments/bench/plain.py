@@ -91,7 +91,7 @@ def series(mv: Callable, b: Any, steps: int) -> Any:
 
 
 def gauss_newton(model: Callable, output_loss: Callable, params: Any) -> Callable:
-    """`v -> J'QJ v` for `output_loss(model(params))`, linearised once."""
+    """`v -> J'QJ v` for `output_loss(model(params))`, linearized once."""
     z, push = jax.linearize(model, params)
     pull = jax.linear_transpose(push, params)
     weigh = jax.linearize(jax.grad(output_loss), z)[1]

@@ -2,7 +2,7 @@
 256 a step. Its units are tanh: reverse-over-reverse must keep what their second derivative needs,
 where relu has none and the plain scan gets by with two thirds of the memory.
 
-Beside mixed mode: what automatic reverse-over-reverse, rematerialisation and truncation cost.
+Beside mixed mode: what automatic reverse-over-reverse, rematerialization and truncation cost.
 """
 
 import functools
@@ -51,7 +51,7 @@ def first_batch(inner: Callable) -> Callable:
 
 @functools.lru_cache(maxsize=1)
 def arguments(tiny: bool, seed: int, steps: int, batch: int) -> tuple[Any, str]:
-    """Weights at initialisation, a stack of batches, and everything else a row needs."""
+    """Weights at initialization, a stack of batches, and everything else a row needs."""
     batch, sizes = (8, (12, 8, 8, 10)) if tiny else (batch, (784, 512, 512, 10))
     count = steps * batch
     x, y, source = inputs.images(count + 256, sizes[0], seed)

@@ -56,7 +56,7 @@ def outer(params: Any, hparams: jax.Array, batch: Any) -> jax.Array:
 
 @functools.lru_cache(maxsize=1)
 def arguments(tiny: bool, seed: int) -> tuple[Any, str]:
-    """Weights at initialisation, and everything else a row needs."""
+    """Weights at initialization, and everything else a row needs."""
     count, side, channels, examples = (4, 8, (3, 4, 4), 20) if tiny else (64, 32, CHANNELS, 5000)
     x, y, _ = inputs.images(2 * count, side * side * 3, seed)
     x = x.reshape(-1, side, side, 3)

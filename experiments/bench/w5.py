@@ -42,7 +42,7 @@ class Workload:
     """A network, its layers of best responses, and the losses of both.
 
     `params` of the plain network are a tree of arrays; of the layered one what `layers.merge`
-    takes. A batch is a dictionary with `x`, `y`, and for training `keys`, one a dropout.
+    takes. A batch is a dictionary with `x`, `y`, and for training `keys`, one per dropout.
     """
 
     net: Any

@@ -1,6 +1,6 @@
 """W6: how the cost of the unrolled MLP of W2 grows with the number of steps.
 
-Time of mixed mode at 25, 50 and 100 steps, and memory of square-root rematerialisation at 25, 100
+Time of mixed mode at 25, 50 and 100 steps, and memory of square-root rematerialization at 25, 100
 and 400 steps (small batches: it is carries of parameters that are kept, not activations).
 """
 

@@ -193,7 +193,7 @@ def _row(steps: int, config: Config, seed: int, by_layer: bool = False) -> Row:
     columns = {"jax": train_by_hand(steps), "bilevel": tuned.pop("bilevel"), **NONE}
     return Row(
         f"w7_tuning{'_layers' if by_layer else ''}_{steps}",
-        f"W7 {steps} Adam steps and one hypergradient{', a decay a layer' if by_layer else ''}",
+        f"W7 {steps} Adam steps and one hypergradient{', a decay per layer' if by_layer else ''}",
         source,
         args,
         inner,

@@ -37,10 +37,10 @@ def search(
     startup: int = STARTUP,
     log: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
-    """Minimises `objective(hparams)` with `floor(budget / cost)` trials by ask and tell.
+    """Minimizes `objective(hparams)` with `floor(budget / cost)` trials by ask and tell.
 
     Arguments:
-        objective: the setting, `{name: value}`, to the value to minimise.
+        objective: the setting, `{name: value}`, to the value to minimize.
         space: name to `(low, high)`, uniform, or to an `optuna.distributions` object.
         budget: inner-gradient evaluations to spend in all.
         cost: inner-gradient evaluations of one trial.
@@ -93,7 +93,7 @@ def search(
 
 
 class Tried(NamedTuple):
-    """What an objective of `recorded` gives: the loss to minimise, and what else is measured.
+    """What an objective of `recorded` gives: the loss to minimize, and what else is measured.
 
     `measure` is called only if the trial is the best so far: the test part is read for winners.
     """

@@ -248,7 +248,7 @@ def uci_regression(name: str, *, split: int = 0, valid: float = 0.2, seed: int =
     """A UCI regression set, float64, in one of the 20 published 90/10 splits.
 
     (Hernandez-Lobato and Adams, Probabilistic Backpropagation, 2015.) `valid` is the fraction of
-    the training part to validate on. Nothing is standardised: use the training part's statistics.
+    the training part to validate on. Nothing is standardized: use the training part's statistics.
     """
     if name not in UCI:
         raise ValueError(f"name must be one of {', '.join(UCI)}, got {name!r}")

@@ -1,7 +1,6 @@
 """Runs `data_weights`: a network learns to weigh a corpus half of which is shuffled."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,10 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     text = problem.text(config, seed)
     lam, spent = learn(config, text, seed, records)
     kept = chosen(config, text, seed, int(spent))
-    weighing = {
-        "uniform": lambda rows, lam: jnp.ones(len(rows)),
-        "learned": lambda rows, lam: problem.weights(lam, text.train[rows]),
-        "filtered": lambda rows, lam: 2.0 * kept[rows],
-        "clean": lambda rows, lam: 2.0 * ~text.shuffled[rows],
-    }
-    curves = {arm: fresh(config, text, seed, weighing[arm], lam) for arm in ARMS}
+    alike, twice = jnp.ones(len(text.train)), 2.0 * kept
+    # Every arm weighs the windows by what it is given: the scorer's numbers, or one per window.
+    given = {"uniform": alike, "learned": lam, "filtered": twice, "clean": 2.0 * ~text.shuffled}
+    curves = {arm: fresh(config, text, seed, given[arm], arm == "learned") for arm in ARMS}
     goal = curves["uniform"][-1]
     for arm in ARMS:
         curve = curves[arm]
@@ -41,9 +37,9 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
         steps = config.every * (reached[0] + 1) if len(reached) else np.inf
         extra = {}
         if arm == "learned":
-            given = jax.vmap(lambda x: problem.weights(lam, x))(_batches(config, text))
-            shuffled = text.shuffled[: given.size].reshape(given.shape)
-            extra["weight_of_shuffled"] = float((given * shuffled).sum() / given.sum())
+            mine = jax.vmap(lambda x: problem.weights(lam, x))(_batches(config, text))
+            shuffled = text.shuffled[: mine.size].reshape(mine.shape)
+            extra["weight_of_shuffled"] = float((mine * shuffled).sum() / mine.sum())
         if arm == "filtered":
             extra["weight_of_shuffled"] = float((kept & text.shuffled).sum() / kept.sum())
         records.append(
@@ -124,25 +120,27 @@ def learn(
     return state.hparams, paid * config.updates
 
 
-def fresh(
-    config: Config, text: problem.Text, seed: int, weigh: Callable[..., jax.Array], lam: Any
-) -> np.ndarray:
-    """Test losses of a new run, every few steps; the same start and batches for all arms."""
+def fresh(config: Config, text: problem.Text, seed: int, given: Any, scored: bool) -> np.ndarray:
+    """Test losses of a new run, every few steps; the same start and batches for all arms.
+
+    ``given``: the parameters of the scorer where ``scored``, else the weight of every window.
+    """
     one, two = jax.random.split(jax.random.key(1_000_000 + seed))
     tx = optax.adam(config.rate)
 
-    def loss(w: Any, rows: jax.Array, lam: Any, windows: jax.Array) -> jax.Array:
-        given = weigh(rows, lam)
-        return jnp.mean(given * problem.losses(w, windows[rows], config.context))
+    def loss(w: Any, rows: jax.Array, given: Any, windows: jax.Array) -> jax.Array:
+        read = windows[rows]
+        weights = problem.weights(given, read) if scored else given[rows]
+        return jnp.mean(weights * problem.losses(w, read, config.context))
 
     @jax.jit
-    def trained(w: Any, lam: Any, text: problem.Text) -> jax.Array:
+    def trained(w: Any, given: Any, text: problem.Text) -> jax.Array:
         shape = (config.steps // config.every, config.every, config.batch)
         rows = jax.random.randint(two, shape, 0, config.train)
 
         def step(carry: Any, rows: jax.Array) -> Any:
             w, state = carry
-            updates, state = tx.update(jax.grad(loss)(w, rows, lam, text.train), state, w)
+            updates, state = tx.update(jax.grad(loss)(w, rows, given, text.train), state, w)
             return (optax.apply_updates(w, updates), state), None
 
         def some(carry: Any, rows: jax.Array) -> Any:
@@ -151,7 +149,7 @@ def fresh(
 
         return jax.lax.scan(some, (w, tx.init(w)), rows)[1]
 
-    return np.asarray(trained(problem.initial(config, one), lam, text))
+    return np.asarray(trained(problem.initial(config, one), given, text))
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ class Config:
 
     Attributes:
       sets: data sets.
-      per_class: numbers of learned images a class.
+      per_class: numbers of learned images per class.
       decay: of the linear model that is trained on the learned images.
       newton_steps: Newton steps that bring it back to its minimum after the images moved.
       products: curvature products of one linear solve, of Newton and of the hypergradient.

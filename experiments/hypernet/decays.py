@@ -63,7 +63,7 @@ def start(method: str, pixels: int, config: Decays) -> Any:
 
 
 def network(method: str, config: Decays) -> bilevel.Hypernetwork:
-    """A straight line, or two linear layers with a narrow middle; inputs are standardised."""
+    """A straight line, or two linear layers with a narrow middle; inputs are standardized."""
     middle, half = (config.low + config.high) / 2, (config.high - config.low) / 2
     return bilevel.Hypernetwork(
         () if method == "local_shared" else (config.bottleneck,),

@@ -57,7 +57,7 @@ def inner(w: Any, lam: jax.Array, batch: Any) -> jax.Array:
 
 
 def solutions(train: Any, lam: Any) -> np.ndarray:
-    """The weights that minimise the training loss, ``(len(lam), pixels + 1, classes)``."""
+    """The weights that minimize the training loss, ``(len(lam), pixels + 1, classes)``."""
     x, t = (np.asarray(a, np.float64) for a in train)
     features = np.concatenate([x, np.ones((len(x), 1))], axis=1)
     # h = curvature / 2 * |features w - t|^2 + e^lam |w| + constant

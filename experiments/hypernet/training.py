@@ -17,7 +17,7 @@ FIRST = 0.01  # standard deviation of all first weights, as in the paper's code
 
 
 def centred(config: Curve) -> Any:
-    """The log decay, standardised: training is sensitive to the size of inputs."""
+    """The log decay, standardized: training is sensitive to the size of inputs."""
     middle, half = (config.low + config.high) / 2, (config.high - config.low) / 2
     return lambda lam: (lam - middle) / half
 

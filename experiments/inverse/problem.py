@@ -22,7 +22,7 @@ class Case(NamedTuple):
 
 
 def regression_rows(name: str, seed: int) -> tuple[np.ndarray, ...]:
-    """Standardised features, with squares and products of pairs, and targets of two parts."""
+    """Standardized features, with squares and products of pairs, and targets of two parts."""
     if name == "diabetes":
         from sklearn.datasets import load_diabetes
 
@@ -88,7 +88,7 @@ class Exact(NamedTuple):
 def ridge(
     name: str, config: Config, seed: int, condition: float | None = None
 ) -> tuple[Case, Exact]:
-    """The minimiser, its Hessian and the hypergradient in closed form.
+    """The minimizer, its Hessian and the hypergradient in closed form.
 
     With ``condition``, the log decays are shifted until the Hessian has that condition number.
     """

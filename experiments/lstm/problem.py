@@ -1,4 +1,4 @@
-r"""An LSTM language model whose regularisation has a derivative.
+r"""An LSTM language model whose regularization has a derivative.
 
 Dropout is multiplicative Gaussian noise, :math:`x (1 + s\varepsilon)` with
 :math:`s^2 = r / (1 - r)`, which has the mean and variance of dropout of rate r (Srivastava et
@@ -159,7 +159,7 @@ def inner(
 
 
 def outer(params: Any, hparams: Any, batch: Any, carry: Carry) -> tuple[jax.Array, Carry]:
-    """Validation loss of a window without any regularisation, from a zero state."""
+    """Validation loss of a window without any regularization, from a zero state."""
     skip = batch["x"].shape[1] - batch["y"].shape[1]
     zero = jax.tree.map(lambda s: jnp.zeros((batch["x"].shape[0], s.shape[1])), carry)
     logits = forward(params, batch["x"], zero)[0]

@@ -1,6 +1,6 @@
 r"""The models whose weights are predicted, and their training losses.
 
-Weights are a dictionary of layers, so that one function initialises and evaluates all of them.
+Weights are a dictionary of layers, so that one function initializes and evaluates all of them.
 """
 
 import functools

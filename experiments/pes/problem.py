@@ -11,7 +11,7 @@ from experiments.pes.config import Config
 
 
 def images(name: str, config: Config, seed: int) -> tuple[jax.Array, jax.Array]:
-    """Training images as rows, standardised as a whole, and labels."""
+    """Training images as rows, standardized as a whole, and labels."""
     if name == "digits":
         part = data.digits(valid=0, test=1797 - config.train, seed=seed).train
     else:

@@ -62,7 +62,7 @@ def _scalar(config: Config, seed: int, records: record.Records, persistent: bool
 
 
 def _landscape(name: str, config: Config, seed: int, train: Any, out: Path) -> None:
-    """Mean loss over a run for a grid of schedules: what the methods are trying to minimise."""
+    """Mean loss over a run for a grid of schedules: what the methods are trying to minimize."""
     axis = np.linspace(LOW, HIGH, POINTS)
     grid = jnp.asarray(np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2))
     losses = tune.replay(config)(grid.astype(jnp.float32), train, jax.random.key(seed))

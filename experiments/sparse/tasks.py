@@ -122,7 +122,7 @@ def _standard(x: np.ndarray, train: np.ndarray) -> np.ndarray:
 def _regression(
     name: str, sets: data.Dataset, degree: int, config: Config, seed: int, leaves: Any
 ) -> Task:
-    """Standardised products of standardised columns, and a target of mean zero, variance one."""
+    """Standardized products of standardized columns, and a target of mean zero, variance one."""
     x = np.concatenate([sets.train.x, sets.valid.x])
     y = np.concatenate([sets.train.y, sets.valid.y])
     products = _products(_standard(x, x), degree)

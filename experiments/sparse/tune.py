@@ -109,7 +109,7 @@ def _descend(task: Task, config: Config, log: Log, start: Found | None = None) -
     """Rprop along hypergradients, solved the more exactly the shorter its moves have become.
 
     Signs are what Rprop reads of a hypergradient, and most of what loose solves must get right.
-    Their criterion is not to be trusted, as weights that are still on the way generalise better:
+    Their criterion is not to be trusted, as weights that are still on the way generalize better:
     what counts as a result is a point solved to the tolerance of all methods. From ``start``, a
     result for one penalty, it goes on with many.
     """

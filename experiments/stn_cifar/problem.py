@@ -62,7 +62,7 @@ class CNN(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, h: Any, d: jax.Array | None, key: Any) -> jax.Array:
-        """Logits of normalised images. Without ``key`` nothing is dropped."""
+        """Logits of normalized images. Without ``key`` nothing is dropped."""
         places = dropouts(self.config)
 
         def drop(x: jax.Array, name: str, axes: tuple[int, ...] = ()) -> jax.Array:
@@ -102,7 +102,7 @@ def normalised(x: jax.Array) -> jax.Array:
 
 
 def augment(config: Config, key: Any, x: jax.Array, h: Any) -> jax.Array:
-    """Colour jitter on pixels in [0, 1]; then normalise, drop inputs, scale and cut out."""
+    """Colour jitter on pixels in [0, 1]; then normalize, drop inputs, scale and cut out."""
     keys = jax.random.split(key, 4)
     x = normalised(color_jitter(keys[0], x, **{name: h[name] for name in JITTER}))
     x = dropout(keys[1], x, h["input_dropout"])

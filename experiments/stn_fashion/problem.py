@@ -64,7 +64,7 @@ class CNN(nnx.Module):
         self.dropouts = dropouts(config)
 
     def __call__(self, x: jax.Array, h: Any, d: jax.Array | None, key: Any) -> jax.Array:
-        """Logits of normalised images. Without ``key`` nothing is dropped."""
+        """Logits of normalized images. Without ``key`` nothing is dropped."""
 
         def drop(x: jax.Array, name: str, axes: tuple[int, ...] = ()) -> jax.Array:
             if key is None:
@@ -91,7 +91,7 @@ def start(config: Config, rate: float | None = None) -> dict[str, jax.Array]:
 
 @functools.cache
 def network(config: Config, centred: bool = True) -> Any:
-    """How the weights follow, a displacement an example: Delta-STN's response, or STN's."""
+    """How the weights follow, a displacement per example: Delta-STN's response, or STN's."""
     made = nnx.eval_shape(lambda: CNN(config, rngs=nnx.Rngs(0)))
     return split_layers(made, centred=centred, gain_scale=0.0 if centred else 0.01)[0]
 
@@ -102,7 +102,7 @@ def initial(config: Config, seed: int) -> Any:
 
 
 def augment(config: Config, key: Any, x: jax.Array, h: Any) -> jax.Array:
-    """Jitter on pixels in [0, 1]; then normalise, drop inputs, scale and cut out."""
+    """Jitter on pixels in [0, 1]; then normalize, drop inputs, scale and cut out."""
     keys = jax.random.split(key, 4)
     colours = jnp.broadcast_to(x[..., None], (*x.shape, 3))
     jittered = color_jitter(keys[0], colours, **{name: h[name] for name in JITTER})

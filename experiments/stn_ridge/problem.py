@@ -59,7 +59,7 @@ def optimum(train: Any, valid: Any) -> tuple[float, float]:
 
 
 def jacobian(train: Any, lam: float, sigma: float = 0.0) -> np.ndarray:
-    r"""The response that minimises Delta-STN's objective; dw*/dlam as sigma goes to 0.
+    r"""The response that minimizes Delta-STN's objective; dw*/dlam as sigma goes to 0.
 
     :math:`-(H + e^\lambda(1 + \sigma^2) k)^{-1} e^\lambda k w^*`, with
     :math:`k = e^{\sigma^2/2}` from the moments of a log-normal variable.
@@ -72,7 +72,7 @@ def jacobian(train: Any, lam: float, sigma: float = 0.0) -> np.ndarray:
 
 
 def joint(train: Any, lam: float, sigma: float) -> np.ndarray:
-    r"""The slope that minimises STN's objective, in which weights at lam are fitted along with it.
+    r"""The slope that minimizes STN's objective, in which weights at lam are fitted along with it.
 
     The normal equations in :math:`(\bar w, \theta)` of :math:`\mathrm E\, h(\bar w +
     \theta\sigma\varepsilon, \lambda + \sigma\varepsilon)`.

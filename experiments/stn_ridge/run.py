@@ -134,7 +134,7 @@ def _frozen(
 ) -> tuple[list[float], float]:
     """Relative errors of the response along training at a fixed log decay.
 
-    Against the closed form of what the method's own objective is minimised by at this sigma. The
+    Against the closed form of what the method's own objective is minimized by at this sigma. The
     second number is that of the mean over the last half: SGD at a constant rate hovers.
     """
     thetas = np.asarray(_learn(method, config)(jax.random.key(seed), train, valid), np.float64)

@@ -151,3 +151,10 @@ def test_bad_calls():
             {"read": 0.3, "unread": 0.1},
             inner=lambda s, lam, b: inner(s, lam["read"], b),
         )
+
+
+def test_a_state_of_numbers_written_by_hand_is_strongly_typed():
+    """A weak type in the first state would compile the second call again."""
+    response = Evolution(optax.sgd(1.0), 1, 4, 0.1, horizon=None)
+    state = bilevel.hypergrad_init(outer, inner, response, jnp.ones(()), 0.3)
+    assert not any(x.weak_type for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
