@@ -100,13 +100,13 @@ class Task:
     Attributes:
       config: of the experiment.
       side, colours: of the images.
-      normalised: pixels in [0, 1] to what the network reads, ``(B, side, side, colours)``.
+      normalized: pixels in [0, 1] to what the network reads, ``(B, side, side, colours)``.
     """
 
     config: Any
     side: int
     colours: int
-    normalised: Callable[[jax.Array], jax.Array]
+    normalized: Callable[[jax.Array], jax.Array]
 
     def _made(self, seed: int) -> CNN:
         return CNN(self.config, self.side, self.colours, rngs=nnx.Rngs(seed))
@@ -123,7 +123,7 @@ class Task:
     def augment(self, key: Any, x: jax.Array, h: Any) -> jax.Array:
         """Colour jitter on ``(B, side, side, 3)``; normalize, drop inputs, scale and cut out."""
         keys = jax.random.split(key, 4)
-        x = self.normalised(color_jitter(keys[0], x, **{name: h[name] for name in JITTER}))
+        x = self.normalized(color_jitter(keys[0], x, **{name: h[name] for name in JITTER}))
         x = dropout(keys[1], x, h["input_dropout"])
         x = input_scaling(keys[2], x, h["input_scaling"])
         holes, length = h["cutout_holes"], h["cutout_length"]
@@ -132,7 +132,7 @@ class Task:
     def logits(self, params: Any, x: jax.Array) -> jax.Array:
         """Of images as they are, ``(B, side, side, 3)``, without dropout."""
         model, d = _network(self).merge(params)
-        return model(self.normalised(x), None, d, None)
+        return model(self.normalized(x), None, d, None)
 
     def losses(self) -> tuple[Any, Any]:
         """``(outer, inner)``: cross-entropy of images as they are, and with all that is tuned."""

@@ -15,14 +15,14 @@ MEAN = np.array([0.4914, 0.4824, 0.4467], np.float32)
 STD = np.array([0.2471, 0.2435, 0.2616], np.float32)
 
 
-def normalised(x: jax.Array) -> jax.Array:
+def normalized(x: jax.Array) -> jax.Array:
     """Pixels in [0, 1] to channels of mean 0 and variance 1."""
     return (x - MEAN.reshape(1, 1, 1, 3)) / STD.reshape(1, 1, 1, 3)
 
 
 def task(config: Config) -> stn_cnn.Task:
     """The network on these images."""
-    return stn_cnn.Task(config, SIDE, 3, normalised)
+    return stn_cnn.Task(config, SIDE, 3, normalized)
 
 
 def parts(config: Config, seed: int) -> dict[str, Any]:

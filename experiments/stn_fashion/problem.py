@@ -15,19 +15,19 @@ MEAN, STD = 0.286, 0.353  # of the pixels of Fashion-MNIST's training images
 IDLE = ("saturation", "hue")
 
 
-def normalised(x: jax.Array) -> jax.Array:
+def normalized(x: jax.Array) -> jax.Array:
     """``(B, 28, 28, 3)``, the colours alike, to ``(B, 28, 28, 1)`` of mean 0 and variance 1."""
     return (x[..., :1] - MEAN) / STD
 
 
 def shown(x: np.ndarray) -> np.ndarray:
-    """Back from ``normalised`` to gray values in [0, 1]."""
+    """Back from ``normalized`` to gray values in [0, 1]."""
     return np.clip(x[..., 0] * STD + MEAN, 0, 1)
 
 
 def task(config: Config) -> stn_cnn.Task:
     """The network on these images."""
-    return stn_cnn.Task(config, SIDE, 1, normalised)
+    return stn_cnn.Task(config, SIDE, 1, normalized)
 
 
 def start(config: Config, rate: float | None = None) -> dict[str, jax.Array]:

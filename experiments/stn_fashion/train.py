@@ -41,13 +41,13 @@ class Mode(NamedTuple):
 
 
 def algorithm(
-    config: Config, centred: bool, mode: Mode, normalised: bool = False
+    config: Config, centred: bool, mode: Mode, normalized: bool = False
 ) -> bilevel.Algorithm:
     """The loop of Delta-STN (``centred``), or of STN.
 
     Hyperparameters are moved by SGD. So is the response, whose steps are then as small as its
     gradients: Adam would make full steps of noise alone, and no perturbation would be too narrow
-    for it. ``normalised``: by Adam all the same, as the weights are.
+    for it. ``normalized``: by Adam all the same, as the weights are.
     """
     count = cycles(config, centred)
     network = problem.task(config).network(centred)
@@ -58,7 +58,7 @@ def algorithm(
     # No momentum can follow one exceptional batch far.
     response_tx = (
         optax.adam(decay(config.lr))
-        if normalised
+        if normalized
         else optax.chain(
             optax.clip_by_global_norm(1.0), optax.sgd(decay(config.response_lr), momentum=0.9)
         )
@@ -79,7 +79,7 @@ def algorithm(
 
 
 @functools.cache
-def tuned(config: Config, centred: bool = True, normalised: bool = False) -> Any:
+def tuned(config: Config, centred: bool = True, normalized: bool = False) -> Any:
     """``(params, start, mode, key, train, held_out) -> records`` of one run.
 
     ``held_out`` has the parts "validation" and "test".
@@ -88,7 +88,7 @@ def tuned(config: Config, centred: bool = True, normalised: bool = False) -> Any
     bounds = stn.space(config)
 
     def whole(params: Any, start: Any, mode: Mode, key: Any, train: Any, held_out: Any) -> Any:
-        loop = algorithm(config, centred, mode, normalised)
+        loop = algorithm(config, centred, mode, normalized)
 
         draw = functools.partial(
             stn_cnn.sample, config, TRAINING, config.valid_batch, train, held_out["validation"]

@@ -62,7 +62,7 @@ def test_the_starting_values_are_inside_the_ranges_and_change_nothing_twice():
     nothing = {name: jnp.float32(0) for name in start}
     made = problem.task(settings).augment(jax.random.key(1), x, nothing)
     # Colour jitter of strength 0 multiplies by a 3 x 3 matrix that is the identity to rounding.
-    np.testing.assert_allclose(made, problem.normalised(x), atol=1e-4)
+    np.testing.assert_allclose(made, problem.normalized(x), atol=1e-4)
 
 
 def test_a_run_tunes_every_hyperparameter_and_resumes(tmp_path):

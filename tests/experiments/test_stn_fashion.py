@@ -104,11 +104,11 @@ def test_the_papers_run_can_be_traced_and_tunes_fifteen_hyperparameters():
         }
 
     held_out = {"validation": part(settings.valid), "test": part(settings.test)}
-    for centred, normalised in ((True, False), (True, True), (False, True)):
+    for centred, normalized in ((True, False), (True, True), (False, True)):
         spent = train.cycles(settings, centred) * train.cycle_cost(settings, centred)
         assert 0.98 * settings.budget < spent <= settings.budget
         hparams, _, _, measured = jax.eval_shape(
-            train.tuned(settings, centred, normalised),
+            train.tuned(settings, centred, normalized),
             params,
             problem.start(settings, 0.4),
             train.Mode(1.0),
