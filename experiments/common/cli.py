@@ -98,11 +98,13 @@ def _execute(
         if not begun:
             run["begun"].append(seed)
             outputs.save(out, run)
-        start = time.monotonic()
+        start, used = time.monotonic(), time.process_time()
         chosen = {"methods": tuple(run["methods"])} if run.get("methods") else {}
         module.run(config, seed, out, resume and begun, **chosen)
         run["done"].append(seed)
         run["minutes"] += (time.monotonic() - start) / 60
+        # Of all cores: unlike the minutes, it hardly depends on what else the machine does.
+        run["cpu_minutes"] = run.get("cpu_minutes", 0.0) + (time.process_time() - used) / 60
         outputs.save(out, run)
     run.update(status="finished", ended=outputs.now())
     outputs.save(out, run)
