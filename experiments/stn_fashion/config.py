@@ -23,6 +23,7 @@ class Config:
       stn_outer_lr: the same for STN, found best for it.
       starts: rates of all dropout from which STN and Delta-STN are compared; none: they are not.
       scale: first width of the perturbations, in logits.
+      stn_scale: the same for STN, that of its paper: its own weights see the perturbations.
       entropy: reward for wide perturbations.
       small_scale: the width at which nothing can be learnt.
       warm_up: part of the cycles that only train.
@@ -50,6 +51,7 @@ class Config:
     stn_outer_lr: float = 2.5
     starts: tuple[float, ...] = (0.05, 0.2, 0.4)
     scale: float = 1.0
+    stn_scale: float = 0.5
     entropy: float = 1e-4
     small_scale: float = 0.01
     warm_up: float = 0.05

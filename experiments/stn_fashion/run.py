@@ -85,8 +85,9 @@ def _tune(
 ) -> None:
     """One run: the network trains once, and its hyperparameters move while it does."""
     centred, compared = not method.startswith("stn"), rate is not None
+    first_widths = {"small_scale": config.small_scale}
     mode = train.Mode(
-        scale=config.small_scale if method == "small_scale" else config.scale,
+        scale=first_widths.get(method, config.scale if centred else config.stn_scale),
         moves=float(method != "small_scale"),
         learns=float(method != "no_response"),
     )
