@@ -83,11 +83,21 @@ SOLVERS = {
     "FiniteDifference": bilevel.FiniteDifference(TX),
 }
 STACKED = {
-    **{f"Unroll({r})": Unroll(ADAM, 4, remat=r) for r in ("none", "sqrt", "log")},
+    **{f"Unroll({r})": Unroll(ADAM, 4, remat=r) for r in ("none", "step", "sqrt", "log")},
+    "Unroll(truncate)": Unroll(ADAM, 4, truncate=2),
     "Unroll(reverse)": Unroll(ADAM, 4, mode="reverse"),
     "Unroll(forward)": Unroll(ADAM, 4, mode="forward"),
     "Evolution": bilevel.Evolution(TX, 4, particles=2, sigma=0.1),
 }
+
+
+def rate_step(w, lam, batch, t):
+    """A gradient step on slice ``t`` of the batches."""
+    grads = jax.grad(train)(w, lam, jax.tree.map(lambda x: x[t], batch))
+    return jax.tree.map(lambda x, g: x - 0.05 * g, w, grads)
+
+
+STACKED["UnrollMap"] = bilevel.UnrollMap(rate_step, 4)
 SERIES = Implicit(Neumann(3, 0.1))
 THREE = valid, train, TX, TX, TX
 
@@ -96,6 +106,7 @@ def drawn(key, lam):
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key), lam)
 
 
+CERTIFICATE = bilevel.Certificate(0.05, 1.0, 1.0)
 LOOPS = {  # with the number of their training batches, and what the batches are wrapped in
     "alternate": (bilevel.alternate(valid, train, SERIES, ADAM, ADAM, 2), 2),
     "BestResponse": (
@@ -111,6 +122,10 @@ LOOPS = {  # with the number of their training batches, and what the batches are
     "pbgd": (bilevel.pbgd(valid, train, TX, TX, 2, penalized_tx=TX), 2),
     "bome": (bilevel.bome(valid, train, TX, TX, 2), 2),
     "hoag": (bilevel.hoag(valid, train, max_steps=30), 1),
+    "maid": (bilevel.maid(valid, train, CERTIFICATE, max_steps=30, trials=2), 1),
+    "maid(smoothness)": (
+        bilevel.maid(valid, train, CERTIFICATE, smoothness=4.0, max_steps=30, trials=2), 1,
+    ),
     "bo_rep": (bilevel.bo_rep(valid, train, TX, 0.05, 2), 3),
     "global_response": (
         bilevel.global_response(valid, train, bilevel.Hypernetwork((3,)), drawn, TX, TX, 2,
@@ -128,6 +143,97 @@ LOOPS = {  # with the number of their training batches, and what the batches are
 }  # fmt: skip
 
 
+def soft(w, lam, step):
+    return jax.tree.map(lambda x: jnp.sign(x) * jnp.maximum(jnp.abs(x) - 0.01 * step, 0), w)
+
+
+def gradient_step(w, lam, batch):
+    return jax.tree.map(lambda x, g: x - 0.2 * g, w, jax.grad(train)(w, lam, batch))
+
+
+def found(inner: Any, response: Any) -> Any:
+    """``call(w, lam, inner, outer, key)``: a hypergradient."""
+
+    def call(w: Any, lam: Any, batch: Any, outer: Any, key: Any) -> Any:
+        solved = bilevel.hypergrad_solve(
+            valid, inner, response, w, lam, inner_batch=batch, outer_batch=outer, key=key
+        )
+        return solved.params, solved.grads, solved.value
+
+    return call
+
+
+def minimized(**settings: Any) -> Any:
+    def call(w: Any, lam: Any, batch: Any, outer: Any, key: Any) -> Any:
+        end = bilevel.minimize(train, w, lam, batch, tol=0.0, max_steps=12, **settings)
+        return end.params, end.stats["value"], end.stats["stationarity"]
+
+    return call
+
+
+def through_a_solve(w: Any, lam: Any, batch: Any, outer: Any, key: Any) -> Any:
+    solve = bilevel.with_response(
+        lambda w, lam, batch: bilevel.minimize(train, w, lam, batch, max_steps=60).params,
+        train, Implicit(CG(5), HESSIAN),
+    )  # fmt: skip
+
+    def value(lam: Any) -> Any:
+        end = solve(w, lam, batch)
+        return valid(end, lam, outer), end
+
+    (found, end), grads = jax.value_and_grad(value, has_aux=True)(lam)
+    return end, grads, found
+
+
+OTHERS = {
+    "accumulate": found(bilevel.accumulate(train, 4), Implicit(CG(5), HESSIAN)),
+    "Composite": found(bilevel.Composite(train, soft, 1.0), Implicit(CG(5))),
+    "FixedPoint": found(bilevel.FixedPoint(gradient_step), Implicit(Neumann(5, 1.0))),
+    "Root": found(bilevel.Root(jax.grad(train)), Implicit(Neumann(5, 0.1))),
+    "minimize": minimized(),
+    "minimize(curvatures)": minimized(curvatures=(0.05, 4.0)),
+    "minimize(prox)": minimized(prox=soft),
+    "with_response": through_a_solve,
+}
+
+
+def per_example(w, batch):
+    return 0.5 * jnp.sum((model(w, batch[0]) - batch[1]) ** 2, -1)
+
+
+def weighted(w, lam, batch):
+    return jnp.mean(jnp.exp(lam["e"]) * per_example(w, batch)) + penalty(w, lam)
+
+
+def influences(response: Any, **settings: Any) -> Any:
+    def call(w: Any, lam: Any, batch: Any, outer: Any, key: Any) -> Any:
+        got = bilevel.influence(
+            per_example, response, w, batch, outer,
+            penalty=lambda w: penalty(w, lam), key=key, **settings,
+        )  # fmt: skip
+        return got.params, got.scores, got.value
+
+    return call
+
+
+ROWS = np.random.default_rng(0).permutation(EXAMPLES).reshape(2, -1)[:, :64]
+WEIGHTS = {  # a hyperparameter per example, divided as the examples
+    **{
+        f"weights of examples, {name}": found(weighted, response)
+        for name, response in {
+            "CG": SOLVERS["CG"], "Neumann": SOLVERS["Neumann"],
+            "FiniteDifference": SOLVERS["FiniteDifference"],
+        }.items()
+    },
+    "weights of examples, Unroll": found(weighted, Unroll(ADAM, 2, remat="sqrt")),
+    "influence(CG)": influences(SOLVERS["CG"]),
+    "influence(EKFAC)": influences(SOLVERS["EKFAC"]),
+    "influence(CG, per query)": influences(SOLVERS["CG"], per_query=True),
+    "influence(Unroll)": influences(Unroll(ADAM, 2)),
+    "influence(Unroll, rows)": influences(Unroll(ADAM, 2), batches=jnp.asarray(ROWS)),
+}  # fmt: skip
+
+
 def data() -> dict[str, Any]:
     k = iter(jax.random.split(jax.random.key(0), 8))
     return {
@@ -141,6 +247,7 @@ def data() -> dict[str, Any]:
             jax.random.normal(next(k), (8, EXAMPLES, 8)),
         ),
         "key": jax.random.key(1),
+        "weights": 0.3 * jax.random.normal(next(k), (EXAMPLES,)),
     }
 
 
@@ -180,18 +287,11 @@ def program(name: str) -> tuple[Any, Any]:
             return state.params, state.hparams, info.value
 
         return call, count
-    response = {**SOLVERS, **STACKED}[name]
-    count = None
-    if name in STACKED:
-        count = 8 if name == "Evolution" else 4
-
-    def call(w: Any, lam: Any, inner: Any, outer: Any, key: Any) -> Any:
-        found = bilevel.hypergrad_solve(
-            valid, train, response, w, lam, inner_batch=inner, outer_batch=outer, key=key
-        )
-        return found.params, found.grads, found.value
-
-    return call, count
+    if name in WEIGHTS:
+        return WEIGHTS[name], 2 if name == "weights of examples, Unroll" else None
+    if name in OTHERS:
+        return OTHERS[name], None
+    return found(train, {**SOLVERS, **STACKED}[name]), 4 if name in STACKED else None
 
 
 def batches_of(d: dict[str, Any], count: int | None) -> tuple[Any, Any]:
@@ -215,16 +315,17 @@ def row(name: str, mesh: Any, weights: bool) -> dict[str, Any]:
     call, count = program(name)
     d = data()
     inner, outer = batches_of(d, count)
+    lam = d["lam"] | ({"e": d["weights"]} if name in WEIGHTS else {})
     WHOLE = False
-    alone = jax.jit(call).lower(d["w"], d["lam"], inner, outer, d["key"]).compile()
-    expected = alone(d["w"], d["lam"], inner, outer, d["key"])
+    alone = jax.jit(call).lower(d["w"], lam, inner, outer, d["key"]).compile()
+    expected = alone(d["w"], lam, inner, outer, d["key"])
     WHOLE = weights
     with jax.set_mesh(mesh):
         w = {"a": put(d["w"]["a"], None, "d"), "b": put(d["w"]["b"], "d")} if weights else d["w"]
         axes = ("d",) if count is None else (None, "d")
         args = (
             w if weights else put(w),
-            put(d["lam"]),
+            {k: put(x, *(["d"] if k == "e" else [])) for k, x in lam.items()},
             put(inner, *axes),
             put(outer, "d"),
             put(d["key"]),
@@ -254,7 +355,7 @@ def main(kind: str, placement: str, names: list[str]) -> None:
     on_eight_devices()
     jax.config.update("jax_enable_x64", True)
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(getattr(AxisType, kind),))
-    for name in names or [*UNITS, *SOLVERS, *STACKED, *LOOPS]:
+    for name in names or [*UNITS, *SOLVERS, *STACKED, *LOOPS, *OTHERS, *WEIGHTS]:
         try:
             found = row(name, mesh, placement == "weights")
         except Exception as error:

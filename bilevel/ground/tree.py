@@ -7,6 +7,7 @@ flattens a tree into one array, so leaves keep their sharding.
 """
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -43,10 +44,7 @@ def zeros_accumulated(tree: Vector) -> Vector:
     """Zeros with the shapes of ``tree`` (arrays or ``ShapeDtypeStruct``), accumulator dtypes."""
 
     def leaf(x: Any) -> jax.Array:
-        dtype = accumulator_dtype(jnp.result_type(x))
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jnp.zeros(x.shape, dtype)
-        return jnp.zeros_like(x, dtype)
+        return jnp.zeros_like(x, accumulator_dtype(jnp.result_type(x)))
 
     return jax.tree.map(leaf, tree)
 
@@ -177,6 +175,16 @@ def explicit_spec(x: Any) -> Any:
     """How an explicit mesh divides ``x``, a ``PartitionSpec``; None where nothing does."""
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ()
     return spec if any(name is not None for name in spec) else None
+
+
+def devices_of_examples(x: Any) -> int:
+    """Over how many devices an explicit mesh divides the leading axis of ``x`` (1: none known)."""
+    spec = explicit_spec(x)
+    names = spec[0] if spec else None
+    if names is None:
+        return 1
+    shape = jax.typeof(x).sharding.mesh.shape
+    return math.prod(shape[name] for name in (names if isinstance(names, tuple) else (names,)))
 
 
 def replicated(x: jax.Array) -> jax.Array:
