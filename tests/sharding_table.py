@@ -2,9 +2,11 @@
 
     python tests/sharding_table.py Auto examples      one mesh and one placement, a line per row
 
-`library/test_sharding.py` reads the lines. Placements: `examples` divides the batches alone,
-`weights` the parameters too (and what is shaped like them: optimizer states, adjoints, warm
-starts); the loss then gathers each weight where it reads it, as fully sharded training does.
+`library/test_sharding.py` reads the lines. Placements: `examples` divides the batches alone (and
+hyperparameters of which each example has one), `weights` the parameters too (and what is shaped
+like them: optimizer states, adjoints, warm starts); the loss then gathers each weight where it
+reads it, as fully sharded training does. `seeds` maps the program over a population of starts,
+hyperparameters and keys, and divides that.
 """
 
 import json
@@ -22,7 +24,7 @@ from program_costs import moves, on_eight_devices
 import bilevel
 from bilevel import CG, Implicit, Neumann, Unroll
 
-EXAMPLES, DEVICES = 256, 8
+EXAMPLES, SEEDS, DEVICES = 256, 16, 8
 WHOLE = False  # whether a loss gathers the weights that it reads
 
 
@@ -151,7 +153,7 @@ def gradient_step(w, lam, batch):
     return jax.tree.map(lambda x, g: x - 0.2 * g, w, jax.grad(train)(w, lam, batch))
 
 
-def found(inner: Any, response: Any) -> Any:
+def hypergradient(inner: Any, response: Any) -> Any:
     """``call(w, lam, inner, outer, key)``: a hypergradient."""
 
     def call(w: Any, lam: Any, batch: Any, outer: Any, key: Any) -> Any:
@@ -185,11 +187,23 @@ def through_a_solve(w: Any, lam: Any, batch: Any, outer: Any, key: Any) -> Any:
     return end, grads, found
 
 
+def whole_run(w: Any, lam: Any, batch: Any, outer: Any, key: Any) -> Any:
+    algorithm = LOOPS["alternate"][0]
+
+    def sample(key: Any) -> Any:
+        noise = 0.1 * jax.random.normal(key, (2, 1, 1))
+        return jax.tree.map(lambda x: x[None] + noise, batch), outer
+
+    run = bilevel.scan_run(algorithm, algorithm.init(w, lam), sample, 3, key=key)
+    return run.state.params, run.state.hparams, run.infos.value
+
+
 OTHERS = {
-    "accumulate": found(bilevel.accumulate(train, 4), Implicit(CG(5), HESSIAN)),
-    "Composite": found(bilevel.Composite(train, soft, 1.0), Implicit(CG(5))),
-    "FixedPoint": found(bilevel.FixedPoint(gradient_step), Implicit(Neumann(5, 1.0))),
-    "Root": found(bilevel.Root(jax.grad(train)), Implicit(Neumann(5, 0.1))),
+    "scan_run": whole_run,
+    "accumulate": hypergradient(bilevel.accumulate(train, 4), Implicit(CG(5), HESSIAN)),
+    "Composite": hypergradient(bilevel.Composite(train, soft, 1.0), Implicit(CG(5))),
+    "FixedPoint": hypergradient(bilevel.FixedPoint(gradient_step), Implicit(Neumann(5, 1.0))),
+    "Root": hypergradient(bilevel.Root(jax.grad(train)), Implicit(Neumann(5, 0.1))),
     "minimize": minimized(),
     "minimize(curvatures)": minimized(curvatures=(0.05, 4.0)),
     "minimize(prox)": minimized(prox=soft),
@@ -219,15 +233,14 @@ def influences(response: Any, **settings: Any) -> Any:
 ROWS = np.random.default_rng(0).permutation(EXAMPLES).reshape(2, -1)[:, :64]
 WEIGHTS = {  # a hyperparameter per example, divided as the examples
     **{
-        f"weights of examples, {name}": found(weighted, response)
+        f"weights of examples, {name}": hypergradient(weighted, response)
         for name, response in {
             "CG": SOLVERS["CG"], "Neumann": SOLVERS["Neumann"],
             "FiniteDifference": SOLVERS["FiniteDifference"],
         }.items()
     },
-    "weights of examples, Unroll": found(weighted, Unroll(ADAM, 2, remat="sqrt")),
+    "weights of examples, Unroll": hypergradient(weighted, Unroll(ADAM, 2, remat="sqrt")),
     "influence(CG)": influences(SOLVERS["CG"]),
-    "influence(EKFAC)": influences(SOLVERS["EKFAC"]),
     "influence(CG, per query)": influences(SOLVERS["CG"], per_query=True),
     "influence(Unroll)": influences(Unroll(ADAM, 2)),
     "influence(Unroll, rows)": influences(Unroll(ADAM, 2), batches=jnp.asarray(ROWS)),
@@ -291,7 +304,7 @@ def program(name: str) -> tuple[Any, Any]:
         return WEIGHTS[name], 2 if name == "weights of examples, Unroll" else None
     if name in OTHERS:
         return OTHERS[name], None
-    return found(train, {**SOLVERS, **STACKED}[name]), 4 if name in STACKED else None
+    return hypergradient(train, {**SOLVERS, **STACKED}[name]), 4 if name in STACKED else None
 
 
 def batches_of(d: dict[str, Any], count: int | None) -> tuple[Any, Any]:
@@ -305,31 +318,33 @@ def cost(compiled: Any) -> tuple[float, float]:
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
 
-def row(name: str, mesh: Any, weights: bool) -> dict[str, Any]:
-    """One program on one device and on all: how far apart, and what each costs."""
-    global WHOLE
-
-    def put(tree: Any, *axes: Any) -> Any:
-        return jax.device_put(tree, NamedSharding(mesh, P(*axes)))
-
+def placed(name: str, placement: str) -> tuple[Any, Any, Any]:
+    """A program, what it reads, and how a placement divides that."""
     call, count = program(name)
     d = data()
     inner, outer = batches_of(d, count)
     lam = d["lam"] | ({"e": d["weights"]} if name in WEIGHTS else {})
+    if placement == "seeds":
+        k = jax.random.split(d["key"], SEEDS)
+        w, lam = jax.vmap(lambda k: drawn(k, (d["w"], lam)))(k)
+        call = jax.vmap(call, in_axes=(0, 0, None, None, 0))
+        return call, (w, lam, inner, outer, k), (P("d"), P("d"), P(), P(), P("d"))
+    of_w = {"a": P(None, "d"), "b": P("d")} if placement == "weights" else P()
+    of_lam = {k: P("d") if k == "e" else P() for k in lam}
+    of_batch = P("d") if count is None else P(None, "d")
+    return call, (d["w"], lam, inner, outer, d["key"]), (of_w, of_lam, of_batch, P("d"), P())
+
+
+def row(name: str, mesh: Any, placement: str) -> dict[str, Any]:
+    """One program on one device and on all: how far apart, and what each costs."""
+    global WHOLE
+    call, args, specs = placed(name, placement)
     WHOLE = False
-    alone = jax.jit(call).lower(d["w"], lam, inner, outer, d["key"]).compile()
-    expected = alone(d["w"], lam, inner, outer, d["key"])
-    WHOLE = weights
+    alone = jax.jit(call).lower(*args).compile()
+    expected = alone(*args)
+    WHOLE = placement == "weights"
     with jax.set_mesh(mesh):
-        w = {"a": put(d["w"]["a"], None, "d"), "b": put(d["w"]["b"], "d")} if weights else d["w"]
-        axes = ("d",) if count is None else (None, "d")
-        args = (
-            w if weights else put(w),
-            {k: put(x, *(["d"] if k == "e" else [])) for k, x in lam.items()},
-            put(inner, *axes),
-            put(outer, "d"),
-            put(d["key"]),
-        )
+        args = jax.device_put(args, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
         together = jax.jit(call).lower(*args).compile()
         got = together(*args)
     far = 0.0
@@ -357,7 +372,7 @@ def main(kind: str, placement: str, names: list[str]) -> None:
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(getattr(AxisType, kind),))
     for name in names or [*UNITS, *SOLVERS, *STACKED, *LOOPS, *OTHERS, *WEIGHTS]:
         try:
-            found = row(name, mesh, placement == "weights")
+            found = row(name, mesh, placement)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"[:600]}
         sys.stdout.write(json.dumps({"name": name, **found}) + "\n")

@@ -192,6 +192,15 @@ def replicated(x: jax.Array) -> jax.Array:
     return x if explicit_spec(x) is None else jax.reshard(x, PartitionSpec(*[None] * x.ndim))
 
 
+def rows_of(x: jax.Array, index: jax.Array) -> jax.Array:
+    """``x[index]``, divided as ``index`` is where an explicit mesh divides the rows of ``x``."""
+    spec = explicit_spec(x)
+    if spec is None or spec[0] is None:
+        return x[index]
+    along = explicit_spec(index) or [None] * index.ndim
+    return x.at[index].get(out_sharding=PartitionSpec(*along, *spec[1:]))
+
+
 def summed_product(x: jax.Array, y: jax.Array) -> jax.Array:
     """``x.T @ y`` on every device, wherever an explicit mesh holds the rows that are summed."""
     divided = explicit_spec(x) is not None or explicit_spec(y) is not None
