@@ -294,10 +294,14 @@ def program(name: str) -> tuple[Any, Any]:
 
         def call(w: Any, lam: Any, inner: Any, outer: Any, key: Any) -> Any:
             inner, outer = wrapped(name, inner, outer, outer)
-            state, info = algorithm.step(
-                algorithm.init(w, lam), inner_batches=inner, outer_batch=outer, key=key
-            )
-            return state.params, state.hparams, info.value
+
+            def step(state: Any, _: None) -> Any:
+                state, info = algorithm.step(state, inner_batches=inner, outer_batch=outer, key=key)
+                return state, info.value
+
+            # More than one: adjoints and warm starts begin at zero.
+            state, values = jax.lax.scan(step, algorithm.init(w, lam), length=3)
+            return state.params, state.hparams, values
 
         return call, count
     if name in WEIGHTS:
