@@ -15,8 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import optax
+import optimistix
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from program_costs import moves, on_eight_devices
@@ -82,6 +84,7 @@ SOLVERS = {
     "DualCG": Implicit(bilevel.DualCG(5), GAUSS_NEWTON),
     "Woodbury": Implicit(bilevel.Woodbury(), GAUSS_NEWTON),
     "Woodbury(rows)": Implicit(bilevel.Woodbury(structured=False), GAUSS_NEWTON),
+    "Lineax": Implicit(bilevel.Lineax(lineax.CG(0.0, 0.0, max_steps=5)), HESSIAN),
     "FiniteDifference": bilevel.FiniteDifference(TX),
 }
 STACKED = {
@@ -207,6 +210,7 @@ OTHERS = {
     "minimize": minimized(),
     "minimize(curvatures)": minimized(curvatures=(0.05, 4.0)),
     "minimize(prox)": minimized(prox=soft),
+    "minimize(optimistix)": minimized(solver=optimistix.BFGS(1e-9, 1e-9)),
     "with_response": through_a_solve,
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from bilevel.ground.aliases import Scalar, Vector
 
@@ -175,6 +175,18 @@ def explicit_spec(x: Any) -> Any:
     """How an explicit mesh divides ``x``, a ``PartitionSpec``; None where nothing does."""
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None) or ()
     return spec if any(name is not None for name in spec) else None
+
+
+def refuse_explicit(x: Vector, name: str, package: str, remedy: str) -> None:
+    """Refuse arrays of an explicit mesh, whose types another package does not carry through."""
+    meshes = [
+        getattr(getattr(jax.typeof(v), "sharding", None), "mesh", None) for v in jax.tree.leaves(x)
+    ]
+    if any(AxisType.Explicit in mesh.axis_types for mesh in meshes if mesh is not None):
+        raise ValueError(
+            f"`{name}` is of {package}, which fails on a mesh with explicit axes: {remedy}, or "
+            "make the mesh with `axis_types=(jax.sharding.AxisType.Auto,)`."
+        )
 
 
 def devices_of_examples(x: Any) -> int:
