@@ -114,6 +114,7 @@ def _divided_lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[Se
             one, line.init(zero), zero,
             value=search.value, grad=tree.vdot(d, pairs.gradient), value_fn=along,
         )  # fmt: skip
+        tried = optax.tree.get(found, "info").num_linesearch_steps
         updates = tree.scale(length, d)
         new = tree.add(w, updates)
         value, gradient = jax.value_and_grad(loss)(new)
@@ -132,7 +133,7 @@ def _divided_lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[Se
             value,
             tree.norm(gradient),
             search.steps + 1,
-            search.gradients + jnp.asarray(found.info.num_linesearch_steps, jnp.int32) + 1,
+            search.gradients + jnp.asarray(tried, jnp.int32) + 1,
             tree.norm(updates) <= eps * tree.norm(w),
         )
 
