@@ -102,7 +102,7 @@ def test_populations_equal_those_of_one_device(kind):
     rows = table(kind, "seeds", POPULATIONS)
     check_divided(kind, rows)
     for name, row in rows.items():
-        assert row["flops"] <= 0.13, (name, row)
+        assert row["flops"] <= 0.15, (name, row)
         # Mapped loops go on together: all devices ask whether one of them is to go on.
         assert row["moves"].keys() <= ({"all-reduce"} if kind == "Auto" else set()), (name, row)
 
