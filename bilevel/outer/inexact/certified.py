@@ -282,7 +282,7 @@ class CertifiedDescent:
         found, problem = refined.found, self.solves.problem
 
         def advance(c: _Searching) -> _Searching:
-            tried = length * self.backtrack**c.count
+            tried = (length * self.backtrack**c.count).astype(length.dtype)
             outer, _ = self.mover.move(
                 state.outer, tree.scale(tried, found.grads), value=found.solution.value
             )
