@@ -94,7 +94,7 @@ def influence(
         reads. Left out, every step reads all.
       per_query: scores for each query instead of their mean.
       at_once: with ``per_query``, how many queries are pulled back together; one where an explicit
-        mesh divides the parameters.
+        mesh divides parameters or examples.
       key: for solvers that draw random numbers.
 
     Returns:
@@ -179,7 +179,8 @@ def _compiled_scores(
 
         rows = jnp.eye(len(value), dtype=value.dtype), tree.replicated(value)
         # JAX maps no `cond` over arrays that an explicit mesh divides.
-        divided = any(tree.explicit_spec(x) is not None for x in jax.tree.leaves(params))
+        read = jax.tree.leaves((params, data, queries))
+        divided = any(tree.explicit_spec(x) is not None for x in read)
         together = None if divided else min(at_once, len(value))
         scores, results, stats = jax.lax.map(row, rows, batch_size=together)
         return Influence(scores, value, at, worst(*results), stats)
