@@ -30,13 +30,15 @@ EXAMPLES, SEEDS, DEVICES = 256, 16, 8
 WHOLE = False  # whether a loss gathers the weights that it reads
 
 
+def lying(x: Any, *axes: Any) -> Any:
+    """``x`` divided in this way, inside a program."""
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    move = jax.reshard if explicit else jax.lax.with_sharding_constraint
+    return jax.tree.map(lambda leaf: move(leaf, P(*axes)), x)
+
+
 def whole(w: Any) -> Any:
-    if not WHOLE:
-        return w
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit in mesh.axis_types:
-        return jax.tree.map(lambda x: jax.reshard(x, P()), w)
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), w)
+    return lying(w) if WHOLE else w
 
 
 def model(w, x):
@@ -226,8 +228,11 @@ def weighted(w, lam, batch):
     return jnp.mean(jnp.exp(lam["e"]) * per_example(w, batch)) + penalty(w, lam)
 
 
-def influences(response: Any, **settings: Any) -> Any:
+def influences(response: Any, rows: Any = None, **settings: Any) -> Any:
     def call(w: Any, lam: Any, batch: Any, outer: Any, key: Any) -> Any:
+        if rows is not None:
+            on_a_mesh = not jax.sharding.get_abstract_mesh().empty
+            settings["batches"] = lying(jnp.asarray(rows), None, "d") if on_a_mesh else rows
         got = bilevel.influence(
             per_example, response, w, batch, outer,
             penalty=lambda w: penalty(w, lam), key=key, **settings,
@@ -237,7 +242,7 @@ def influences(response: Any, **settings: Any) -> Any:
     return call
 
 
-ROWS = np.random.default_rng(0).permutation(EXAMPLES).reshape(2, -1)[:, :64]
+OF_STEPS = np.random.default_rng(0).permutation(EXAMPLES).reshape(2, -1)[:, :64]
 WEIGHTS = {  # a hyperparameter per example, divided as the examples
     **{
         f"weights of examples, {name}": hypergradient(weighted, response)
@@ -250,7 +255,7 @@ WEIGHTS = {  # a hyperparameter per example, divided as the examples
     "influence(CG)": influences(SOLVERS["CG"]),
     "influence(CG, per query)": influences(SOLVERS["CG"], per_query=True),
     "influence(Unroll)": influences(Unroll(ADAM, 2)),
-    "influence(Unroll, rows)": influences(Unroll(ADAM, 2), batches=jnp.asarray(ROWS)),
+    "influence(Unroll, rows)": influences(Unroll(ADAM, 2), OF_STEPS),
 }  # fmt: skip
 
 

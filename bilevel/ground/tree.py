@@ -204,13 +204,16 @@ def replicated(x: jax.Array) -> jax.Array:
     return x if explicit_spec(x) is None else jax.reshard(x, PartitionSpec(*[None] * x.ndim))
 
 
-def rows_of(x: jax.Array, index: jax.Array) -> jax.Array:
-    """``x[index]``, divided as ``index`` is where an explicit mesh divides the rows of ``x``."""
-    spec = explicit_spec(x)
-    if spec is None or spec[0] is None:
-        return x[index]
-    along = explicit_spec(index) or [None] * index.ndim
-    return x.at[index].get(out_sharding=PartitionSpec(*along, *spec[1:]))
+def rows_of(x: jax.Array, index: jax.Array, **beyond: Any) -> jax.Array:
+    """``x[index]``, divided as ``index`` is where an explicit mesh divides either of them.
+
+    ``beyond`` says what is read beyond the last row, as for ``x.at[index].get(...)``.
+    """
+    spec, along = explicit_spec(x), explicit_spec(index)
+    if spec is None and along is None:
+        return x.at[index].get(**beyond)
+    spec, along = spec or [None] * x.ndim, along or [None] * index.ndim
+    return x.at[index].get(out_sharding=PartitionSpec(*along, *spec[1:]), **beyond)
 
 
 def summed_product(x: jax.Array, y: jax.Array) -> jax.Array:

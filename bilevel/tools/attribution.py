@@ -91,7 +91,7 @@ def influence(
         left out.
       penalty: ``penalty(params) -> scalar``, the part of the training loss without a weight.
       batches: for an unrolled response, integers (steps, size): the examples that each step
-        reads. Left out, every step reads all.
+        reads. Left out, every step reads all. Over several devices divide their second axis.
       per_query: scores for each query instead of their mean.
       at_once: with ``per_query``, how many queries are pulled back together; one where an explicit
         mesh divides parameters or examples.
@@ -257,7 +257,7 @@ def _problem(losses: Losses, data: Batch, penalty: Callable[[Params], Any] | Non
         here, batch = weights, data
         if index is not None and index.ndim:  # else every step reads all
             # A row beyond the data makes the run NaN; as an index it would be clamped.
-            here = weights.at[index].get(mode="fill", fill_value=jnp.nan)
+            here = tree.rows_of(weights, index, mode="fill", fill_value=jnp.nan)
             batch = jax.tree.map(lambda x: tree.rows_of(x, index), data)
         value = jnp.mean(here * losses(params, batch))
         return value if penalty is None else value + penalty(params)

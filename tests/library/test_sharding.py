@@ -18,7 +18,6 @@ EXPLICIT = ("Lineax", "minimize(optimistix)")
 """Rows of other packages that explicit axes are refused to."""
 WHOLE = {  # operations of a device, over those of one, where a part is made on every device
     "Woodbury": 1.1, "Woodbury(rows)": 1.0, "CG(KFAC)": 0.4, "CG(EKFAC)": 0.4, "EKFAC": 0.4,
-    "influence(Unroll, rows)": 1.1,
 }  # fmt: skip
 ROWS = ("gradient", "product", "CG", "Neumann", "Nystrom", "Unroll(sqrt)", "FiniteDifference",
         "alternate", "self_tuning", "soba", "f2sa")  # fmt: skip
@@ -27,7 +26,8 @@ DIVIDED = ("gradient", "product", "CG", "Neumann", "DynamicLanczos", "CG(Diagona
            "soba", "stocbio", "f2sa", "hoag", "maid", "bo_rep", "scan_run",
            "with_response")  # fmt: skip
 WEIGHTS = ("accumulate", "weights of examples, CG", "weights of examples, Unroll",
-           "influence(CG)", "influence(CG, per query)", "influence(Unroll)")  # fmt: skip
+           "influence(CG)", "influence(CG, per query)", "influence(Unroll)",
+           "influence(Unroll, rows)")  # fmt: skip
 POPULATIONS = ("alternate", "scan_run", "CG", "Unroll(sqrt)", "hoag", "minimize")
 
 
