@@ -7,6 +7,7 @@ flattens a tree into one array, so leaves keep their sharding.
 """
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from bilevel.ground.aliases import Scalar, Vector
 
@@ -43,10 +44,7 @@ def zeros_accumulated(tree: Vector) -> Vector:
     """Zeros with the shapes of ``tree`` (arrays or ``ShapeDtypeStruct``), accumulator dtypes."""
 
     def leaf(x: Any) -> jax.Array:
-        dtype = accumulator_dtype(jnp.result_type(x))
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jnp.zeros(x.shape, dtype)
-        return jnp.zeros_like(x, dtype)
+        return jnp.zeros_like(x, accumulator_dtype(jnp.result_type(x)))
 
     return jax.tree.map(leaf, tree)
 
@@ -179,9 +177,43 @@ def explicit_spec(x: Any) -> Any:
     return spec if any(name is not None for name in spec) else None
 
 
+def refuse_explicit(x: Vector, name: str, package: str, remedy: str) -> None:
+    """Refuse arrays of an explicit mesh, whose types another package does not carry through."""
+    meshes = [
+        getattr(getattr(jax.typeof(v), "sharding", None), "mesh", None) for v in jax.tree.leaves(x)
+    ]
+    if any(AxisType.Explicit in mesh.axis_types for mesh in meshes if mesh is not None):
+        raise ValueError(
+            f"`{name}` is of {package}, which fails on a mesh with explicit axes: {remedy}, or "
+            "make the mesh with `axis_types=(jax.sharding.AxisType.Auto,)`."
+        )
+
+
+def devices_of_examples(x: Any) -> int:
+    """Over how many devices an explicit mesh divides the leading axis of ``x`` (1: none known)."""
+    spec = explicit_spec(x)
+    names = spec[0] if spec else None
+    if names is None:
+        return 1
+    shape = jax.typeof(x).sharding.mesh.shape
+    return math.prod(shape[name] for name in (names if isinstance(names, tuple) else (names,)))
+
+
 def replicated(x: jax.Array) -> jax.Array:
     """``x`` whole on every device, where an explicit mesh divides it: as factorizations need it."""
     return x if explicit_spec(x) is None else jax.reshard(x, PartitionSpec(*[None] * x.ndim))
+
+
+def rows_of(x: jax.Array, index: jax.Array, **beyond: Any) -> jax.Array:
+    """``x[index]``, divided as ``index`` is where an explicit mesh divides either of them.
+
+    ``beyond`` says what is read beyond the last row, as for ``x.at[index].get(...)``.
+    """
+    spec, along = explicit_spec(x), explicit_spec(index)
+    if spec is None and along is None:
+        return x.at[index].get(**beyond)
+    spec, along = spec or [None] * x.ndim, along or [None] * index.ndim
+    return x.at[index].get(out_sharding=PartitionSpec(*along, *spec[1:]), **beyond)
 
 
 def summed_product(x: jax.Array, y: jax.Array) -> jax.Array:

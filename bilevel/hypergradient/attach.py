@@ -209,7 +209,7 @@ def _coupled(vectors: Any) -> Any:
     """
     # Not `0 * x`, which an infinity would turn into NaN.
     nothing = sum(
-        jnp.sum(jax.lax.select(jnp.zeros(x.shape, bool), x, jnp.zeros_like(x)))
+        jnp.sum(jax.lax.select(jnp.zeros_like(x, bool), x, jnp.zeros_like(x)))
         for x in jax.tree.leaves(vectors)
     )
     return jax.tree.map(lambda x: x + jnp.asarray(nothing).astype(x.dtype), vectors)

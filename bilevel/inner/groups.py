@@ -1,6 +1,5 @@
 r"""Perturbations in groups: a batch is cut in G parts, and each part sees its own draw."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground.aliases import Batch, Hparams, Key, Scalar
-from bilevel.ground.tree import accumulator_dtype, add, paths
+from bilevel.ground.tree import accumulator_dtype, add, devices_of_examples, paths
 
 
 def is_key(leaf: Any) -> bool:
@@ -69,7 +68,7 @@ def split_batch(batch: Batch, groups: int) -> Batch:
             f"`groups`={groups} does not divide the batch of {size} examples: choose a divisor."
         )
     for path, leaf in paths(batch, "batch"):
-        devices = _devices_along_examples(leaf)
+        devices = devices_of_examples(leaf)
         if (size // groups) % devices:
             raise ValueError(
                 f"`groups`={groups} leaves {size // groups} of {size} examples for a group, but "
@@ -85,16 +84,6 @@ def split_batch(batch: Batch, groups: int) -> Batch:
         return jnp.swapaxes(leaf.reshape(size // groups, groups, *jnp.shape(leaf)[1:]), 0, 1)
 
     return jax.tree.map(split, batch)
-
-
-def _devices_along_examples(leaf: Any) -> int:
-    """Over how many devices an explicit mesh shards the leading axis (1 if none is known)."""
-    spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", None)
-    names = spec[0] if jnp.ndim(leaf) and spec else None
-    if names is None:
-        return 1
-    shape = jax.typeof(leaf).sharding.mesh.shape
-    return math.prod(shape[name] for name in (names if isinstance(names, tuple) else (names,)))
 
 
 def draw_noise(key: Key, hparams: Hparams, count: int, shared: Any = None) -> Hparams:

@@ -85,6 +85,7 @@ def minimize(
       solver: a minimizer of optimistix (extra ``optimistix``) in place of L-BFGS, such as
         ``optimistix.BFGS(rtol=1e-8, atol=1e-8)``. Its own tolerances and ``max_steps`` end it;
         ``tol`` judges what it returns. ``stats`` has no ``num_gradients``, which it does not tell.
+        Not on a mesh with explicit axes, which optimistix does not know.
 
     Returns:
       :class:`Minimum`. It is not differentiated: pass its ``params`` to ``hypergrad``, or call it
@@ -95,7 +96,8 @@ def minimize(
       TypeError, ValueError: at trace time, for trees, dtypes, functions and settings that do not
         fit.
 
-    Cost: ``num_gradients`` inner gradients; L-BFGS keeps twenty vectors, the others four.
+    Cost: ``num_gradients`` inner gradients; L-BFGS keeps twenty vectors, the others four. On
+    parameters that an explicit mesh divides L-BFGS takes one more gradient per step.
 
     Reference: Nocedal and Wright, "Numerical Optimization", 2006, Algorithm 7.5; Beck and Teboulle,
     "A fast iterative shrinkage-thresholding algorithm", SIAM J. Imaging Sciences 2009; O'Donoghue

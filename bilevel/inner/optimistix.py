@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel.ground import tree
 from bilevel.ground.aliases import Params, Scalar
 from bilevel.ground.settings import require_extra
 
@@ -16,7 +17,7 @@ def minimised(
     """Where ``solver`` ends, the steps it took, and whether it ended by itself.
 
     Its own tolerances, in its own norm, end it. Raises ``ImportError`` without optimistix and
-    ``TypeError`` for what is not one of its minimizers.
+    ``TypeError`` for what is not one of its minimizers, ``ValueError`` on explicit axes of a mesh.
     """
     optimistix = require_extra("optimistix", "optimistix", "`solver`")
     if not isinstance(solver, optimistix.AbstractMinimiser):
@@ -24,6 +25,8 @@ def minimised(
             "`solver` must be a minimizer of optimistix, such as "
             f"`optimistix.BFGS(rtol=1e-8, atol=1e-8)`, got {solver!r}."
         )
+    remedy = "leave it out for L-BFGS, or give `curvatures`"
+    tree.refuse_explicit(jax.eval_shape(jax.grad(loss), params), "solver", "optimistix", remedy)
     found = optimistix.minimise(
         lambda w, _: loss(w), solver, params, max_steps=max_steps, throw=False
     )

@@ -28,6 +28,8 @@ ZERO: Any = np.int32(0)  # an array of JAX would start its back end on import
 
 
 def lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[Search, Step]:
+    if any(tree.explicit_spec(x) is not None for x in jax.tree.leaves(params)):
+        return _divided_lbfgs(loss, params)
     tx = optax.lbfgs()
     eps = jnp.finfo(tree.norm(params).dtype).eps
 
@@ -53,6 +55,95 @@ def lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[Search, Ste
     memory = strong_types(optax.tree.set(tx.init(params), grad=gradient, value=value))
     stuck = jnp.asarray(False)
     return Search(params, memory, value, tree.norm(gradient), ZERO, ZERO + 1, stuck), advance
+
+
+MEMORY = 10
+"""Pairs of differences that L-BFGS keeps, as ``optax.lbfgs`` does."""
+
+
+class _Pairs(NamedTuple):
+    gradient: Vector
+    moves: Vector  # differences of the parameters, stacked
+    bends: Vector  # those of the gradients
+    weights: jax.Array  # one over the product of both; zero where there is no pair yet
+    first: Scalar  # what the gradient is scaled with before the pairs
+
+
+def _divided_lbfgs(loss: Callable[[Params], Scalar], params: Params) -> tuple[Search, Step]:
+    """The steps of ``optax.lbfgs`` for parameters that an explicit mesh divides.
+
+    There optax fails: its inner products lay a leaf out as one axis, and its memory is on every
+    device. So the pairs are kept here, divided as the parameters, and optax's search sees the loss
+    along the line alone, a function of one number. The gradient at its end is taken once more.
+    """
+    line = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
+    dtype = tree.norm(params).dtype
+    eps = jnp.finfo(dtype).eps
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+
+    def direction(pairs: _Pairs, count: jax.Array) -> Vector:
+        def pair(i: jax.Array) -> tuple[Vector, Vector]:
+            return jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False),
+                (pairs.moves, pairs.bends),
+            )
+
+        def back(v: Vector, i: jax.Array) -> tuple[Vector, Scalar]:
+            move, bend = pair(i)
+            share = pairs.weights[i] * tree.vdot(move, v)
+            return tree.axpy(-share, bend, v), share
+
+        def forth(v: Vector, at: tuple[jax.Array, Scalar]) -> tuple[Vector, None]:
+            i, share = at
+            move, bend = pair(i)
+            return tree.axpy(share - pairs.weights[i] * tree.vdot(bend, v), move, v), None
+
+        order = (count + jnp.arange(MEMORY)) % MEMORY  # the oldest first
+        v, shares = jax.lax.scan(back, pairs.gradient, order, reverse=True)
+        v, _ = jax.lax.scan(forth, tree.scale(pairs.first, v), (order, shares))
+        return tree.scale(-1, v)
+
+    def advance(search: Search) -> Search:
+        pairs, w = search.memory, search.params
+        d = direction(pairs, search.steps)
+
+        def along(t: Scalar) -> Scalar:
+            return loss(tree.axpy(t, d, w))
+
+        length, found = line.update(
+            one, line.init(zero), zero,
+            value=search.value, grad=tree.vdot(d, pairs.gradient), value_fn=along,
+        )  # fmt: skip
+        tried = optax.tree.get(found, "info").num_linesearch_steps
+        updates = tree.scale(length, d)
+        new = tree.add(w, updates)
+        value, gradient = jax.value_and_grad(loss)(new)
+        move, bend = tree.sub(new, w), tree.sub(gradient, pairs.gradient)
+        product, square = tree.vdot(move, bend), tree.vdot(bend, bend)
+        place = search.steps % MEMORY
+        return Search(
+            new,
+            _Pairs(
+                gradient,
+                tree.put(pairs.moves, move, place),
+                tree.put(pairs.bends, bend, place),
+                pairs.weights.at[place].set(jnp.where(product == 0, 0, 1 / product)),
+                jnp.where(square > 0, product / square, 1),
+            ),
+            value,
+            tree.norm(gradient),
+            search.steps + 1,
+            search.gradients + jnp.asarray(tried, jnp.int32) + 1,
+            tree.norm(updates) <= eps * tree.norm(w),
+        )
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    size = tree.norm(gradient)
+    room = tree.stacked_zeros(MEMORY, params)
+    # The first step is at most one long: nothing is known of the curvature.
+    pairs = _Pairs(gradient, room, room, jnp.zeros(MEMORY, dtype), jnp.minimum(1, 1 / size))
+    stuck = jnp.asarray(False)
+    return Search(params, pairs, value, size, ZERO, ZERO + 1, stuck), advance
 
 
 class _Coasting(NamedTuple):

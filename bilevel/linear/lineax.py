@@ -38,7 +38,7 @@ class Lineax:
     Cost: one product and those of the solver (``num_matvecs`` counts them all for ``lineax.CG``
     and is absent for the others, which do not tell). Convolutions on CPU stay inside its loop
     and are slow; ``CG()`` unrolls them. Raises ``ImportError`` without lineax and
-    ``ValueError`` for fresh batches.
+    ``ValueError`` for fresh batches and on a mesh with explicit axes.
 
     Reference: Rader, Lyons, Kidger, "Lineax: unified linear solves and linear least-squares in
     JAX and Equinox", 2023.
@@ -95,6 +95,7 @@ class Lineax:
                 f"atol=0.0)`, got {self.solver!r}."
             )
         rhs = tree.accumulate(rhs)
+        tree.refuse_explicit(rhs, "response.solver", "lineax", "use `CG()` or `Neumann(...)`")
         amap = as_map(mv, rhs)
         require_fixed(amap, "Lineax")
 

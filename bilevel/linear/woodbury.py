@@ -62,6 +62,11 @@ class Woodbury:
     and accuracy beyond some thirty CG steps. Raises ``ValueError`` without a Gauss–Newton operator
     and above ``max_outputs``.
 
+    Over several devices the kernel pairs all examples. On explicit axes of a mesh each device takes
+    the whole batch and all parameters, divided or not, and makes the whole kernel: more devices
+    save neither time nor memory. On automatic ones the compiler divides a part. ``DualCG`` and
+    ``CG`` divide all of their work.
+
     Reference: Korbit, Adeoye, Bemporad, Zanon, "Exact Gauss–Newton optimization for training
     deep neural networks", 2024; here for a general right side and a diagonal D.
     """

@@ -31,15 +31,18 @@ def accumulate(loss: Loss, parts: int, *, unroll: bool | None = None) -> Loss:
 
     Args:
       loss: ``loss(params, hparams, batch) -> scalar``.
-      parts: n. The leading axis of every array of the batch must be a multiple of it; numbers
-        without an axis go to every part, a single key is folded with the number of the part.
+      parts: n. The leading axis of every array of the batch must be a multiple of it. Part i has
+        the examples i, i + n, i + 2 n, ...: of a batch that is divided over devices, each has a
+        share of every part. Numbers without an axis go to every part, a single key is folded with
+        the number of the part.
       unroll: write the parts out one by one; None decides by itself (convolutions on CPU).
 
     Returns:
       ``accumulated(params, hparams, batch) -> scalar``.
 
     Raises:
-      ValueError: when traced, for a leading axis that ``parts`` does not divide.
+      ValueError: when traced, for a leading axis that ``parts`` does not divide, and for parts
+        that an explicit mesh cannot divide over its devices.
 
     Cost: that of ``loss``, in a loop; derivatives of the first and second order cost what they
     do on the full batch.
@@ -65,7 +68,7 @@ def accumulate(loss: Loss, parts: int, *, unroll: bool | None = None) -> Loss:
         def part(leaves: list[Any], stacks: dict[int, Any], i: Any) -> Scalar:
             return loss(*jax.tree.unflatten(treedef, leaves), _part(batch, stacks, whole, i))
 
-        one = {place: x[0] for place, x in stacks.items()}
+        one = _at(stacks, jnp.int32(0))
         closed, shape = jax.make_jaxpr(part, return_shape=True)(leaves, one, jnp.int32(0))
         check_scalar(shape, "loss")
 
@@ -81,7 +84,7 @@ def accumulate(loss: Loss, parts: int, *, unroll: bool | None = None) -> Loss:
 
 
 def _split(batch: Batch, parts: int) -> tuple[dict[int, Any], list[Any]]:
-    """Leaves with an axis of examples as stacks of parts, by their place; all leaves."""
+    """Leaves with an axis of B examples as ``(B / parts, parts, ...)``, by place; all leaves."""
     leaves = jax.tree.leaves(batch)
     stacks = {}
     for place, (path, leaf) in enumerate(paths(batch, "batch")):
@@ -93,13 +96,28 @@ def _split(batch: Batch, parts: int) -> tuple[dict[int, Any], list[Any]]:
                 f"{path} has {n} examples, which {parts} micro-batches do not divide: use a batch "
                 "whose length is a multiple of `parts`, or other `parts`."
             )
-        stacks[place] = jnp.reshape(leaf, (parts, n // parts, *jnp.shape(leaf)[1:]))
+        devices = tree.devices_of_examples(leaf)
+        if (n // parts) % devices:
+            raise ValueError(
+                f"`parts`={parts} leaves {n // parts} of {n} examples for a micro-batch, but "
+                f"{path} is divided over {devices} devices along its examples: choose a divisor "
+                f"of {n // devices}, or a larger batch."
+            )
+        # Every parts-th example: each device holds some of each part, and none moves.
+        stacks[place] = jnp.reshape(leaf, (n // parts, parts, *jnp.shape(leaf)[1:]))
     if not stacks:
         raise ValueError(
             "`accumulate` divides the leading axis of the arrays of a batch, and this batch has "
             "none: pass the loss itself where it reads no batch."
         )
     return stacks, leaves
+
+
+def _at(stacks: dict[int, Any], i: Any) -> dict[int, Any]:
+    """Part i: cut out where it is read, since laying the parts out first would copy the batch."""
+    return {
+        place: jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for place, x in stacks.items()
+    }
 
 
 def _part(batch: Batch, stacks: dict[int, Any], whole: list[Any], i: Any) -> Batch:
@@ -115,12 +133,12 @@ def _part(batch: Batch, stacks: dict[int, Any], whole: list[Any], i: Any) -> Bat
 def _mean(run: Callable[..., Scalar], parts: int, unroll: int) -> Callable[..., Scalar]:
     """``mean(known, stacks)`` of ``run(known, part, i)``, differentiated part by part."""
 
-    def scan(body: Callable[..., Any], start: Any, stacks: Any) -> Any:
-        return jax.lax.scan(body, start, (stacks, jnp.arange(parts)), unroll=unroll)
+    def scan(body: Callable[..., Any], start: Any) -> Any:
+        return jax.lax.scan(body, start, jnp.arange(parts), unroll=unroll)
 
     @jax.custom_jvp
     def mean(known: list[Any], stacks: dict[int, Any]) -> Scalar:
-        values = scan(lambda _, part: ((), run(known, *part)), (), stacks)[1]
+        values = scan(lambda _, i: ((), run(known, _at(stacks, i), i)), ())[1]
         return jnp.mean(values, dtype=values.dtype)
 
     def rule(primals: Any, tangents: Any) -> tuple[Scalar, Scalar]:
@@ -129,8 +147,8 @@ def _mean(run: Callable[..., Scalar], parts: int, unroll: int) -> Callable[..., 
         moved = [i for i, t in enumerate(tangents[0]) if not _is_zero(t)]
         slid = [i for i, t in tangents[1].items() if not _is_zero(t)]
 
-        def body(total: Any, part: Any) -> tuple[Any, Any]:
-            here, i = part
+        def body(total: Any, i: Any) -> tuple[Any, Any]:
+            here = _at(stacks, i)
 
             def value(some: list[Any], data: list[Any]) -> Scalar:
                 every = dict(enumerate(known)) | dict(zip(moved, some, strict=True))
@@ -142,10 +160,11 @@ def _mean(run: Callable[..., Scalar], parts: int, unroll: int) -> Callable[..., 
             return total, (found, of_data)
 
         start = tree.zeros_accumulated([known[i] for i in moved])
-        total, (values, of_data) = scan(body, start, stacks)
+        total, (values, of_data) = scan(body, start)
+        of_data = [jnp.swapaxes(g, 0, 1) for g in of_data]
         grads = tree.cast_like(total, [known[i] for i in moved]) + of_data
         pushed = [tangents[0][i] for i in moved] + [tangents[1][i] for i in slid]
-        tangent = sum(jnp.vdot(g, t) for g, t in zip(grads, pushed, strict=True)) / parts
+        tangent = tree.vdot(grads, pushed) / parts
         value = jnp.mean(values, dtype=values.dtype)
         return value, jnp.asarray(tangent).astype(value.dtype)
 

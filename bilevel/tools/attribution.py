@@ -91,9 +91,10 @@ def influence(
         left out.
       penalty: ``penalty(params) -> scalar``, the part of the training loss without a weight.
       batches: for an unrolled response, integers (steps, size): the examples that each step
-        reads. Left out, every step reads all.
+        reads. Left out, every step reads all. Over several devices divide their second axis.
       per_query: scores for each query instead of their mean.
-      at_once: with ``per_query``, how many queries are pulled back together.
+      at_once: with ``per_query``, how many queries are pulled back together; one where an explicit
+        mesh divides parameters or examples.
       key: for solvers that draw random numbers.
 
     Returns:
@@ -173,11 +174,15 @@ def _compiled_scores(
         value, pull = jax.vjp(lambda p: query(p, queries), at)
 
         def row(one_query: tuple[jax.Array, jax.Array]) -> Any:
-            cotangent, value = one_query
-            return one(value, pull(cotangent)[0])
+            cotangent, value_of_one = one_query
+            return one(value_of_one, pull(tree.placed_like(cotangent, value))[0])
 
-        rows = jnp.eye(len(value), dtype=value.dtype), value
-        scores, results, stats = jax.lax.map(row, rows, batch_size=min(at_once, len(value)))
+        rows = jnp.eye(len(value), dtype=value.dtype), tree.replicated(value)
+        # JAX maps no `cond` over arrays that an explicit mesh divides.
+        read = jax.tree.leaves((params, data, queries))
+        divided = any(tree.explicit_spec(x) is not None for x in read)
+        together = None if divided else min(at_once, len(value))
+        scores, results, stats = jax.lax.map(row, rows, batch_size=together)
         return Influence(scores, value, at, worst(*results), stats)
 
     return run
@@ -252,8 +257,8 @@ def _problem(losses: Losses, data: Batch, penalty: Callable[[Params], Any] | Non
         here, batch = weights, data
         if index is not None and index.ndim:  # else every step reads all
             # A row beyond the data makes the run NaN; as an index it would be clamped.
-            here = weights.at[index].get(mode="fill", fill_value=jnp.nan)
-            batch = jax.tree.map(lambda x: x[index], data)
+            here = tree.rows_of(weights, index, mode="fill", fill_value=jnp.nan)
+            batch = jax.tree.map(lambda x: tree.rows_of(x, index), data)
         value = jnp.mean(here * losses(params, batch))
         return value if penalty is None else value + penalty(params)
 

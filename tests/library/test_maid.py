@@ -373,3 +373,16 @@ def test_convexity_that_is_computed_and_not_positive():
     assert int(info.result) == Status.invalid_setting
     np.testing.assert_array_equal(new.hparams, state.hparams)
     assert not info.stats["certified"] and not info.stats["accepted"]
+
+
+def test_single_precision_where_double_is_enabled():
+    """A power of a count takes the widest float there is; the state keeps its own."""
+    w, lam, y = jnp.ones(3, jnp.float32), jnp.float32(0.0), jnp.ones((1, 3), jnp.float32)
+
+    def train(w, lam, y):
+        return 0.5 * jnp.sum((w - y) ** 2) + 0.5 * jnp.exp(lam) * jnp.sum(w**2)
+
+    alg = maid(train, train, Certificate.of_log_decays(1.0))
+    state = alg.init(w, lam)
+    new, _ = jax.eval_shape(lambda s: alg.step(s, inner_batches=y, outer_batch=y[0]), state)
+    assert jax.tree.map(jnp.result_type, new) == jax.tree.map(jnp.result_type, state)

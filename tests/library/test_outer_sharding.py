@@ -66,6 +66,14 @@ for kind in (AxisType.Auto, AxisType.Explicit):
         else:
             assert kind == AxisType.Auto
 
+        parts = bilevel.accumulate(train, 16)
+        try:
+            jax.eval_shape(parts, calls[0][1][0].params, lam, calls[0][1][2])
+        except ValueError as error:
+            assert kind == AxisType.Explicit and "a divisor of 8, or a larger" in str(error), error
+        else:
+            assert kind == AxisType.Auto
+
 from bilevel.testing import CheckFailed, check_algorithm
 mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 def loss(w, lam, b):

@@ -62,6 +62,14 @@ MUTANTS = [
         ("test_minimize.py::test_the_tolerance_bounds_the_gradient_and_with_it_the_error",),
     ),
     Mutant(
+        "divided_pairs_are_never_kept",
+        "inner/searches.py",
+        "pairs.weights.at[place].set(jnp.where(product == 0, 0, 1 / product))",
+        "pairs.weights",
+        "L-BFGS of divided parameters is steepest descent",
+        ("test_sharding.py::test_divided_parameters_of_a_search",),
+    ),
+    Mutant(
         "proximal_step_too_long",
         "inner/searches.py",
         "too_long = ~(loss(w) <= value + tree.vdot(gradient, d) + bend + slack)",

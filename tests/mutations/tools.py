@@ -161,8 +161,8 @@ MUTANTS = [
     Mutant(
         "scores_of_the_wrong_rows",
         "tools/attribution.py",
-        "here = weights.at[index].get(",
-        "here = weights.at[jnp.arange(len(index))].get(",
+        "here = tree.rows_of(weights, index, mode",
+        "here = tree.rows_of(weights, jnp.arange(len(index)), mode",
         "a score belongs to another example",
         ("test_attribution.py::test_batches_of_a_run_are_indices",),
     ),

@@ -229,7 +229,7 @@ class CertifiedDescent:
 
         accuracy = jnp.maximum(state.accuracy, least)
         shapes = jax.eval_shape(attempt, state.ahead, state.response, accuracy)
-        found, gradients, products = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        found, gradients, products = jax.tree.map(lambda s: jnp.zeros_like(s, s.dtype), shapes)
         begin = _Refining(ZERO, accuracy, gradients, products, found)
         return jax.lax.while_loop(goes_on, advance, begin)
 
@@ -282,7 +282,7 @@ class CertifiedDescent:
         found, problem = refined.found, self.solves.problem
 
         def advance(c: _Searching) -> _Searching:
-            tried = length * self.backtrack**c.count
+            tried = (length * self.backtrack**c.count).astype(length.dtype)
             outer, _ = self.mover.move(
                 state.outer, tree.scale(tried, found.grads), value=found.solution.value
             )
