@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
+from bilevel.ground.factor import solve
 from bilevel.ground.keys import require_key
 from bilevel.ground.linear_map import Kronecker, LinearMap
 from bilevel.ground.settings import check_settings, count, real
 from bilevel.ground.status import Status, status_of
-from bilevel.linear.base import LinearSolution, as_map, finish, require_fixed, require_symmetric
+from bilevel.linear.base import LinearSolution, as_map, contract, finish, require_fixed, require_symmetric
 from bilevel.linear.precondition import Prepared
 
 
@@ -73,7 +74,7 @@ class KFAC:
         pairs = [(jnp.linalg.eigh(a), jnp.linalg.eigh(g)) for a, g in found.factors]
         bases = [(u, w) for (_, u), (_, w) in pairs]
         scales = [jnp.maximum(a, 0)[:, None] * jnp.maximum(g, 0)[None] for (a, _), (g, _) in pairs]
-        return _prepared(found, rhs, bases, scales, found.num_products, self.damping_multiple)
+        return _prepared(found, rhs, bases, scales, [], found.num_products, self.damping_multiple)
 
 
 @jax.tree_util.register_dataclass
@@ -105,9 +106,15 @@ class EKFAC:
 
     num_samples: int | None = count(None, optional=True)
     damping_multiple: float | jax.Array = real(10.0, low=0, strict=True)
+    rank: int = count(0, low=0)
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.rank > 0 and self.num_samples is not None:
+            raise ValueError(
+                f"`rank`={self.rank} needs the same columns from all examples: leave `num_samples` "
+                f"at None, got {self.num_samples}."
+            )
 
     def prepare(self, mv: LinearMap, rhs: Vector, key: Key | None) -> Prepared:
         """Eigenbases, and the diagonals in them."""
@@ -116,8 +123,11 @@ class EKFAC:
     def _prepare(self, mv: LinearMap, rhs: Vector, key: Key | None, multiple: Any) -> Prepared:
         found = _found(mv, self.num_samples, key, "EKFAC")
         bases = [(jnp.linalg.eigh(a)[1], jnp.linalg.eigh(g)[1]) for a, g in found.factors]
-        moments = found.moments(bases)
-        return _prepared(found, rhs, bases, moments, 2 * found.num_products, multiple)
+        moments, largest = found.moments(bases, self.rank)
+        # What the vectors hold is not counted twice; rounding may leave less than nothing.
+        pairs = zip(moments, largest, strict=True)
+        rest = [jnp.maximum(s - jnp.sum(b * b, 0), 0) for s, b in pairs]
+        return _prepared(found, rhs, bases, rest, largest, 2 * found.num_products, multiple)
 
     def solve(
         self,
@@ -164,17 +174,33 @@ def _found(mv: LinearMap, num_samples: int | None, key: Key | None, name: str) -
 
 
 def _blocks(
-    found: Kronecker, bases: list[tuple[jax.Array, jax.Array]], scales: list[jax.Array]
+    found: Kronecker,
+    bases: list[tuple[jax.Array, jax.Array]],
+    scales: list[jax.Array],
+    largest: list[jax.Array],
 ) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    """The inverse of each block, diagonal in its bases; the mean of D there is added to it."""
-    shifts = [jnp.mean(d) for d in found.split(found.known)]
+    r"""The inverse of diagonals in the bases, with the mean of D there, plus :math:`BBᵀ`.
+
+    .. math:: (S + BBᵀ)^{-1} = S^{-1} - S^{-1}B(I + Bᵀ S^{-1}B)^{-1}Bᵀ S^{-1}
+    """
+    known = [jnp.mean(d) for d in found.split(found.known)]
+    diagonals = [s + shift for s, shift in zip(scales, known, strict=True)]
+    rank = largest[0].shape[0] if largest else 0
+    if rank > 0:
+        parts = [contract(b / s, b) for b, s in zip(largest, diagonals, strict=True)]
+        system = sum(parts) + jnp.eye(rank, dtype=parts[0].dtype)
 
     def blocks(matrices: list[jax.Array]) -> list[jax.Array]:
         made = []
-        for v, (u, w), s, shift in zip(matrices, bases, scales, shifts, strict=True):
-            u, w = u.astype(v.dtype), w.astype(v.dtype)
-            made.append(u @ ((u.T @ v @ w) / (s + shift).astype(v.dtype)) @ w.T)
-        return made
+        for v, (u, w), s in zip(matrices, bases, diagonals, strict=True):
+            made.append(u.astype(v.dtype).T @ v @ w.astype(v.dtype) / s.astype(v.dtype))
+        if rank > 0:
+            both = zip(largest, made, strict=True)
+            inner = solve(system, sum(jnp.tensordot(b, v.astype(b.dtype), 2) for b, v in both))
+            lifts = zip(made, largest, diagonals, strict=True)
+            made = [v - (jnp.tensordot(inner, b, 1) / s).astype(v.dtype) for v, b, s in lifts]
+        turns = zip(made, bases, strict=True)
+        return [u.astype(v.dtype) @ v @ w.astype(v.dtype).T for v, (u, w) in turns]
 
     return blocks
 
@@ -184,13 +210,14 @@ def _prepared(
     rhs: Vector,
     bases: list[tuple[jax.Array, jax.Array]],
     scales: list[jax.Array],
+    largest: list[jax.Array],
     num_products: int,
     multiple: Any,
 ) -> Prepared:
     """The blocks on the layers, and a scalar on every other leaf, with ``multiple`` D added."""
     known = jax.tree.map(tree.replicated, tree.scale(multiple, found.known))
     found = found._replace(known=known)
-    blocks = _blocks(found, bases, scales)
+    blocks = _blocks(found, bases, scales, largest)
     join = jax.linear_transpose(found.split, jax.tree.map(tree.replicated, rhs))
 
     def scale(r: jax.Array, inside: bool, mean: jax.Array, known: jax.Array) -> jax.Array:
