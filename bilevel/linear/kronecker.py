@@ -14,7 +14,14 @@ from bilevel.ground.keys import require_key
 from bilevel.ground.linear_map import Kronecker, LinearMap
 from bilevel.ground.settings import check_settings, count, real
 from bilevel.ground.status import Status, status_of
-from bilevel.linear.base import LinearSolution, as_map, contract, finish, require_fixed, require_symmetric
+from bilevel.linear.base import (
+    LinearSolution,
+    as_map,
+    contract,
+    finish,
+    require_fixed,
+    require_symmetric,
+)
 from bilevel.linear.precondition import Prepared
 
 
