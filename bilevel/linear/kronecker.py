@@ -194,7 +194,7 @@ def _blocks(
     diagonals = [s + shift for s, shift in zip(scales, known, strict=True)]
     rank = largest[0].shape[0] if largest else 0
     if rank > 0:
-        parts = [contract(b / s, b) for b, s in zip(largest, diagonals, strict=True)]
+        parts = [contract(b / s[None], b) for b, s in zip(largest, diagonals, strict=True)]
         system = sum(parts) + jnp.eye(rank, dtype=parts[0].dtype)
 
     def blocks(matrices: list[jax.Array]) -> list[jax.Array]:
