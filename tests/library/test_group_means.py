@@ -1,4 +1,4 @@
-"""The largest directions of Gauss–Newton from means over groups of examples, and EKFAC with them."""
+"""Means over groups of examples hold the largest directions of Gauss–Newton; EKFAC with them."""
 
 import jax
 import jax.numpy as jnp

@@ -9,6 +9,7 @@ where :math:`δ_{nk}` comes from column k of a factor :math:`R_n R_nᵀ = Q_n` o
 output Hessian. A convolution counts each position of its output as an example of its own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -37,7 +38,8 @@ class Backward(NamedTuple):
     Attributes:
       columns: gradients at the layers' outputs, (N, P, out).
       gradients: of the other leaves.
-      signs: of the examples in it, (N,), one array for each leaf of the outputs; none if sampled.
+      signs: of the examples in it, (N,), over the root of the rows each has in the outputs; one
+        array for each leaf of the outputs, zero where the pass is of another, none if sampled.
     """
 
     columns: list[jax.Array]
@@ -88,7 +90,7 @@ def kronecker(
     flat = [x.reshape(-1, x.shape[-1]) for x in rows]
     left = [tree.summed_product(x, x) / x.shape[0] for x in flat]
 
-    def moments(bases: Bases, rank: int = 0) -> tuple[list[jax.Array], list[jax.Array]]:
+    def moments(bases: Bases, rank: int) -> tuple[list[jax.Array], list[jax.Array]]:
         turned = [x @ u for x, (u, _) in zip(rows, bases, strict=True)]
         chosen = groups.group(outputs) if rank > 0 else None
 
@@ -98,7 +100,8 @@ def kronecker(
             pairs = list(zip(turned, columns, strict=True))
             diagonals = tree.add(diagonals, [_squares(x, d) for x, d in pairs])
             if chosen is not None:
-                sums = [groups.sums(chosen, x, d, sum(made.signs)) for x, d in pairs]
+                signs = functools.reduce(jnp.add, made.signs)
+                sums = [groups.sums(chosen, x, d, signs) for x, d in pairs]
                 largest = groups.merge(largest, sums)
             return diagonals, largest
 
@@ -156,7 +159,8 @@ def _seeds(
             if num_samples is None:
                 signs = jax.random.rademacher(key, (*root.shape[:-2], 1), root.dtype)
                 one = jax.nn.one_hot(k - ends[i], root.shape[-1], dtype=root.dtype)
-                drawn.append(signs.reshape(signs.shape[0], -1)[:, 0] * jnp.sum(one))
+                each = signs.reshape(signs.shape[0], -1)
+                drawn.append(each[:, 0] * jnp.sum(one) * each.shape[1] ** -0.5)
                 signs = signs * jnp.broadcast_to(one, root.shape[:-1])
             else:
                 signs = jax.random.rademacher(key, root.shape[:-1], root.dtype)
