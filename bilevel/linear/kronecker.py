@@ -93,18 +93,18 @@ class EKFAC:
     .. math:: P = V (diag(s - ∑_j b_j^2) + m ρ + ∑_{j=1}^r b_j b_jᵀ) Vᵀ,
         V = ⨁_l U_l ⊗ W_l, s = diag(Vᵀ M V)
 
-    with M the Gauss–Newton matrix and r the ``rank``. A solver of its own, which
-    makes no products, and a preconditioner of CG. Of all matrices diagonal in these bases, P without
-    rank is the nearest to each layer's block; it equals the block where the block is a Kronecker
-    product (one layer and one example, or a squared loss), and between layers it sees nothing. The
-    recomputed residual says how far it is off.
+    with M the Gauss–Newton matrix, ρ in each layer as for :class:`KFAC`, and r the ``rank``. A
+    solver of its own, which makes no products, and a preconditioner of CG. Of all matrices diagonal
+    in these bases, P without rank is the nearest to each layer's block; it equals the block where
+    the block is a Kronecker product (one layer and one example, or a squared loss), and between
+    layers it sees nothing. The recomputed residual says how far it is off.
 
-    A Gauss–Newton matrix of a classifier has a few dozen large eigenvalues, with eigenvectors near
-    the mean gradients of the classes, which no Kronecker product holds. With a ``rank`` they are
-    read off the same backward passes: examples are put in ten groups of equal size, neighbours in
-    the order of their largest output, and :math:`BBᵀ` is the best of rank r, merged unit by unit,
-    for the part of M between the groups. It spans all layers, and lies below M, so that what is
-    left for the diagonal is positive.
+    Gauss–Newton matrices of classifiers have a few dozen large eigenvalues, with eigenvectors near
+    mean gradients of classes, which no Kronecker product holds. With a ``rank`` they are read off
+    the same backward passes: examples are put in ten groups of equal size, neighbours in the order
+    of their largest output, and :math:`BBᵀ` is the best of rank r, merged unit by unit, for the
+    part of M between the groups. It spans all layers, and lies below M, so that what is left for
+    the diagonal is positive.
 
     Args:
       num_samples: as in :class:`KFAC`; ``None``, the default, is exact where examples do not
@@ -113,14 +113,15 @@ class EKFAC:
       rank: r, the vectors beside the diagonal; needs ``num_samples=None``, and the batch as first
         axis of the outputs and of each layer's inputs.
 
-    Cost: that of :class:`KFAC` with twice the backward passes. With a rank 3r + 20 vectors of memory
-    while it is made, r after that, and :math:`O(r n)` arithmetic for n parameters in each step of CG.
-    @@COST@@ Raises as :class:`KFAC`, and for a rank with samples.
+    Cost: that of :class:`KFAC` with twice the backward passes. A rank takes 3r + 20 vectors of
+    memory while it is made, r after that, and :math:`O(r n)` arithmetic in each step of CG. In the
+    setting of :class:`KFAC` CG makes 33 products of 94 on the MLP and 24 of 78 on the CNN, with
+    ``rank=20`` 24 and 16, on 256 images 52 of 98 (without rank). Raises as :class:`KFAC`, and for a
+    rank with samples.
 
     Reference: George, Laurent, Bouthillier, Ballas, Vincent, "Fast approximate natural gradient
-    descent in a Kronecker-factored eigenbasis", NeurIPS 2018. Means over classes: Papyan, "Traces of
-    class/cross-class structure pervade deep learning spectra", JMLR 2020; low rank beside a
-    diagonal by the identity of Woodbury.
+    descent in a Kronecker-factored eigenbasis", NeurIPS 2018. Means over classes: Papyan, "Traces
+    of class/cross-class structure pervade deep learning spectra", JMLR 2020.
     """
 
     num_samples: int | None = count(None, optional=True)
