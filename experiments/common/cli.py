@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.run.lock import locked
-from experiments.common import expected, outputs, record, report, settings, template
+from experiments.common import expected, outputs, record, report, settings, side_by_side, template
 from experiments.common.catalog import claim_of, configuration, discover, folder_of, part
 from experiments.common.files import DataMissing, HashMismatch
 from experiments.common.outputs import RunnerError
@@ -43,6 +43,7 @@ def execute(
     resume: bool = False,
     changes: Sequence[str] = (),
     methods: Sequence[str] | None = None,
+    jobs: int = 1,
     package: str = "experiments",
 ) -> tuple[Path, dict[str, Any]]:
     """Runs an experiment, draws its figures and judges it; returns its folder and its summary."""
@@ -58,7 +59,7 @@ def execute(
     )
     with _alone(out):
         run = outputs.claim(out, identity, seeds, resume)
-        return out, _execute(name, module, config, out, run, resume, package)
+        return out, _execute(name, module, config, out, run, resume, package, jobs)
 
 
 def _methods(name: str, module: Any, wanted: Sequence[str]) -> list[str]:
@@ -88,22 +89,16 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _execute(
-    name: str, module: Any, config: Any, out: Path, run: dict[str, Any], resume: bool, package: str
-) -> dict[str, Any]:
+    name: str, module: Any, config: Any, out: Path, run: dict[str, Any], resume: bool,
+    package: str, jobs: int,
+) -> dict[str, Any]:  # fmt: skip
     outputs.save(out, run)
-    for seed in run["seeds"]:
-        if seed in run["done"]:
-            continue
-        begun = seed in run["begun"]
-        if not begun:
-            run["begun"].append(seed)
-            outputs.save(out, run)
+    if jobs > 1 or (out / side_by_side.FOLDER).exists():
         start = time.monotonic()
-        chosen = {"methods": tuple(run["methods"])} if run.get("methods") else {}
-        module.run(config, seed, out, resume and begun, **chosen)
-        run["done"].append(seed)
+        run = side_by_side.run(name, config, out, run, package, jobs)
         run["minutes"] += (time.monotonic() - start) / 60
-        outputs.save(out, run)
+    else:
+        side_by_side.seeds_of(module, config, out, run, resume)
     run.update(status="finished", ended=outputs.now())
     outputs.save(out, run)
     summary = summarise(name, out, package)
@@ -184,6 +179,8 @@ def _list(package: str) -> int:
 def _run(options: argparse.Namespace, package: str) -> int:
     require()
     changes, methods = options.set or [], options.methods
+    if options.jobs < 1:
+        raise RunnerError(f"`--jobs`: at least 1 process runs the seeds; got {options.jobs}")
     if options.commit_summary and (changes or methods):
         raise RunnerError("`--commit-summary` keeps a preset as it is: leave out --set, --methods")
     seeds = None if options.seeds is None else settings.seeds(options.seeds)
@@ -203,6 +200,7 @@ def _run(options: argparse.Namespace, package: str) -> int:
             resume=options.resume,
             changes=changes,
             methods=None if methods is None else methods.split(","),
+            jobs=options.jobs,
             package=package,
         )
     show(summary, getattr(part(package, options.name, "run"), "TABLE", None))
@@ -251,6 +249,7 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", metavar="KEY=VALUE", help="a setting in place of the preset's"
     )
     run.add_argument("--methods", metavar="A,B", help="some methods only (default: all)")
+    run.add_argument("--jobs", type=int, default=1, help="processes that share the seeds")
     run.add_argument("--format", default="png", help="of figures: png (always), pdf, svg; a,b")
     run.add_argument("--out", type=Path, help="output folder (default: results/NAME/PRESET)")
     run.add_argument("--resume", action="store_true", help="continue the run that --out holds")
@@ -297,5 +296,6 @@ def _again(options: argparse.Namespace) -> str:
     words += ["--seeds", options.seeds] if options.seeds else []
     words += [word for change in options.set or [] for word in ("--set", shlex.quote(change))]
     words += ["--methods", options.methods] if options.methods else []
+    words += ["--jobs", str(options.jobs)] if options.jobs > 1 else []
     words += ["--out", str(options.out)] if options.out else []
     return " ".join([*words, "--resume"])

@@ -119,7 +119,7 @@ def judge(
         value = None
         if preset in entry.get("presets", (preset,)):
             try:
-                value = evaluate(entry["expression"], summary)
+                value = uncertainty.value(entry["expression"], summary)
                 told = _verdict(entry["expression"], summary, value, relation, bound)
             except ValueError as error:
                 told = {"met": None if partial else False, "reason": str(error)}

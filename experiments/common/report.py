@@ -176,11 +176,13 @@ def headlines(rows: list[Row]) -> list[str]:
                 _cell(row.scale),
                 f"{BOLD.get(verdict.word, verdict.word)}: {_interval(verdict)} "
                 f"{verdict.relation} {_cell(verdict.bound)}",
-                f"{run['minutes']:.1f}",
+                f"{run['minutes']:.1f}"
+                + (f" ({run['cpu_minutes']:.1f})" if "cpu_minutes" in run else ""),
             )
         )
     return _table(
-        "| experiment | claim | ours | opponent | published | scale | verdict | minutes |",
+        "| experiment | claim | ours | opponent | published | scale | verdict "
+        "| minutes (of all cores) |",
         "| --- | --- | ---: | ---: | --- | --- | --- | ---: |",
         told,
     )

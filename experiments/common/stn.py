@@ -44,6 +44,19 @@ def with_scale(state: Any, scale: Any) -> Any:
     return state._replace(moved=state.moved._replace(widths=widths))
 
 
+def distributions(config: Any, part: float = 1.0) -> dict[str, Any]:
+    """For a search: uniform in the lower ``part`` of every range; whole numbers from all of it."""
+    from optuna.distributions import IntDistribution
+
+    found: dict[str, Any] = {}
+    for name, bound in space(config).bounds.items():
+        if name in CUTOUT:
+            found[name] = IntDistribution(int(bound.lo), int(bound.hi))
+        else:
+            found[name] = (float(bound.lo), float(bound.hi) * part * (1 - 1e-6))
+    return found
+
+
 def start(config: Any) -> dict[str, jax.Array]:
     """Where tuning starts, and what is fixed without it: 0.05, and one hole of four pixels."""
     values = dict.fromkeys(names(config), 0.05) | {"cutout_holes": 1.0, "cutout_length": 4.0}

@@ -85,6 +85,30 @@ def spread(expression: str, summary: dict[str, Any]) -> Spread | None:
     return None
 
 
+def value(expression: str, summary: dict[str, Any]) -> float:
+    """The value of a claim; one on means, of the seeds that all its statistics have."""
+    paths = leaves(expression)
+    if {path[-1] for path in paths} == {"mean"}:
+        evaluate(expression, summary)  # a name that is not there is told with those that are
+        tables = {path[:-1]: _table(summary, path[:-1]) for path in paths}
+        seeds = [set(table.get("values", ())) for table in tables.values()]
+        shared = set.intersection(*seeds)
+        if shared and any(own != shared for own in seeds):
+            return _of_seeds(expression, summary, tables, sorted(shared))
+    return evaluate(expression, summary)
+
+
+def _of_seeds(
+    expression: str, summary: dict[str, Any], tables: dict[tuple[str, ...], Any], seeds: list[str]
+) -> float:
+    """An expression on means, with the means of these seeds alone."""
+    means = {
+        path: float(np.mean([table["values"][seed] for seed in seeds]))
+        for path, table in tables.items()
+    }
+    return evaluate(expression, _with(summary, means))
+
+
 def _finite(low: float, high: float, how: str) -> Spread | None:
     return Spread(low, high, how) if math.isfinite(low) and math.isfinite(high) else None
 
@@ -128,15 +152,11 @@ def _jackknife(
     if count < 2:
         return None
 
-    def at(seeds: list[str]) -> float:
-        means = {
-            path: float(np.mean([table["values"][seed] for seed in seeds]))
-            for path, table in tables.items()
-        }
-        return evaluate(expression, _with(summary, means))
-
-    whole = at(shared)
-    without = [at([other for other in shared if other != seed]) for seed in shared]
+    whole = _of_seeds(expression, summary, tables, shared)
+    without = [
+        _of_seeds(expression, summary, tables, [other for other in shared if other != seed])
+        for seed in shared
+    ]
     logarithmic = is_ratio(expression) and min(whole, *without) > 0
     points = np.log([whole, *without]) if logarithmic else np.asarray([whole, *without])
     pseudo = count * points[0] - (count - 1) * points[1:]

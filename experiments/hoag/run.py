@@ -81,10 +81,15 @@ class _Best:
             },
         )
 
-    def end(self) -> None:
-        """The exact loss and the test part, read once, at the best point."""
+    def end(self, spent: float | None = None) -> None:
+        """The exact loss and the test part, read once, at the best point.
+
+        ``spent``: the budget, where it ended the run. The step that went beyond is not in the
+        records, and a run that did not reach its goal counts with all that it was given.
+        """
         test = problem.measured(self.params, self.task.test)
         step, cost, metrics = self.last
+        metrics["spent"] = cost if spent is None else spent
         if self.exact is not None and "true_loss" not in metrics:
             found = truth.at(self.exact, self.params, jnp.zeros_like(self.params), self.hparams)
             metrics["true_loss"] = found["value"] / len(self.task.valid["y"])
@@ -97,7 +102,7 @@ def _tune(best: _Best, method: str, config: Config, steps: int, limit: float, go
 
     The hypergradients of schedules are compared with exact ones, at no cost to the method.
     """
-    task, cost = best.task, 0.0
+    task, cost, ended = best.task, 0.0, None
     loop, step = methods.algorithm(method, config)
     shape = () if task.weights == task.weights[:1] or method == "single" else task.weights
     state = loop.init(jnp.zeros(task.weights), jnp.full(shape, config.start))
@@ -114,6 +119,7 @@ def _tune(best: _Best, method: str, config: Config, steps: int, limit: float, go
         paid = paid._replace(products=paid.products - unused)
         cost += paid.total
         if cost > limit and k:
+            ended = limit
             break
         best.spent += (paid.inner_gradients, paid.products)
         more: dict[str, float] = {}
@@ -126,7 +132,7 @@ def _tune(best: _Best, method: str, config: Config, steps: int, limit: float, go
         best.see(k, cost, float(info.value), loop.deploy(state, info.hparams), info.hparams, **more)
         if best.value <= goal * len(task.valid["y"]):
             break
-    best.end()
+    best.end(ended)
 
 
 def _search(best: _Best, method: str, config: Config, seed: int) -> None:
@@ -159,7 +165,7 @@ def _search(best: _Best, method: str, config: Config, seed: int) -> None:
             sampler=method,
             seed=seed,
         )
-    best.end()
+    best.end(config.budget if cost > config.budget and trial > 1 else None)
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:
@@ -203,7 +209,7 @@ def _reached(records: list[record.Record], word: str, above: float) -> dict[str,
         reached = there[0] if there else end
         least = cold.metrics["products"] if cold and not there else 0.0
         found.setdefault(method, {})[seed] = {
-            "cost": reached.cost if there else _spent(end, name, method),
+            "cost": reached.cost if there else end.metrics["spent"],
             "products": max(reached.metrics["products"], least),
             "missed": float(not there),
         }
@@ -220,17 +226,6 @@ def _reached(records: list[record.Record], word: str, above: float) -> dict[str,
         }
         for method, seeds in found.items()
     }
-
-
-def _spent(end: record.Record, name: str, method: str) -> float:
-    """What a way cost that ended before its goal: the budget, if that is what ended it.
-
-    The step that went beyond the budget is not in the records.
-    """
-    config = Config()
-    most = config.points if method.endswith(methods.SEARCHES) else config.steps
-    within = name in config.single and end.step + 1 < most
-    return max(end.cost, config.budget) if within else end.cost
 
 
 def _loss(r: record.Record) -> float:

@@ -1,6 +1,7 @@
 """Runs `mip`: hypernetworks with and without its two parts, over a grid of learning rates."""
 
 from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from experiments.mip import networks, tasks
 from experiments.mip.config import Config, Task
 
 OPTIMIZERS = ("sgd", "adam")
+SIDE_BY_SIDE = 2  # programs
 TAIL = 0.1  # part of a run whose mean is the final loss: the loss of one point is noisy
 WINDOW = 5  # points of the running mean that is compared with a final loss
 LEARNT = 0.95  # of the loss of zero weights: a run that ends above it has not learnt
@@ -21,21 +23,39 @@ TABLE = ("best_rate", "final_loss", "part_to_plain", "part_near", "never", "fail
 
 
 def run(config: Config, seed: int, out: Path, resume: bool) -> None:
-    """All tasks, optimizers and variants on one seed; a resumed run skips those that finished."""
+    """All tasks, optimizers and variants on one seed; a resumed run skips those that finished.
+
+    The products of these small networks keep one core busy, so two programs run side by side;
+    records are in the order of the config all the same.
+    """
     records = record.Records(out, seed)
     key = jax.random.key(seed)
-    for task in config.tasks:
-        data = tasks.images(task, seed)
-        for optimizer in OPTIMIZERS:
-            rates = task.adam_rates if optimizer == "adam" else task.sgd_rates
-            for variant in task.variants if rates else ():
-                method = f"{task.name}_{variant}_{optimizer}"
-                if len(record.read(out, seed=seed, method=method)) == task.points:
-                    continue
-                records.rewind(method)
-                runner = networks.train(variant, optimizer, task, config)
-                losses = np.asarray(runner(jnp.asarray(rates), key, data), np.float64)
-                _record(records, method, losses, rates, task, data[0].shape[1])
+    with futures.ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        started = []
+        for task in config.tasks:
+            data = tasks.images(task, seed)
+            for optimizer in OPTIMIZERS:
+                rates = task.adam_rates if optimizer == "adam" else task.sgd_rates
+                for variant in task.variants if rates else ():
+                    method = f"{task.name}_{variant}_{optimizer}"
+                    if len(record.read(out, seed=seed, method=method)) == task.points:
+                        continue
+                    losses = pool.submit(
+                        _losses, variant, optimizer, task, config, rates, key, data
+                    )
+                    started.append((method, losses, rates, task, data[0].shape[1]))
+        for method, losses, rates, task, pixels in started:
+            records.rewind(method)
+            _record(records, method, losses.result(), rates, task, pixels)
+
+
+def _losses(
+    variant: str, optimizer: str, task: Task, config: Config, rates: Sequence[float], key: Any,
+    data: Any,
+) -> np.ndarray:  # fmt: skip
+    """Of one program, ``(rates, points)``."""
+    runner = networks.train(variant, optimizer, task, config)
+    return np.asarray(runner(jnp.asarray(rates), key, data), np.float64)
 
 
 def _record(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import baselines, protocol, record
+from experiments.common import baselines, protocol, record, stn
 from experiments.stn_cifar import problem, train
 from experiments.stn_cifar.config import Config
 
@@ -20,7 +20,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     """All methods on one seed, each skipped if a resumed run had finished it."""
     records = record.Records(out, seed)
     parts = problem.parts(config, seed)
-    params = problem.initial(config, seed)
+    params = problem.task(config).initial(seed)
     if not records.finished("delta_stn", config.points):
         _tune(config, params, parts, records)
     for method in ("fixed", "replay"):
@@ -68,11 +68,11 @@ def _train(method: str, config: Config, params: Any, parts: Any, records: record
     schedule which was found, for as many steps as the tuned one was trained."""
     if method == "fixed":
         steps = config.budget // config.points * config.points
-        schedule = {name: jnp.asarray([x]) for name, x in problem.start(config).items()}
+        schedule = {name: jnp.asarray([x]) for name, x in stn.start(config).items()}
     else:
         steps = config.inner_steps * train.cycles(config)
         found = record.load_arrays(records.out, f"schedule_{records.seed}")
-        schedule = {name: jnp.asarray(found[name]) for name in problem.names(config)}
+        schedule = {name: jnp.asarray(found[name]) for name in stn.names(config)}
     measured = train.trained(config, steps, config.points)(
         params, schedule, _key(records.seed, method), parts["train"], _held_out(parts)
     )
@@ -80,17 +80,6 @@ def _train(method: str, config: Config, params: Any, parts: Any, records: record
     for i in range(config.points):
         now = {"now": float(measured["validation_loss"][i])}
         records.append(method, i, steps // config.points * (i + 1), **_row(best, i), **now)
-
-
-def _distributions(config: Config) -> dict[str, Any]:
-    """The ranges of the space: uniform; whole numbers for cutout."""
-    from optuna.distributions import IntDistribution
-
-    found: dict[str, Any] = {}
-    for name, bound in problem.space(config).bounds.items():
-        whole = name in problem.CUTOUT
-        found[name] = IntDistribution(bound.lo, bound.hi) if whole else (bound.lo, bound.hi)
-    return found
 
 
 def _search(config: Config, params: Any, parts: Any, records: record.Records) -> None:
@@ -108,7 +97,7 @@ def _search(config: Config, params: Any, parts: Any, records: record.Records) ->
 
     baselines.recorded(
         objective,
-        _distributions(config),
+        stn.distributions(config),
         records=records,
         method=method,
         trials=config.trials,

@@ -11,7 +11,8 @@ from experiments.stn_digits.problem import PLACES
 NAMES = {
     "delta_stn": "Delta-STN",
     "stn": "STN",
-    "delta_stn_replay": "plain network on Delta-STN's schedule",
+    "delta_stn_low": "Delta-STN, from 0.05",
+    "stn_low": "STN, from 0.05",
     "random_search": "random search",
     "tpe": "TPE",
 }
@@ -46,18 +47,11 @@ def _schedules(records: list[record.Record], out: Path, path: Path) -> Path:
 
 
 def _losses(records: list[record.Record], path: Path) -> Path:
-    """Validation loss against cost; the best fixed rate of the grid as a line."""
+    """Losses against cost, of what all seeds run; the best fixed rate of the grid as a line."""
     with draw.figure(path, columns=2, width=11.0, height=4.4) as (_, (left, right)):
         for axes, metric in ((left, "validation_loss"), (right, "test_loss")):
-            for method in ("random_search", "tpe", "stn", "delta_stn", "delta_stn_replay"):
-                draw.band(
-                    axes,
-                    records,
-                    method,
-                    metric,
-                    name=NAMES[method],
-                    dashed=method.endswith("replay"),
-                )
+            for method in ("random_search", "tpe", "stn_low", "delta_stn_low"):
+                draw.band(axes, records, method, metric, name=NAMES[method])
             fixed = [
                 r.metrics[metric] for r in record.final(records).values() if r.method == "grid"
             ]

@@ -10,8 +10,10 @@ class Config:
     Attributes:
       data: "fashion_mnist", or "digits" (scikit-learn's, enlarged), which needs no file.
       train, valid, test: examples of the three parts.
-      channels: of the convolutions.
+      channels: of the convolutions 3x3; the first has stride 2.
+      pooled: after which of them the largest of 2x2 pixels is taken.
       dense: units of the hidden dense layers.
+      as_products: convolutions as products with neighbourhoods, which a scan on CPU runs faster.
       batch, valid_batch: examples of a batch to train on, and of one to move hyperparameters.
       occluder: side in pixels of the square that hides a part of every validation and test image.
       lr: of Adam on the weights, the same for every method; falls to zero.
@@ -36,7 +38,9 @@ class Config:
     valid: int = 2_000
     test: int = 2_000
     channels: tuple[int, ...] = (8, 12, 16, 16, 16)
+    pooled: tuple[int, ...] = (0, 1)
     dense: tuple[int, ...] = (64, 64)
+    as_products: bool = True
     batch: int = 64
     valid_batch: int = 256
     occluder: int = 12

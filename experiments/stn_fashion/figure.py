@@ -96,13 +96,14 @@ def _losses(records: list[record.Record], path: Path) -> Path:
     ends = [
         r.metrics["validation_loss"] for r in record.final(records).values() if r.method in NETWORKS
     ]
-    with draw.figure(path, columns=2, width=11.5, height=4.4) as (_, axes):
+    with draw.figure(path, columns=2, width=11.5, height=4.4) as (whole, axes):
         for cell, part in zip(axes, ("validation", "test"), strict=True):
             for method, style in NETWORKS.items():
                 _series(cell, records, method, f"{part}_loss", style)
             cell.set(xlabel=COST, ylabel=f"{part} loss, occluded images (nats)")
             cell.set_ylim(0.9 * min(ends), 1.1 * max(ends))
-        axes[0].legend()
+        handles, names = axes[0].get_legend_handles_labels()
+        whole.legend(handles, names, loc="outside upper center", ncols=2)
     return path
 
 

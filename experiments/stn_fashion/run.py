@@ -3,17 +3,14 @@
 Delta-STN and STN are compared on occluded images, from several first rates of dropout.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import optuna
 
-from experiments.common import baselines, protocol, record
+from experiments.common import baselines, protocol, record, stn, stn_cnn
 from experiments.stn_fashion import problem, train
 from experiments.stn_fashion.config import Config
 
@@ -28,7 +25,7 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     """All methods on one seed, each skipped if a resumed run had finished it."""
     records = record.Records(out, seed)
     parts = problem.sets(config, seed)
-    params = problem.initial(config, seed)
+    params = problem.task(config).initial(seed)
     for index, method in enumerate(TUNED):
         if not records.finished(method, config.points):
             _tune(method, index, config, params, parts, records)
@@ -65,16 +62,12 @@ def _row(measured: Any, i: int) -> dict[str, float]:
     return {name: float(np.asarray(value)[i]) for name, value in measured.items()}
 
 
-def _floats(measured: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in measured.items()}
-
-
 def _area(config: Config, hparams: dict[str, float], scales: dict[str, float]) -> float:
     """Mean pixels (holes times length squared) over the numbers that training really draws."""
     noise = np.random.default_rng(0).normal(size=(2, 2000))
     drawn = []
-    for name, eps in zip(problem.CUTOUT, noise, strict=True):
-        bound = problem.space(config).bounds[name]
+    for name, eps in zip(stn.CUTOUT, noise, strict=True):
+        bound = stn.space(config).bounds[name]
         raw = bound.unconstrain(jnp.float32(hparams[name]))
         value = bound.constrain(raw + jnp.asarray(scales[name] * eps, jnp.float32))
         drawn.append(np.asarray(bound.round(value), np.float64))
@@ -105,10 +98,10 @@ def _tune(
     every = train.cycles(config, centred) // config.points
     first = {name: float(value) for name, value in start.items()}
     best = protocol.best_so_far(measured)
-    before = _area(config, first, dict.fromkeys(problem.names(config), mode.scale))
+    before = _area(config, first, dict.fromkeys(stn.names(config), mode.scale))
     for i in range(config.points):
         now, widths = _row(hparams, i), _row(scales, i)
-        moved = {name: abs(now[name] - first[name]) for name in problem.names(config)}
+        moved = {name: abs(now[name] - first[name]) for name in stn.names(config)}
         records.append(
             method,
             i,
@@ -117,10 +110,10 @@ def _tune(
             now=_row(measured, i)["validation_loss"],
             **_row(norms, i),
             **now,
-            **{f"scale_{name}": widths[name] for name in problem.names(config)},
-            **{f"moved_{name}": moved[name] for name in problem.names(config)},
-            mean_dropout=float(np.mean([now[name] for name in problem.dropouts(config)])),
-            moved_dropout=float(np.mean([moved[name] for name in problem.dropouts(config)])),
+            **{f"scale_{name}": widths[name] for name in stn.names(config)},
+            **{f"moved_{name}": moved[name] for name in stn.names(config)},
+            mean_dropout=float(np.mean([now[name] for name in stn.dropouts(config)])),
+            moved_dropout=float(np.mean([moved[name] for name in stn.dropouts(config)])),
             holes=now["cutout_holes"],
             length=now["cutout_length"],
             area=_area(config, now, widths),
@@ -138,7 +131,7 @@ def _starts(method: str, config: Config, records: record.Records) -> None:
     for i, points in enumerate(zip(*runs, strict=True)):
         metrics = [point.metrics for point in points]
         losses = [m["validation_loss"] for m in metrics]
-        rates = {name: [m[name] for m in metrics] for name in problem.dropouts(config)}
+        rates = {name: [m[name] for m in metrics] for name in stn.dropouts(config)}
         means = {
             name: float(np.mean([m[name] for m in metrics]))
             for name in ("validation_loss", "validation_error", "test_loss", "test_error")
@@ -162,69 +155,53 @@ def _examples(config: Config, parts: Any, records: record.Records) -> None:
     for name, method in (("tuned", "delta_stn"), ("tuned_clean", "delta_stn_clean")):
         (*_, last) = record.read(records.out, seed=records.seed, method=method)
         settings[name] = {name: jnp.float32(last.metrics[name]) for name in start}
-    augment = jax.jit(functools.partial(problem.augment, config))
+    augment = jax.jit(problem.task(config).augment)
     images = {"validation": np.asarray(parts["valid_occluded"]["x"][few])}
     for name, hparams in settings.items():
-        made = augment(key, parts["train"]["x"][few], problem.space(config).round(hparams))
+        made = augment(
+            key, stn_cnn.coloured(parts["train"]["x"][few]), stn.space(config).round(hparams)
+        )
         images[name] = problem.shown(np.asarray(made))
     record.save_arrays(records.out, f"examples_{records.seed}", **images)
 
 
 def _fixed(config: Config, params: Any, parts: Any, records: record.Records) -> None:
     """One network at the starting values, trained with the whole budget."""
-    every = config.budget // config.points
-    key, held_out = _key(records.seed, 10), _held_out(parts, "fixed")
-    opt_state, hparams = optax.adam(config.lr).init(params), problem.start(config)
-    rows = []
+    steps = config.budget // config.points * config.points
+    measured = _trained(
+        config, steps, config.points, params, problem.start(config), 10, parts, records
+    )
+    best = protocol.best_so_far(measured)
     for i in range(config.points):
-        params, opt_state = train.trained(config)(
-            params, opt_state, hparams, key, parts["train"], i * every, every, config.points * every
-        )
-        rows.append(_floats(train.evaluator(config)(params, held_out)))
-    best = protocol.best_so_far(_stacked(rows))
-    for i, row in enumerate(rows):
-        cost = every * (i + 1)
-        records.append("fixed", i, cost, **_row(best, i), now=row["validation_loss"])
+        now = {"now": float(measured["validation_loss"][i])}
+        records.append("fixed", i, steps // config.points * (i + 1), **_row(best, i), **now)
 
 
-def _stacked(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
-    return {name: np.asarray([row[name] for row in rows]) for name in rows[0]}
-
-
-def _distributions(config: Config, part: float) -> dict[str, Any]:
-    """Uniform in the lower ``part`` of every range; whole numbers from all of theirs."""
-    found: dict[str, Any] = {}
-    for name in problem.names(config):
-        bound = problem.space(config).bounds[name]
-        if name in problem.CUTOUT:
-            found[name] = optuna.distributions.IntDistribution(int(bound.lo), int(bound.hi))
-        else:
-            found[name] = (float(bound.lo), float(bound.hi) * part * (1 - 1e-6))
-    return found
+def _trained(
+    config: Config, steps: int, points: int, params: Any, hparams: Any, stream: int, parts: Any,
+    records: record.Records,
+) -> Any:  # fmt: skip
+    """What plain training at fixed values measures along the way."""
+    values = jax.tree.map(lambda x: jnp.asarray([x], jnp.float32), hparams)
+    key, held_out = _key(records.seed, stream), _held_out(parts, "fixed")
+    return train.trained(config, steps, points)(params, values, key, parts["train"], held_out)
 
 
 def _search(
     method: str, index: int, config: Config, params: Any, parts: Any, records: record.Records
 ) -> None:
     """Random search over all fifteen; each trial trains a network, and is stopped in time."""
-    every = config.budget // config.trials // config.stops
-    steps = every * config.stops
-    opt_state = optax.adam(config.lr).init(params)
-    held_out = _held_out(parts, method)
+    steps = config.budget // config.trials // config.stops * config.stops
 
     def objective(setting: dict[str, Any], number: int) -> baselines.Tried:
-        hparams = {name: jnp.float32(value) for name, value in setting.items()}
-        key = _key(records.seed, 100 * (1 + index) + number)
-        now, rows = (params, opt_state), []
-        for i in range(config.stops):
-            now = train.trained(config)(*now, hparams, key, parts["train"], i * every, every, steps)
-            rows.append(_floats(train.evaluator(config)(now[0], held_out)))
-        measured = _row(protocol.best_so_far(_stacked(rows)), -1)
+        stream = 100 * (1 + index) + number
+        run = _trained(config, steps, config.stops, params, setting, stream, parts, records)
+        measured = _row(protocol.best_so_far(run), -1)
         return baselines.Tried(measured["validation_loss"], lambda: measured)
 
     baselines.recorded(
         objective,
-        _distributions(config, LOW if method.endswith("low") else 1.0),
+        stn.distributions(config, LOW if method.endswith("low") else 1.0),
         records=records,
         method=method,
         trials=config.trials,

@@ -14,7 +14,7 @@ from bilevel.hypergradient.base import cost_of
 from experiments.augment import config as augment_config
 from experiments.augment import problem as augment_problem
 from experiments.augment import run as augment_run
-from experiments.common import batches, budget, record
+from experiments.common import batches, budget, record, stn, stn_cnn
 from experiments.decay import config as decay_config
 from experiments.decay import problem as decay_problem
 from experiments.decay import run as decay_run
@@ -124,8 +124,9 @@ def stn_fashion(centred: bool) -> Step:
     loop = module.algorithm(config, centred, module.Mode(1.0))
     parts = fashion_problem.sets(config, 0)
     start = fashion_problem.start(config)
-    state = loop.init(fashion_problem.initial(config, 0), start, key=KEY)
-    inner, outer = module.sample(config, parts["train"], parts["valid"], KEY)
+    state = loop.init(fashion_problem.task(config).initial(0), start, key=KEY)
+    steps, valid = module.TRAINING, config.valid_batch
+    inner, outer = stn_cnn.sample(config, steps, valid, parts["train"], parts["valid"], KEY)
     sizes = (len(outer["y"]), inner["y"].shape[1])
     return Step(module.cycle_cost(config, centred), loop, state, inner, outer, sizes)
 
@@ -133,8 +134,9 @@ def stn_fashion(centred: bool) -> Step:
 def stn_cifar() -> Step:
     config, module = cifar_config.smoke(), cifar_train
     loop, parts = module.algorithm(config), cifar_problem.parts(config, 0)
-    state = loop.init(cifar_problem.initial(config, 0), cifar_problem.start(config), key=KEY)
-    inner, outer = module.sample(config, parts["train"], parts["valid"], KEY)
+    state = loop.init(cifar_problem.task(config).initial(0), stn.start(config), key=KEY)
+    steps, valid = config.inner_steps, config.batch
+    inner, outer = stn_cnn.sample(config, steps, valid, parts["train"], parts["valid"], KEY)
     sizes = (len(outer["y"]), inner["y"].shape[1])
     return Step(module.cycle_cost(config), loop, state, inner, outer, sizes)
 

@@ -34,6 +34,10 @@ def test_claims_are_met_not_met_or_within_noise_by_the_paired_interval():
     small = {"a": table(1.0, 1.1, 1.2), "b": table(0.01, 0.05, 0.09)}
     ratio = verdict("a.loss.mean / b.loss.mean", ">=", 2, small)
     assert ratio.word == "met" and 2 < ratio.low < 22 < ratio.high
+    # Of methods that ran on different seeds, those that both have count, in the value as well.
+    longer = {**summary, "a": table(1.0, 2.0, 3.0, 90.0)}
+    shared = verdict("a.loss.mean - b.loss.mean", told=longer)
+    assert (shared.value, shared.low, shared.word) == (less.value, less.low, "met")
     # The worst seed is one number: nothing to pair.
     assert verdict("a.loss.max", ">", 2).word == "met" and verdict("a.loss.max", ">", 2).low is None
     ends = {"a": {"d": expected.interval([0.9, 1.0, 1.2])}}

@@ -100,6 +100,27 @@ def test_an_edited_source_is_another_run(package, capsys):
     assert "code: there" in capsys.readouterr().err
 
 
+def test_processes_that_share_the_seeds_give_the_records_of_one(package, monkeypatch, capsys):
+    assert run(package, "--seeds", "3", "--out", "one") == 0
+    monkeypatch.setenv("TOY_FAILS", "1")  # seed 1 stops in the middle, in its own process
+    assert run(package, "--seeds", "3", "--out", "two", "--jobs", "2") == 2
+    assert "continue with --resume" in capsys.readouterr().err
+    assert run(package, "--seeds", "3", "--out", "two", "--jobs", "1", "--resume") == 2
+    assert "started with 2" in capsys.readouterr().err
+    monkeypatch.delenv("TOY_FAILS")
+    assert run(package, "--seeds", "3", "--out", "two", "--jobs", "2", "--resume") == 0
+    one, two = Path("one"), Path("two")
+    assert (one / record.FILE).read_bytes() == (two / record.FILE).read_bytes()
+    told = record.read_json(two / "run.json")
+    assert told["status"] == "finished" and told["done"] == [0, 1, 2]
+    assert told["minutes"] > 0 and told["cpu_minutes"] > 0
+    assert sorted(path.name for path in two.iterdir()) == sorted(
+        path.name for path in one.iterdir()
+    )
+    assert run(package, "--jobs", "0") == 2
+    assert "`--jobs`: at least 1" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_resumes_to_the_same_records(package, monkeypatch, capsys):
     assert run(package, "--seeds", "2", "--out", "whole") == 0
     monkeypatch.setenv("TOY_FAILS", "1")

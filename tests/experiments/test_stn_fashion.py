@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common import record
+from experiments.common import record, stn, stn_cnn
 from experiments.stn_fashion import config, figure, problem, run, train
 
 SETTINGS = dataclasses.replace(
@@ -27,26 +27,13 @@ SETTINGS = dataclasses.replace(
 )
 
 
-def test_neighbourhoods_and_a_dense_layer_are_a_convolution():
-    x = jax.random.normal(jax.random.key(0), (2, 7, 7, 3), jnp.float32)
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4), jnp.float32)
-    for stride in (1, 2):
-        ours = problem.patches(x, stride) @ kernel.reshape(27, 4)
-        theirs = jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
-        # Sums of 27 products of normal numbers in float32.
-        np.testing.assert_allclose(ours, theirs, atol=2e-5)
-
-
 def test_a_pool_passes_its_gradient_to_one_of_four_even_where_all_are_equal():
     # A reduction would divide by a count of equals, which XLA can make 0 where it rounds anew.
     x = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
     theirs = np.asarray(x)[:, :4, :6].reshape(2, 2, 2, 3, 2, 3).max(axis=(2, 4))
-    np.testing.assert_array_equal(problem.pool(x), theirs)
+    np.testing.assert_array_equal(stn.pool(x), theirs)
     for image in (x, jnp.zeros_like(x)):
-        grads = np.asarray(jax.grad(lambda x: jnp.sum(problem.pool(x)))(image))
+        grads = np.asarray(jax.grad(lambda x: jnp.sum(stn.pool(x)))(image))
         assert set(np.unique(grads)) == {0.0, 1.0}
         np.testing.assert_array_equal(
             grads[:, :4, :6].reshape(2, 2, 2, 3, 2, 3).sum(axis=(2, 4)), np.ones((2, 2, 3, 3))
@@ -59,8 +46,10 @@ def test_an_occluder_is_one_square_and_hue_does_nothing_to_gray():
     assert np.all((hidden == 0).sum(axis=(1, 2)) == 36)
     assert np.all((hidden == 0).any(axis=2).sum(axis=1) == 6)
     images = jax.random.uniform(jax.random.key(0), (4, 28, 28), jnp.float32)
-    none = {name: jnp.float32(0) for name in problem.names(SETTINGS)}
-    augment = jax.jit(lambda h: problem.augment(SETTINGS, jax.random.key(1), images, h))
+    none = {name: jnp.float32(0) for name in stn.names(SETTINGS)}
+    augment = jax.jit(
+        lambda h: problem.task(SETTINGS).augment(jax.random.key(1), stn_cnn.coloured(images), h)
+    )
     plain = augment(none)
     for name, changes in (("hue", False), ("saturation", False), ("brightness", True)):
         changed = augment({**none, name: jnp.float32(0.4)})
@@ -89,7 +78,7 @@ def test_starts_are_summed_up_by_means_and_spreads(tmp_path):
     settings = dataclasses.replace(SETTINGS, starts=(0.05, 0.2, 0.4), points=1)
     records = record.Records(tmp_path, 0)
     for i, loss in enumerate((0.5, 0.4, 0.9)):
-        rates = dict.fromkeys(problem.dropouts(settings), 0.1) | {"input_dropout": 0.1 * i}
+        rates = dict.fromkeys(stn.dropouts(settings), 0.1) | {"input_dropout": 0.1 * i}
         measured = {"validation_loss": loss, "validation_error": 0.2, "test_loss": 2 * loss}
         records.append(run.from_start("stn", i), 0, 7.0, test_error=0.3, **measured, **rates)
     run._starts("stn", settings, records)
@@ -98,14 +87,14 @@ def test_starts_are_summed_up_by_means_and_spreads(tmp_path):
     found = [mean.metrics[name] for name in ("validation_loss", "test_loss", "loss_spread")]
     np.testing.assert_allclose(found, [0.6, 1.2, 0.5])
     # One of three rates ends 0.2 apart, from starts 0.35 apart.
-    assert len(problem.dropouts(settings)) == 3
+    assert len(stn.dropouts(settings)) == 3
     np.testing.assert_allclose(mean.metrics["rate_spread"], 0.2 / 0.35 / 3)
 
 
 @pytest.mark.slow  # the preset `paper` alone is traced here
 def test_the_papers_run_can_be_traced_and_tunes_fifteen_hyperparameters():
     settings = config.paper()
-    params = jax.eval_shape(lambda: problem.initial(settings, 0))
+    params = jax.eval_shape(lambda: problem.task(settings).initial(0))
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def part(size):
@@ -115,11 +104,11 @@ def test_the_papers_run_can_be_traced_and_tunes_fifteen_hyperparameters():
         }
 
     held_out = {"validation": part(settings.valid), "test": part(settings.test)}
-    for centred, normalised in ((True, False), (True, True), (False, True)):
+    for centred, normalized in ((True, False), (True, True), (False, True)):
         spent = train.cycles(settings, centred) * train.cycle_cost(settings, centred)
         assert 0.98 * settings.budget < spent <= settings.budget
         hparams, _, _, measured = jax.eval_shape(
-            train.tuned(settings, centred, normalised),
+            train.tuned(settings, centred, normalized),
             params,
             problem.start(settings, 0.4),
             train.Mode(1.0),
