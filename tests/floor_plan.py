@@ -37,6 +37,7 @@ FLOORS = {
         "problem.layers.find",
         "problem.layers.dual",
         "problem.layers.outputs",
+        "problem.layers.groups",
         "problem.layers.kronecker",
         "problem.layers",
         "problem.operators.base",

@@ -83,6 +83,7 @@ SOLVERS = {
     "Nystrom(gaussian)": Implicit(bilevel.Nystrom(5, True), GAUSS_NEWTON),
     "DynamicLanczos": Implicit(bilevel.DynamicLanczos(5), HESSIAN),
     "EKFAC": Implicit(bilevel.EKFAC(), GAUSS_NEWTON),
+    "EKFAC(rank)": Implicit(bilevel.EKFAC(rank=3), GAUSS_NEWTON),
     "DualCG": Implicit(bilevel.DualCG(5), GAUSS_NEWTON),
     "Woodbury": Implicit(bilevel.Woodbury(), GAUSS_NEWTON),
     "Woodbury(rows)": Implicit(bilevel.Woodbury(structured=False), GAUSS_NEWTON),

@@ -278,6 +278,16 @@ RESPONSES = [
         only("multi_output", "softmax_per_weight", "network"),
     ),
     Row(
+        "cg_ekfac_rank",
+        lambda case: Implicit(
+            CG(rtol=1e-13, preconditioner=EKFAC(rank=3)), gauss_newton(case, DAMPING)
+        ),
+        damped_gauss_newton,
+        1e-8,
+        TOLERANCE,
+        only("multi_output", "softmax_per_weight", "network"),
+    ),
+    Row(
         "ekfac",
         lambda case: Implicit(EKFAC(), gauss_newton(case, DAMPING)),
         in_eigenbasis,

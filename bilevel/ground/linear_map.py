@@ -80,8 +80,8 @@ class Kronecker(NamedTuple):
     Attributes:
       split: the parts of a vector that the blocks act on, as matrices; linear.
       factors: :math:`(L_i, R_i)`; block i maps :math:`V ↦ L_i V R_i`.
-      moments: for orthogonal :math:`(U_i, W_i)` the diagonals of M in those bases, shaped like
-        the matrices.
+      moments: for orthogonal :math:`(U_i, W_i)` and a rank r the diagonals of M in those bases,
+        shaped like the matrices, and r vectors there with :math:`BBᵀ ≤ M`, stacked.
       known: D, tree like the vectors, damping included.
       rest: mean curvature of each leaf, as scalars, without D.
       has_block: whether a leaf is in a block, as Python booleans.
@@ -91,7 +91,9 @@ class Kronecker(NamedTuple):
 
     split: Callable[[Vector], list[jax.Array]]
     factors: list[tuple[jax.Array, jax.Array]]
-    moments: Callable[[list[tuple[jax.Array, jax.Array]]], list[jax.Array]]
+    moments: Callable[
+        [list[tuple[jax.Array, jax.Array]], int], tuple[list[jax.Array], list[jax.Array]]
+    ]
     known: Vector
     rest: Vector
     has_block: Any

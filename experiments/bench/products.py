@@ -26,6 +26,7 @@ METHODS = {
     "KFAC": bilevel.KFAC(),
     "KFAC, exact, x 10": bilevel.KFAC(None, damping_multiple=10.0),
     "EKFAC": bilevel.EKFAC(),
+    "EKFAC, rank 20": bilevel.EKFAC(rank=20),
 }
 SETTINGS = {
     "mlp": (w2, 256, (256, 1024)),

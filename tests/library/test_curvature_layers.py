@@ -358,7 +358,7 @@ def test_moments_are_the_diagonal_of_gauss_newton_in_any_bases(name):
     _, unravel = ravel_pytree(params)
     selection = jax.jacobian(lambda w: found.split(unravel(w)))(ravel_pytree(params)[0])
     bases = [(jnp.linalg.eigh(a)[1], jnp.linalg.eigh(g)[1]) for a, g in found.factors]
-    for got, rows, (u, w) in zip(found.moments(bases), selection, bases, strict=True):
+    for got, rows, (u, w) in zip(found.moments(bases, 0)[0], selection, bases, strict=True):
         flat = rows.reshape(-1, rows.shape[-1])
         block = flat @ matrix @ flat.T
         turn = jnp.kron(u, w)

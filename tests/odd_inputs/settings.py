@@ -133,6 +133,11 @@ def settings() -> list[Setting]:
                     cg(10, preconditioner=b.EKFAC(3, v)), _gauss_newton().operator
                 ),
                 4.0, lambda: real(4.0, strict=True)),
+        Setting("EKFAC", "rank",
+                lambda v: b.Implicit(
+                    cg(10, preconditioner=b.EKFAC(rank=v)), _gauss_newton().operator
+                ),
+                2, lambda: count(2, low=0)),
         Setting("Dense", "max_size", lambda v: _implicit(b.Dense(v)), 64, lambda: count(64)),
         Setting("Identity", "scale", lambda v: _implicit(b.Identity(v)), 0.5,
                 lambda: real(0.5, strict=True)),

@@ -9,8 +9,9 @@ where :math:`δ_{nk}` comes from column k of a factor :math:`R_n R_nᵀ = Q_n` o
 output Hessian. A convolution counts each position of its output as an example of its own.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,30 @@ from bilevel.ground import tree
 from bilevel.ground.aliases import Key, Params, Vector
 from bilevel.ground.linear_map import Kronecker
 from bilevel.ground.loops import loop
+from bilevel.problem.layers import groups
 from bilevel.problem.layers.find import Layer, find_layers
 from bilevel.problem.layers.program import Program, evaluate, trace
 
 MAX_UNITS = 256
 """Most outputs a row: their Hessian is factored, one (C, C) matrix for each row."""
+
+
+Bases: TypeAlias = list[tuple[jax.Array, jax.Array]]
+
+
+class Backward(NamedTuple):
+    """What one backward pass gives.
+
+    Attributes:
+      columns: gradients at the layers' outputs, (N, P, out).
+      gradients: of the other leaves.
+      signs: of the examples in it, (N,), over the root of the rows each has in the outputs; one
+        array for each leaf of the outputs, zero where the pass is of another, none if sampled.
+    """
+
+    columns: list[jax.Array]
+    gradients: list[jax.Array]
+    signs: list[jax.Array]
 
 
 def kronecker(
@@ -49,18 +69,19 @@ def kronecker(
     count, seed = _seeds(outputs, weigh, num_samples, key)
     rows = [_rows(layer, x) for layer, x in zip(layers, inputs, strict=True)]
 
-    def gather(part: Callable[[list[jax.Array], list[jax.Array]], Any], start: Any) -> Any:
+    def gather(part: Callable[[Any, Backward], Any], start: Any) -> Any:
         def body(k: Any, total: Any) -> Any:
-            deltas, gradients = pull(seed(k))
+            cotangent, signs = seed(k)
+            deltas, gradients = pull(cotangent)
             made = [_columns(layer, d) for layer, d in zip(layers, deltas, strict=True)]
-            return jax.tree.map(jnp.add, total, part(made, gradients))
+            return part(total, Backward(made, gradients, signs))
 
         return loop(count, body, start, unroll)
 
-    def products(columns: list[jax.Array], gradients: list[jax.Array]) -> Any:
-        flat = [d.reshape(-1, d.shape[-1]) for d in columns]
-        means = [jnp.mean(jnp.square(tree.accumulate(g))) for g in gradients]
-        return [tree.summed_product(d, d) for d in flat], means
+    def products(total: Any, made: Backward) -> Any:
+        flat = [d.reshape(-1, d.shape[-1]) for d in made.columns]
+        means = [jnp.mean(jnp.square(tree.accumulate(g))) for g in made.gradients]
+        return tree.add(total, ([tree.summed_product(d, d) for d in flat], means))
 
     sizes = [jax.eval_shape(lambda v, la=la: _matrix(la, v), leaves).shape for la in layers]
     right = [jnp.zeros((n, n), x.dtype) for (_, n), x in zip(sizes, rows, strict=True)]
@@ -69,16 +90,23 @@ def kronecker(
     flat = [x.reshape(-1, x.shape[-1]) for x in rows]
     left = [tree.summed_product(x, x) / x.shape[0] for x in flat]
 
-    def moments(bases: list[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+    def moments(bases: Bases, rank: int) -> tuple[list[jax.Array], list[jax.Array]]:
         turned = [x @ u for x, (u, _) in zip(rows, bases, strict=True)]
+        chosen = groups.group(outputs) if rank > 0 else None
 
-        def squares(columns: list[jax.Array], gradients: list[jax.Array]) -> list[jax.Array]:
-            made = zip(turned, columns, bases, strict=True)
-            return [_squares(x, d @ w) for x, d, (_, w) in made]
+        def squares(total: Any, made: Backward) -> Any:
+            diagonals, largest = total
+            columns = [d @ w for d, (_, w) in zip(made.columns, bases, strict=True)]
+            pairs = list(zip(turned, columns, strict=True))
+            diagonals = tree.add(diagonals, [_squares(x, d) for x, d in pairs])
+            if chosen is not None:
+                signs = functools.reduce(jnp.add, made.signs)
+                sums = [groups.sums(chosen, x, d, signs) for x, d in pairs]
+                largest = groups.merge(largest, sums)
+            return diagonals, largest
 
-        return gather(
-            squares, [jnp.zeros(n, u.dtype) for n, (u, _) in zip(sizes, bases, strict=True)]
-        )
+        found = [jnp.zeros(n, u.dtype) for n, (u, _) in zip(sizes, bases, strict=True)]
+        return gather(squares, (found, tree.stacked_zeros(rank, found)))
 
     found = dict(zip(others, means, strict=True))
     rest = [found.get(i, jnp.zeros((), tree.accumulate(x).dtype)) for i, x in enumerate(leaves)]
@@ -115,21 +143,24 @@ def _linearized(
 def _seeds(
     outputs: Any, weigh: Callable[[Any], Any], num_samples: int | None, key: Key | None
 ) -> tuple[int, Callable[[Any], Any]]:
-    """How many cotangents, and ``k -> cotangent k``: columns of R, or signs times R."""
+    """How many cotangents, and ``k -> (cotangent k, signs)``: columns of R, or signs times R."""
     leaves, treedef = jax.tree.flatten(outputs)
-    roots = [_root(i, leaves, treedef, weigh) for i in range(len(leaves))]  # (..., C, C)
+    symmetric = num_samples is None  # then a column means the same in all examples
+    roots = [_root(i, leaves, treedef, weigh, symmetric) for i in range(len(leaves))]
     ends = np.cumsum([0, *(r.shape[-1] for r in roots)])
     count = int(ends[-1]) if num_samples is None else num_samples
     # Signs make what different examples contribute to a leaf outside the layers uncorrelated.
     keys = jax.random.split(jax.random.key(0) if key is None else key, count)
 
-    def seed(k: Any) -> Any:
-        parts = []
+    def seed(k: Any) -> tuple[Any, list[jax.Array]]:
+        parts, drawn = [], []
         for i, (z, root) in enumerate(zip(leaves, roots, strict=True)):
             key = jax.random.fold_in(keys[k], i)
             if num_samples is None:
                 signs = jax.random.rademacher(key, (*root.shape[:-2], 1), root.dtype)
                 one = jax.nn.one_hot(k - ends[i], root.shape[-1], dtype=root.dtype)
+                each = signs.reshape(signs.shape[0], -1)
+                drawn.append(each[:, 0] * jnp.sum(one) * each.shape[1] ** -0.5)
                 signs = signs * jnp.broadcast_to(one, root.shape[:-1])
             else:
                 signs = jax.random.rademacher(key, root.shape[:-1], root.dtype)
@@ -138,13 +169,15 @@ def _seeds(
         cotangents = [
             tree.placed_like(x.astype(z.dtype), z) for x, z in zip(parts, leaves, strict=True)
         ]
-        return jax.tree.unflatten(treedef, cotangents)
+        return jax.tree.unflatten(treedef, cotangents), drawn
 
     return count, seed
 
 
-def _root(i: int, leaves: list[Any], treedef: Any, weigh: Callable[[Any], Any]) -> jax.Array:
-    """R with ``R R'`` the blocks of the output Hessian in leaf i, without what is negative."""
+def _root(
+    i: int, leaves: list[Any], treedef: Any, weigh: Callable[[Any], Any], symmetric: bool
+) -> jax.Array:
+    """R, (..., C, C), with ``R R'`` the blocks of leaf i's Hessian, without what is negative."""
     z = leaves[i]
     units = z.shape[-1] if z.ndim > 1 else 1
     if units > MAX_UNITS:
@@ -163,7 +196,8 @@ def _root(i: int, leaves: list[Any], treedef: Any, weigh: Callable[[Any], Any]) 
 
     blocks = tree.accumulate(jnp.moveaxis(jax.vmap(column)(jnp.arange(units)), 0, -1))
     values, vectors = jnp.linalg.eigh((blocks + jnp.swapaxes(blocks, -1, -2)) / 2)
-    return vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
+    return root @ jnp.swapaxes(vectors, -1, -2) if symmetric else root
 
 
 def _rows(layer: Layer, x: jax.Array) -> jax.Array:
