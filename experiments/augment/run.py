@@ -192,6 +192,7 @@ def _run(
     rounds = steps // config.every
     spaced = {round(rounds * (i + 1) / config.points) for i in range(config.points)}
     stats: dict[str, Any] = {}
+    best: dict[str, float] = {}
     for k in range(1, rounds + 1):
         for j in range(config.every):
             batch_key = jax.random.fold_in(key, k * config.every + j)
@@ -204,14 +205,21 @@ def _run(
         if k not in spaced:
             continue
         test_loss, test_accuracy = _evaluate(made.measure, params, parts.test)
+        here = {
+            "test_accuracy": test_accuracy,
+            "test_loss": test_loss,
+            "validation_loss": _evaluate(made.measure, params, parts.valid)[0],
+            "train_loss": _evaluate(made.measure, params, part)[0],
+        }
+        # What trains on the validation images cannot be stopped by them: it is taken at its end.
+        if not best or method == "both_parts" or here["validation_loss"] < best["validation_loss"]:
+            best = here
         records.append(
             full,
             k * config.every,
             cost * k,
-            test_accuracy=test_accuracy,
-            test_loss=test_loss,
-            validation_loss=_evaluate(made.measure, params, parts.valid)[0],
-            train_loss=_evaluate(made.measure, params, part)[0],
+            **best,
+            now=here["validation_loss"],
             batch_loss=float(train_loss),
             **{key: float(value) for key, value in stats.items()},
             **_changes(config, hparams, part, parts, params, made),
