@@ -18,7 +18,6 @@ from experiments.common import data, record
 from experiments.solvers import benchmark, config, figure, loops, problem, referee, run
 
 SETTINGS = config.smoke()
-BEFORE = {"covtype": ("f2sa",)}  # solvers of the benchmark that come before our loops
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +224,7 @@ def test_the_referee_drives_solvers_of_the_benchmark(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["quadratic", "ijcnn1", "covtype"])
-def test_which_solvers_come_before_ours_in_the_saved_comparison(name):
+def test_one_of_ours_is_first_in_the_saved_comparison(name):
     """At 1e-4 of the first squared gradient, on every seed; what missed it made all its calls."""
     saved = record.read_json(Path(referee.__file__).parent / "results" / "referee.json")
     calls = {k: v for k, v in saved.items() if k.startswith(f"calls_{name}_")}
@@ -233,7 +232,7 @@ def test_which_solvers_come_before_ours_in_the_saved_comparison(name):
     ours = [v for k, v in calls.items() if referee.MARK not in k and not v["missed_4"]["max"]]
     first = min(ours, key=lambda v: v["to_4"]["max"])["to_4"]["max"]
     assert set(public) == {solver.name for solver in referee.SOLVERS}
-    assert {k for k, v in public.items() if first >= v["to_4"]["min"]} == set(BEFORE.get(name, ()))
+    assert all(first < v["to_4"]["min"] for v in public.values())
 
 
 def test_marks_end_with_the_last_step():
