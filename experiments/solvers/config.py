@@ -8,8 +8,8 @@ METHODS = (
 )  # fmt: skip
 
 # (step size of parameters and adjoint, that of the hyperparameters), found by `tune.py` on seed
-# 100. Where a method's steps decrease, the first one. Those of `f2sa` on ijcnn1 and covtype are
-# guesses as yet.
+# 100. Where a method's steps decrease, the first one. Those of `f2sa` on ijcnn1 and covtype, of
+# `pbgd`, `bome`, and `saba_momentum` on the quadratic are guesses as yet.
 RATES: dict[str, dict[str, tuple[float, float]]] = {
     "quadratic": {
         "soba": (0.1, 0.1), "saba": (0.1, 0.01), "fsla": (0.1, 0.1), "srba": (0.3, 0.1),
@@ -21,7 +21,7 @@ RATES: dict[str, dict[str, tuple[float, float]]] = {
         "soba": (0.3, 100.0), "saba": (0.3, 10.0), "fsla": (30.0, 10.0), "srba": (1.0, 10.0),
         "spaba": (1.0, 1.0), "mrbo": (0.3, 1e4), "stocbio": (0.01, 1e5), "amigo": (0.3, 100.0),
         "f2sa": (0.3, 100.0), "pbgd": (0.3, 10.0), "bome": (0.3, 10.0),
-        "saba_momentum": (0.1, 10.0),
+        "saba_momentum": (0.1, 1.0),
     },
     "covtype": {
         "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.03, 1e4), "srba": (0.01, 1e3),
