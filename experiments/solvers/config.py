@@ -4,26 +4,30 @@ import dataclasses
 
 METHODS = (
     "soba", "saba", "fsla", "srba", "spaba", "mrbo", "stocbio", "amigo", "f2sa", "pbgd", "bome",
+    "saba_momentum",
 )  # fmt: skip
 
 # (step size of parameters and adjoint, that of the hyperparameters), found by `tune.py` on seed
-# 100. Where a method's steps decrease, the first one. Those of `f2sa` on ijcnn1 and covtype are
-# guesses as yet.
+# 100. Where a method's steps decrease, the first one. Those of `f2sa` on ijcnn1 and covtype, of
+# `pbgd`, `bome`, and `saba_momentum` on the quadratic are guesses as yet.
 RATES: dict[str, dict[str, tuple[float, float]]] = {
     "quadratic": {
         "soba": (0.1, 0.1), "saba": (0.1, 0.01), "fsla": (0.1, 0.1), "srba": (0.3, 0.1),
         "spaba": (0.1, 1.0), "mrbo": (1.0, 0.1), "stocbio": (1.0, 0.01), "amigo": (0.3, 0.01),
         "f2sa": (0.1, 0.01), "pbgd": (0.1, 0.01), "bome": (0.1, 0.01),
+        "saba_momentum": (0.03, 0.01),
     },
     "ijcnn1": {
         "soba": (0.3, 100.0), "saba": (0.3, 10.0), "fsla": (30.0, 10.0), "srba": (1.0, 10.0),
         "spaba": (1.0, 1.0), "mrbo": (0.3, 1e4), "stocbio": (0.01, 1e5), "amigo": (0.3, 100.0),
         "f2sa": (0.3, 100.0), "pbgd": (0.3, 10.0), "bome": (0.3, 10.0),
+        "saba_momentum": (0.1, 1.0),
     },
     "covtype": {
         "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.03, 1e4), "srba": (0.01, 1e3),
         "spaba": (0.01, 1e3), "mrbo": (0.03, 1e4), "stocbio": (0.03, 100.0), "amigo": (0.03, 1e3),
         "f2sa": (0.03, 1e3), "pbgd": (0.03, 1e3), "bome": (0.03, 1e3),
+        "saba_momentum": (0.01, 600.0),
     },
 }  # fmt: skip
 
@@ -41,6 +45,7 @@ class Config:
       products: Hessian-vector products of the series of `mrbo` and `stocbio`, and steps of the
         adjoint of `amigo`.
       inner_steps: training steps of `stocbio`, `amigo`, `bome` and (of both its copies) `f2sa`.
+      decay: of the momentum of the parameters and of the adjoint, in `saba_momentum`.
       penalty: that of `pbgd`, and the first of `f2sa`, which grows as the seventh root of the step.
       passes: a full step of `srba` comes every so many passes over the training data.
       timed: seconds of a timing; 0 times nothing.
@@ -54,6 +59,7 @@ class Config:
     points: int = 10
     products: int = 10
     inner_steps: int = 10
+    decay: float = 0.9
     penalty: float = 10.0
     passes: float = 0.5
     timed: float = 0.02

@@ -17,12 +17,14 @@ TITLES = {
 NAMES: dict[str, str] = {
     "soba": "SOBA", "saba": "SABA", "fsla": "FSLA", "srba": "SRBA", "spaba": "SPABA",
     "mrbo": "MRBO", "stocbio": "stocBiO", "amigo": "AmIGO", "f2sa": "F2SA",
-    "pbgd": "PBGD", "bome": "BOME",
+    "pbgd": "PBGD", "bome": "BOME", "saba_momentum": "SABA, momentum",
 }  # fmt: skip
 COLOURS: dict[str, str] = dict(
-    zip(METHODS, (*draw.OTHERS, draw.BROWN, draw.GREY, draw.BLACK), strict=True)
+    zip(METHODS[:-1], (*draw.OTHERS, draw.BROWN, draw.GREY, draw.BLACK), strict=True)
 )
+COLOURS["saba_momentum"] = COLOURS["saba"]
 DASHED = ("mrbo", "stocbio", "amigo", "f2sa", "bome")  # they sum a series or train in between
+DOTTED = ("saba_momentum",)
 
 
 def figures(out: Path) -> list[Path]:
@@ -50,6 +52,10 @@ def _curves(records: list[record.Record], path: Path) -> Path:
     return path
 
 
+def _dashes(method: str) -> str:
+    return "--" if method in DASHED else ":" if method in DOTTED else "-"
+
+
 def _line(axis: Any, chosen: list[record.Record], method: str, x: str) -> None:
     """The median over seeds, and their range."""
     runs: dict[int, list[record.Record]] = {}
@@ -63,7 +69,7 @@ def _line(axis: Any, chosen: list[record.Record], method: str, x: str) -> None:
         [r.cost if x == "cost" else r.metrics["seconds"] for r in run] for run in runs.values()
     ]
     where = np.median(np.array(where), axis=0)
-    style = dict(color=COLOURS[method], linestyle="--" if method in DASHED else "-")
+    style = dict(color=COLOURS[method], linestyle=_dashes(method))
     axis.plot(where, np.median(gradients, axis=0), label=NAMES[method], **style)
     low, high = gradients.min(axis=0), gradients.max(axis=0)
     axis.fill_between(where, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)

@@ -63,13 +63,14 @@ class Hand:
             return (w, lam), t
         if self.method == "mrbo":
             return (w, lam), t, (w, lam), jax.tree.map(jnp.zeros_like, (w, lam))
-        if self.method == "saba":
+        if self.method in ("saba", "saba_momentum"):
             mean = jax.tree.map(jnp.zeros_like, (w, w, lam, w, lam))
             table = tuple(
                 jax.tree.map(lambda x, k=k: jnp.zeros((k, *x.shape), x.dtype), part)
                 for part, k in zip(mean, self._lengths(), strict=True)
             )
-            return point, t, table, mean
+            heavy = (jax.tree.map(jnp.zeros_like, (w, w)),) * (self.method == "saba_momentum")
+            return point, t, table, mean, *heavy
         return point, t
 
     def step(self, state: Any, inner: Any, outer: Any, key: Any) -> Any:
@@ -86,17 +87,14 @@ class Hand:
 
     def saba(self, state: Any, i: Any, j: Any, key: Any) -> Any:
         point, t, table, mean = state
-        new = oracles(self.problem.inner, self.problem.outer, point, at(i[0], 0), j[0])
-        rows = (i[1][0],) * 3 + (j[1],) * 2
-        old = tuple(at(a, row) for a, row in zip(table, rows, strict=True))
-        change = add(-1, old, new)
-        moved = self._moved(point, directions(add(1, change, mean)), t)
-        table = tuple(
-            jax.tree.map(lambda x, y, row=row: x.at[row].set(y), a, b)
-            for a, b, row in zip(table, new, rows, strict=True)
-        )
-        parts = zip(self._lengths(), change, mean, strict=True)
-        return moved, t + 1, table, tuple(add(1 / k, c, a) for k, c, a in parts)
+        d, table, mean = self._from_table(point, table, mean, i, j)
+        return self._moved(point, d, t), t + 1, table, mean
+
+    def saba_momentum(self, state: Any, i: Any, j: Any, key: Any) -> Any:
+        point, t, table, mean, heavy = state
+        d, table, mean = self._from_table(point, table, mean, i, j)
+        heavy = add(self.config.decay, heavy, d[:2])
+        return self._moved(point, (*heavy, d[2]), t), t + 1, table, mean, heavy
 
     def fsla(self, state: Any, i: Any, j: Any, key: Any) -> Any:
         point, t, past, before = state
@@ -181,6 +179,20 @@ class Hand:
         sigma = jnp.maximum(0.5 * square - dot(g, q), 0) / jnp.where(square == 0, 1, square)
         d, (a, b) = add(sigma, q, g), self.rates
         return (add(-a, d[0], y), add(-b, d[1], lam)), t + 1
+
+    def _from_table(self, point: Any, table: Any, mean: Any, i: Any, j: Any) -> Any:
+        """SAGA's directions; the table and its mean with the rows of this step."""
+        new = oracles(self.problem.inner, self.problem.outer, point, at(i[0], 0), j[0])
+        rows = (i[1][0],) * 3 + (j[1],) * 2
+        old = tuple(at(a, row) for a, row in zip(table, rows, strict=True))
+        change = add(-1, old, new)
+        table = tuple(
+            jax.tree.map(lambda x, y, row=row: x.at[row].set(y), a, b)
+            for a, b, row in zip(table, new, rows, strict=True)
+        )
+        parts = zip(self._lengths(), change, mean, strict=True)
+        means = tuple(add(1 / k, c, a) for k, c, a in parts)
+        return directions(add(1, change, mean)), table, means
 
     def _lengths(self) -> tuple[int, ...]:
         n, m = sizes(self.problem)

@@ -16,6 +16,7 @@ from experiments.solvers.problem import Problem, cached, everything
 from experiments.solvers.steps import falling, momentum, period, sizes
 
 IMPLEMENTATIONS = ("bilevel", "jax")
+SABA = ("saba", "saba_momentum")  # they keep tables
 START = (0.1, 0.01)  # step sizes where none were tuned
 
 
@@ -42,8 +43,10 @@ def ours(
     k, t, falls = config.products, config.inner_steps, {"schedule": falling(method)}
     if method == "soba":
         return bilevel.soba(*losses, tx, tx, outer_tx, **falls)
-    if method == "saba":
-        return bilevel.saba(*losses, tx, tx, outer_tx, *sizes(problem))
+    if method in SABA:
+        decay = config.decay if method == "saba_momentum" else None
+        heavy = optax.sgd(rates[0], momentum=decay)
+        return bilevel.saba(*losses, heavy, heavy, outer_tx, *sizes(problem))
     if method == "fsla":
         return bilevel.fsla(*losses, tx, tx, outer_tx, momentum(method), **falls)
     if method == "srba":
@@ -74,7 +77,7 @@ def runner(
     algorithm = ours(method, config, problem, rates)
 
     def step(state: Any, inner: Any, outer: Any, key: Any) -> Any:
-        if method == "saba":
+        if method in SABA:
             inner, outer = bilevel.Indexed(*inner), bilevel.Indexed(*outer)
         if method in ("srba", "spaba"):
             inner, outer = bilevel.Anchored(*inner), bilevel.Anchored(*outer)
@@ -94,7 +97,7 @@ def draw(method: str, config: Config, train: Any, valid: Any, key: Any) -> tuple
     j = jax.random.randint(two, (), 0, batches[1], jnp.int32)
     inner = jax.tree.map(lambda x: x[i], train)
     outer = jax.tree.map(lambda x: x[j], valid)
-    if method == "saba":
+    if method in SABA:
         return (inner, i), (outer, j)
     if method in ("srba", "spaba"):
         return (inner, everything(train)), (outer, everything(valid))
@@ -112,6 +115,7 @@ def cost(method: str, config: Config, problem: Problem) -> float:
     return {
         "soba": one,
         "saba": one,
+        "saba_momentum": one,
         "fsla": 1 + 2 * product + 2,
         "mrbo": 2 * (1 + (k + 1) * product + 1),
         "stocbio": t + (k + 1) * product + 1,

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import bilevel
 from experiments.common import data
 
 Loss = Callable[[Any, Any, Any], jax.Array]
@@ -103,10 +102,14 @@ def _ijcnn1(batch: int) -> Problem:
     def inner(w: Any, lam: Any, batch: Any) -> jax.Array:
         return outer(w, lam, batch) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
 
+    def curvature(w: Any, batch: Any) -> jax.Array:
+        x, _ = batch
+        p = jax.nn.sigmoid(x @ w)
+        return x.T @ (x * (p * (1 - p))[:, None]) / len(x)
+
     features = loaded.train.x.shape[1]
     start = jnp.zeros(features), jnp.full(features, -3.0)
-    by = _by_lbfgs(inner, outer)
-    return _solved(inner, outer, *start, _cut(train, batch), _cut(valid, batch), by)
+    return _solved(inner, outer, *start, _cut(train, batch), _cut(valid, batch), curvature)
 
 
 def _covtype(batch: int) -> Problem:
@@ -126,7 +129,7 @@ def _covtype(batch: int) -> Problem:
     def inner(w: Any, lam: Any, batch: Any) -> jax.Array:
         return outer(w, lam, batch) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
 
-    def hessian(w: Any, lam: Any, batch: Any) -> jax.Array:
+    def curvature(w: Any, batch: Any) -> jax.Array:
         x, _ = batch
         p = jax.nn.softmax(x @ w)
 
@@ -135,85 +138,103 @@ def _covtype(batch: int) -> Problem:
 
         upper = {(a, b): block(a, b) for a in range(7) for b in range(a, 7)}
         rows = [[upper[min(a, b), max(a, b)] for b in range(7)] for a in range(7)]
-        whole = jnp.asarray(rows).transpose(2, 0, 3, 1)  # as parameters lie: features, classes
-        return whole.reshape(w.size, w.size) + jnp.diag(
-            jnp.broadcast_to(jnp.exp(lam), w.shape).ravel()
-        )
+        # As parameters lie: features, then classes.
+        return jnp.asarray(rows).transpose(2, 0, 3, 1).reshape(w.size, w.size)
 
     start = jnp.zeros((loaded.train.x.shape[1] + 1, 7)), jnp.full(7, -3.0)
     train, valid = part(loaded.train), part(loaded.valid)
-    by = _by_newton(inner, outer, hessian)
-    return _solved(inner, outer, *start, _cut(train, batch), _cut(valid, batch), by)
+    return _solved(inner, outer, *start, _cut(train, batch), _cut(valid, batch), curvature)
 
 
-def _by_lbfgs(inner: Loss, outer: Loss) -> Callable[..., Any]:
-    """`(hyperparameters, start, train, valid) -> (gradient, solution)`, by L-BFGS and CG."""
-    cg = bilevel.Implicit(bilevel.CG(rtol=1e-8, max_steps=500), warm_start=False)
+def _by_newton(inner: Loss, outer: Loss, curvature: Callable[..., Any]) -> Callable[..., Any]:
+    """`(hyperparameters, start, its curvature, train, valid) -> (gradient, solution, curvature)`.
 
-    def solved(lam: Any, start: Any, train: Any, valid: Any) -> Any:
-        found = bilevel.minimize(inner, start, lam, train, tol=1e-8, max_steps=2_000).params
-        gradient = bilevel.hypergrad(outer, inner, cg)
-        return gradient(found, lam, inner_batch=train, outer_batch=valid), found
-
-    return solved
-
-
-def _by_newton(inner: Loss, outer: Loss, hessian: Loss) -> Callable[..., Any]:
-    """The same by Newton's method, for a convex loss; a Hessian serves as long as it is good.
-
-    Where the penalty is small L-BFGS takes ten times as long.
+    Newton's method on a convex loss of which `curvature` is the Hessian without the penalty
+    `sum(exp(hyperparameters) * params**2) / 2`. A Hessian costs as much as twenty gradients, so
+    that one serves as long as each step halves the gradient; only its penalty is that of now.
+    Conjugate gradients with the last factor solve for the adjoint.
     """
 
-    def solved(lam: Any, start: Any, train: Any, valid: Any) -> Any:
-        def factor(w: Any) -> Any:
-            return jax.scipy.linalg.cho_factor(hessian(w, lam, train), lower=True)[0]
+    def solved(lam: Any, start: Any, known: Any, train: Any, valid: Any) -> Any:
+        penalty = jnp.diag(jnp.broadcast_to(jnp.exp(lam), start.shape).ravel())
+
+        def factor(known: Any) -> Any:
+            return jax.scipy.linalg.cho_factor(known + penalty, lower=True)[0]
 
         def solve(lower: Any, x: Any) -> Any:
             return jax.scipy.linalg.cho_solve((lower, True), x.ravel()).reshape(x.shape)
 
+        def at(w: Any) -> Any:
+            return jax.value_and_grad(inner)(w, lam, train)
+
         def step(carry: Any) -> Any:
-            w, g, lower, k = carry
-            direction, most = solve(lower, g), inner(w, lam, train) * (1 + 1e-14)
+            w, (value, g), (known, lower), k = carry
+            direction, most = solve(lower, g), value * (1 + 1e-14)
 
-            def too_long(t: Any) -> Any:
-                return (inner(w - t * direction, lam, train) > most) & (t > 1e-6)
+            def shorter(tried: Any) -> Any:
+                t = tried[0] / 2
+                return t, at(w - t * direction)
 
-            t = jax.lax.while_loop(too_long, lambda t: t / 2, 1.0)
+            def too_long(tried: Any) -> Any:
+                return ~(tried[1][0] <= most) & (tried[0] > 1e-6)
+
+            t, new = jax.lax.while_loop(too_long, shorter, (1.0, at(w - direction)))
             w = w - t * direction
-            new = jax.grad(inner)(w, lam, train)
-            slow = (t < 1) | (jnp.linalg.norm(new) > 0.2 * jnp.linalg.norm(g))
-            return w, new, jax.lax.cond(slow, factor, lambda _: lower, w), k + 1
+            slow = (t < 1) | (jnp.linalg.norm(new[1]) > 0.5 * jnp.linalg.norm(g))
+
+            def fresh() -> Any:
+                known = curvature(w, train)
+                return known, factor(known)
+
+            return w, new, jax.lax.cond(slow, fresh, lambda: (known, lower)), k + 1
 
         def going(carry: Any) -> Any:
-            return (jnp.linalg.norm(carry[1]) > 1e-9) & (carry[3] < 100)
+            return (jnp.linalg.norm(carry[1][1]) > 1e-9) & (carry[3] < 200)
 
-        begin = start, jax.grad(inner)(start, lam, train), factor(start), 0
-        w = jax.lax.while_loop(going, step, begin)[0]
+        begin = start, at(start), (known, factor(known)), 0
+        w, _, (known, lower), _ = jax.lax.while_loop(going, step, begin)
         slope, direct = jax.grad(outer, (0, 1))(w, lam, valid)
-        adjoint = solve(factor(w), slope)
+
+        def product(v: Any) -> Any:
+            return jax.jvp(lambda w: jax.grad(inner)(w, lam, train), (w,), (v,))[1]
+
+        adjoint = jax.scipy.sparse.linalg.cg(
+            product, slope, tol=1e-10, maxiter=500, M=functools.partial(solve, lower)
+        )[0]
         cross = jax.grad(lambda lam: jnp.vdot(jax.grad(inner)(w, lam, train), adjoint))(lam)
-        return direct - cross, w
+        return direct - cross, w, known
 
     return solved
 
 
 def _solved(
-    inner: Loss, outer: Loss, params: Any, hparams: Any, train: Any, valid: Any, by: Any
-) -> Problem:
-    """With the gradient of the value function, in float64, of solutions by `by`."""
-    whole, solved = (everything(train), everything(valid)), jax.jit(by)
-    known: list[tuple[np.ndarray, Any]] = []  # the first solution, and the one before
+    inner: Loss, outer: Loss, params: Any, hparams: Any, train: Any, valid: Any,
+    curvature: Callable[..., Any],
+) -> Problem:  # fmt: skip
+    """With the gradient of the value function, in float64, each solution from one before."""
+    whole = everything(train), everything(valid)
+    solved, of = jax.jit(_by_newton(inner, outer, curvature)), jax.jit(curvature)
+    known: list[Any] = []  # the first solution, and the one before
 
     def gradient(lam: Any) -> np.ndarray:
         at = np.asarray(lam, np.float64)
         with jax.enable_x64(True):
-            wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (at, params, *whole))
-            near = min(known, key=lambda one: np.linalg.norm(one[0] - at), default=(at, wide[1]))
-            grads, found = solved(wide[0], near[1], *wide[2:])
-            known[1:] = [(at, found)]
+            data, start = wide(whole), wide(params)
+            if known:
+                near = min(known, key=lambda one: np.linalg.norm(one[0] - at))[1:]
+            else:
+                near = start, of(start, data[0])
+            grads, *found = solved(wide(at), *near, *data)
+            if np.isfinite(found[0]).all():
+                known[1:] = [(at, *found)]
             return np.asarray(grads)
 
     return Problem(inner, outer, params, hparams, train, valid, gradient)
+
+
+def wide(arrays: Any) -> Any:
+    """In float64, where that is enabled."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
 
 
 cached = functools.cache(build)

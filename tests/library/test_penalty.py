@@ -102,6 +102,49 @@ def test_f2sa_takes_the_closed_form_of_its_difference(sigma):
     np.testing.assert_allclose(info.stats["penalty"], sigma)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_step_of_f2sa_written_out(order):
+    rng, x, sigma, rate, steps = np.random.default_rng(3), X, 5.0, 0.2, 3
+    b, start = rng.standard_normal((steps, P)), rng.standard_normal(P)
+
+    def inner(z, x, batch):
+        return Q.inner(z, x, batch) + batch @ z + (batch @ z) ** 2 / 2
+
+    def slopes(z, nu, b):
+        """Of h + nu f in z, and of h and f in x."""
+        h = Q.A @ z + Q.C.T @ x + Q.a + b + b * (b @ z)
+        f = Q.F @ z + Q.K.T @ x + Q.c
+        return h + nu * f, Q.B @ x + Q.C @ z + Q.b, Q.G @ x + Q.K @ z + Q.e
+
+    expected, ends = 0, {}
+    for j, c in {1: {0: -1, 1: 1}, 2: {-1: -0.5, 1: 0.5}}[order].items():
+        z = start
+        for batch in b:
+            z = z - rate * slopes(z, j / sigma, batch)[0]
+        _, h, f = slopes(z, j / sigma, b[-1])
+        expected, ends[j] = expected + c * (sigma * h + j * f), z
+    algorithm = bilevel.f2sa(
+        Q.outer, inner, optax.sgd(rate), optax.sgd(1.0), steps, penalty=sigma, growth=0, order=order
+    )
+    state = algorithm.init(jnp.asarray(start), jnp.asarray(x))
+    new, _ = algorithm.step(state, inner_batches=jnp.asarray(b), outer_batch=())
+    # Three steps in float64.
+    np.testing.assert_allclose(x - np.asarray(new.hparams), expected, rtol=1e-12)
+    for (j, end), y in zip([e for e in ends.items() if e[0]], new.penalized, strict=True):
+        np.testing.assert_allclose(y.params, end, rtol=1e-12, err_msg=str(j))
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_all_copies_of_f2sa_are_trained_in_one_loop(order):
+    # In loops of their own each reads every batch again, and what depends on batches alone is
+    # computed once for each copy.
+    algorithm = bilevel.f2sa(Q.outer, Q.inner, TX, TX, 5, order=order)
+    state = algorithm.init(jnp.zeros(P), jnp.asarray(X))
+    step = jax.make_jaxpr(lambda s, b: algorithm.step(s, inner_batches=b, outer_batch=()))
+    loops = [e for e in step(state, stacked(5)).eqns if e.primitive.name in ("scan", "while")]
+    assert [e.params.get("length") for e in loops] == [5]
+
+
 @pytest.mark.parametrize("order, sigmas", [(1, (1e2, 1e3)), (2, (30, 300)), (3, (30, 300))])
 def test_the_bias_of_f2sa_falls_with_the_penalty_to_its_order(order, sigmas):
     exact, errors = Q.hypergrad(X), []

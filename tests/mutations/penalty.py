@@ -25,10 +25,18 @@ MUTANTS = [
     Mutant(
         "f2sa_penalized_without_the_outer_loss",
         "outer/penalty/loop.py",
-        "            value = value + scale.astype(other.dtype) * other\n",
-        "            value = value + 0 * scale.astype(other.dtype) * other\n",
+        "            return value + scale.astype(other.dtype) * other, new\n",
+        "            return value + 0 * scale.astype(other.dtype) * other, new\n",
         "both copies minimize the inner loss, and their difference is noise",
         (DIFFERENCE,),
+    ),
+    Mutant(
+        "f2sa_reads_its_first_batch_only",
+        "outer/penalty/loop.py",
+        "            batch = select_batch(batches, index)\n",
+        "            batch = select_batch(batches, 0 * index)\n",
+        "all training steps see one batch",
+        ("test_penalty.py::test_a_step_of_f2sa_written_out",),
     ),
     Mutant(
         "f2sa_grows_as_the_benchmark",

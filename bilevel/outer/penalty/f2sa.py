@@ -121,11 +121,10 @@ def f2sa(
     ) -> Move:
         hparams = state.hparams
         nu = 1 / penalty_at(penalty, growth, state.step, state.params)
-        trained, inner_value = run.train(state.trained, hparams, batches)
-        penalized = tuple(
-            run.train_penalized(y, j * nu, hparams, batches, outer_batch)
-            for j, y in zip(offsets, state.penalized, strict=True)
-        )
+        trained, penalized, inner_value = run.train_together(
+            state.trained, state.penalized, tuple(j * nu for j in offsets), hparams, batches,
+            outer_batch,
+        )  # fmt: skip
         nodes = [
             (j, weights[j], both_node(run.problem, y, hparams, batch, outer_batch))
             for j, y in zip(offsets, penalized, strict=True)

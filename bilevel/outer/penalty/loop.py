@@ -2,6 +2,7 @@ r"""What penalty methods share: two copies of the parameters, their training, th
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from jax import Array
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Batch, Hparams, Key, Loss, ModelState, Params, Scalar, Stats
-from bilevel.ground.batches import check_stack, select_batch
+from bilevel.ground.batches import check_stack, one_batch, select_batch
 from bilevel.ground.cost import Cost
-from bilevel.ground.loops import keep_types, strong_types
+from bilevel.ground.loops import keep_types, must_unroll, strong_types
 from bilevel.ground.settings import (
     check_count,
     check_flag,
@@ -20,7 +21,7 @@ from bilevel.ground.settings import (
     check_takes,
     is_function,
 )
-from bilevel.inner.descend import InnerState, descend
+from bilevel.inner.descend import InnerState, StepInfo, descend, run_steps, take_step
 from bilevel.inner.optimizer import check_fixed_tx, check_tx
 from bilevel.outer.base import KEEP, Info, check_model_state, check_state, own
 from bilevel.outer.frozen import Part, trained_leaves
@@ -186,29 +187,46 @@ class Penalty:
         )
         return after, info.loss[-1]
 
-    def train_penalized(
-        self, start: InnerState, scale: Scalar, hparams: Hparams, batches: Batch, outer_batch: Batch
-    ) -> InnerState:
-        r"""``inner_steps`` steps on :math:`h + sf`."""
+    def train_together(
+        self,
+        trained: InnerState,
+        penalized: tuple[InnerState, ...],
+        scales: tuple[Scalar, ...],
+        hparams: Hparams,
+        batches: Batch,
+        outer_batch: Batch,
+    ) -> tuple[InnerState, tuple[InnerState, ...], Scalar]:
+        r"""As :meth:`train`, beside as many steps of each penalized copy on :math:`h + sf`.
+
+        In one loop, so that what depends on a batch alone is computed once for all copies.
+        """
         problem = self.problem
 
-        def loss(w: Params, lam: Hparams, batch: Batch, *model_state: ModelState) -> Any:
-            given = model_state[0] if model_state else None
-            value, new = problem.inner_loss_and_state(w, lam, batch, given)
-            other, _ = problem.at(given).outer_loss(w, lam, outer_batch)
-            value = value + scale.astype(other.dtype) * other
-            return (value, new) if model_state else value
+        def mixed(scale: Scalar, batch: Batch, w: Params, model_state: ModelState) -> Any:
+            value, new = problem.inner_loss_and_state(w, hparams, batch, model_state)
+            other, _ = problem.at(model_state).outer_loss(w, hparams, outer_batch)
+            return value + scale.astype(other.dtype) * other, new
 
-        mixed = dataclasses.replace(problem, inner=loss)
-        return descend(
-            mixed,
-            self.penalized_tx,
-            start,
-            hparams,
-            batches,
-            steps=self.inner_steps,
-            unroll=self.unroll,
-        )[0]
+        def step(states: tuple[InnerState, ...], index: Array) -> tuple[Any, StepInfo]:
+            batch = select_batch(batches, index)
+            given = {"hparams": hparams, "batch": batch}
+
+            def plain(w: Params, model_state: ModelState) -> Any:
+                return problem.inner_loss_and_state(w, hparams, batch, model_state)
+
+            first, info = take_step(plain, self.inner_tx, states[0], given=given)
+            rest = (
+                take_step(partial(mixed, s, batch), self.penalized_tx, y, given=given)[0]
+                for s, y in zip(scales, states[1:], strict=True)
+            )
+            return (first, *rest), info
+
+        unroll = self.unroll
+        if unroll is None:
+            read = scales[0], one_batch(batches), trained.params, trained.model_state
+            unroll = must_unroll(mixed, *read)
+        states, info = run_steps(step, (trained, *penalized), 0, self.inner_steps, unroll=unroll)
+        return states[0], states[1:], info.loss[-1]
 
     def part(self, params: Params) -> Part:
         """The leaves of ``params`` that training moves."""
