@@ -37,14 +37,15 @@ def figures(out: Path) -> list[Path]:
 def _effects(axes: Any, records: list[record.Record], rows: Any, metric: str) -> None:
     """How a measure changes, in per cent, in each set and for each kind of decays."""
     for arm, shift in (("none", 0.16), ("chosen", -0.16)):
-        told = [
-            expected.paired(records, metric, f"{name}_{g}_{arm}", f"{name}_one", ratio=True)
-            for name, g in rows
-        ]
+        at = [k for k, (_, g) in enumerate(rows) if g != TENSOR or arm == "none"]
+        told = []
+        for name, g in (rows[k] for k in at):
+            method = f"{name}_{g}" if g == TENSOR else f"{name}_{g}_{arm}"
+            told.append(expected.paired(records, metric, method, f"{name}_one", ratio=True))
         middles = np.array([100 * (t["mean"] - 1) for t in told])
         ends = [[100 * (t["mean"] - t["low"]), 100 * (t["high"] - t["mean"])] for t in told]
         axes.errorbar(
-            middles, np.arange(len(rows)) + shift, xerr=np.array(ends).T, fmt="o", markersize=5,
+            middles, np.array(at) + shift, xerr=np.array(ends).T, fmt="o", markersize=5,
             color=SHADES[arm], elinewidth=2, label=WORDS[arm],
         )  # fmt: skip
     axes.axvline(0, color=draw.BLACK, linewidth=1)

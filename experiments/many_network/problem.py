@@ -94,26 +94,29 @@ def train(params: Params, lam: Params, rows: Any, config: Config) -> Params:
 
 
 def tune(
-    params: Params, start: jax.Array, place: Any, prior: HyperPrior, parts: Any, config: Config
+    params: Params, start: jax.Array, place: Any, prior: HyperPrior, folds: Any, config: Config
 ) -> jax.Array:
-    """Log decays by hypergradients of the loss on validation images, from ``start``.
+    """Log decays by hypergradients of the cross-validated loss, from ``start``.
 
-    ``params`` are trained already, and train on while the decays move.
+    One network per fold, along the leading axis of ``params`` and of both parts of ``folds``. They
+    are trained already, and train on while the decays move.
     """
-    rows, valid = parts
+    rows, valid = folds
 
-    # The batch is the same in every step: the losses close over it, and are given none.
+    # The images are the same in every step: the losses close over them, and are given none.
     def logits(params: Params, moved: Any, _: Any) -> jax.Array:
-        return outputs(params, rows[0])
+        return jax.vmap(outputs)(params, rows[0])
 
     def cross_entropy(logits: jax.Array, moved: Any, _: Any) -> jax.Array:
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, rows[1]))
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, rows[1])
+        return jnp.sum(jnp.mean(each, 1))
 
     def penalized(params: Params, moved: Any) -> jax.Array:
-        return penalty(params, spread_out(prior.hparams(moved), place))
+        decays = spread_out(prior.hparams(moved), place)
+        return jnp.sum(jax.vmap(penalty, (0, None))(params, decays))
 
     def outer(params: Params, lam: jax.Array, _: Any) -> jax.Array:
-        return jnp.mean(losses(params, valid))
+        return jnp.mean(jax.vmap(losses)(params, valid))
 
     operator = bilevel.GaussNewton(logits, cross_entropy, config.damping, penalized)
     algorithm = bilevel.alternate(
@@ -121,7 +124,7 @@ def tune(
         operator.loss,
         bilevel.Implicit(bilevel.CG(max_steps=config.products), operator, certify=False),
         inner_tx=optax.adam(
-            optax.cosine_decay_schedule(config.inner_rate, config.rounds * config.inner_steps)
+            optax.cosine_decay_schedule(config.tuning_rate, config.rounds * config.inner_steps)
         ),
         outer_tx=optax.adam(optax.cosine_decay_schedule(config.rate, config.rounds)),
         inner_steps=config.inner_steps,

@@ -54,17 +54,21 @@ def strength(spread: float, count: int) -> float:
 
 
 class Splits:
-    """Indices: in each split of the images one part tests, one validates and the rest train."""
+    """Indices: in each split one part of the images is guarded, and the others make folds."""
 
-    def __init__(self, count: int, parts: int, seed: int):
+    def __init__(self, count: int, config: Config, seed: int):
+        parts, folds = config.splits, config.folds
         # Parts of one size, so that all splits are one `vmap`; a few images are left over.
-        order = np.random.default_rng(seed).permutation(count)[: count // parts * parts]
-        part = order.reshape(parts, -1)
-        at = [np.roll(np.arange(parts), -k) for k in range(parts)]
-        self.guard = part
-        self.valid = np.stack([part[k[1]] for k in at])
-        self.train = np.stack([np.concatenate(part[k[2:]]) for k in at])
-        self.both = np.concatenate([self.valid, self.train], 1)
+        size = count // parts
+        while size * (parts - 1) % folds:
+            size -= 1
+        order = np.random.default_rng(seed).permutation(count)[: size * parts]
+        self.guard = order.reshape(parts, size)
+        self.others = np.stack([np.delete(self.guard, k, 0).ravel() for k in range(parts)])
+        self.valid = self.others.reshape(parts, folds, -1)
+        self.train = np.stack(
+            [np.delete(self.valid, k, 1).reshape(parts, -1) for k in range(folds)], 1
+        )
 
 
 @functools.cache
@@ -81,24 +85,30 @@ def _fit(config: Config, inputs: int) -> Any:
 
 @functools.cache
 def _tuner(config: Config, inputs: int) -> Any:
-    """`(keys, start, places, strengths, parts) -> log decays`, of all strengths and splits.
+    """`(keys, start, places, strengths, folds) -> log decays`, of all strengths and splits.
 
     One program for decays per feature, unit and weight: as many as there are weights, some unused.
     """
 
     @jax.jit
-    def tune(keys: jax.Array, start: jax.Array, place: Any, strengths: Any, parts: Any) -> Any:
-        def of_split(key: jax.Array, parts: Any) -> Any:
-            params = problem.initial(key, inputs, config.hidden)
-            params = problem.train(params, problem.spread_out(start, place), parts[0], config)
+    def tune(keys: jax.Array, start: jax.Array, place: Any, strengths: Any, folds: Any) -> Any:
+        decays = problem.spread_out(start, place)
+
+        def of_split(keys: jax.Array, folds: Any) -> Any:
+            def trained(key: jax.Array, rows: Rows) -> Any:
+                return problem.train(
+                    problem.initial(key, inputs, config.hidden), decays, rows, config
+                )
+
+            params = jax.vmap(trained)(keys, folds[0])
 
             def of_strength(strength: jax.Array) -> Any:
                 prior = HyperPrior(start, strength, "all")
-                return problem.tune(params, start, place, prior, parts, config)
+                return problem.tune(params, start, place, prior, folds, config)
 
             return jax.vmap(of_strength)(strengths)
 
-        return jax.vmap(of_split, out_axes=1)(keys, parts)
+        return jax.vmap(of_split, out_axes=1)(keys, folds)
 
     return tune
 
@@ -111,8 +121,10 @@ class Draw:
         self.config, self.records = config, records
         self.count, self.inputs = fitted[0].shape
         self.seed = records.seed
-        self.splits = Splits(self.count, config.splits, self.seed)
-        self.used = 1 - 2 / config.splits  # share of the images that train while decays move
+        self.splits = Splits(self.count, config, self.seed)
+        # Shares of the images that train: beside guarded ones, and beside a fold of the rest.
+        self.outer = 1 - 1 / config.splits
+        self.inner = self.outer * (1 - 1 / config.folds)
 
     def measure(self) -> None:
         """Every arm, one record each."""
@@ -125,53 +137,60 @@ class Draw:
         both = searched + self.searches(c.repeats * c.points_beside)
         self.judge("one", self.shared(again), TENSOR, both, decay=again)
         spreads = (*c.spreads, math.inf)
-        tuned = searched + self.tunings(1)
-        # Of four decays the strength is no question.
-        lam = self.tune(TENSOR, first, spreads)
-        self.judge(TENSOR, self.averaged(lam[-1]), TENSOR, tuned)
-        for granularity in problem.GRANULARITY:
-            lam = self.tune(granularity, first, spreads)
-            for mine, spread in zip(lam, spreads, strict=True):
-                arm = f"{granularity}_{name_of(spread)}"
-                self.judge(arm, self.averaged(mine), granularity, tuned)
-            self.choose(granularity, first, lam, searched)
+        shared = self.held_out(self.in_splits(first), TENSOR, self.splits, OTHER)
+        for granularity in (TENSOR, *problem.GRANULARITY):
+            tuned = self.tune(granularity, first, spreads)
+            # Of four decays the strength is no question.
+            tuned = tuned[-1:] if granularity == TENSOR else tuned
+            levelled = [self.level(granularity, lam) for lam in tuned]
+            cost = searched + self.tunings(1) + self.searches(len(c.levels))
+            for (lam, _), spread in zip(levelled, spreads[-len(tuned) :], strict=True):
+                arm = TENSOR if granularity == TENSOR else f"{granularity}_{name_of(spread)}"
+                self.judge(arm, lam, granularity, cost)
+            if granularity != TENSOR:
+                cost = searched + self.choosing()
+                self.choose(granularity, (self.shared(first), shared), levelled[:-1], cost)
 
-    def choose(self, granularity: str, first: float, lam: Any, searched: float) -> None:
-        """The strength, or sharing, by images that neither trained nor validated."""
-        spreads = self.config.spreads
-        of = {strength(s, self.count): k for k, s in enumerate(spreads)}
-        whole = {tuple(index.tolist()): k for k, index in enumerate(self.splits.both)}
-        held: dict[float, np.ndarray] = {}
+    def level(self, granularity: str, lam: jax.Array) -> tuple[jax.Array, np.ndarray]:
+        """Log decays for networks of all images, and the losses of guarded images with them.
 
-        def tune(prior: HyperPrior, train: np.ndarray) -> Any:
-            # The networks of all splits are trained at once; the first split that asks pays.
-            if prior.strength not in held:
-                if math.isinf(prior.strength):
-                    found = self.in_splits(first)
-                else:
-                    shift = math.log(self.used / (1 - 1 / self.config.splits))
-                    found = lam[of[prior.strength]] + shift
-                # Other networks than those beside which the decays were tuned.
-                held[prior.strength] = self.held_out(found, granularity, self.splits, OTHER)
-            return held[prior.strength][whole[tuple(train.tolist())]]
+        Beside networks in training hypergradients find what differs between the decays, but less
+        well how strong all of them should be: that is one number, and searched.
+        """
+        shift = math.log(self.inner / self.outer)
+        # Other networks than those beside which the decays were tuned.
+        each = [
+            self.held_out(lam + shift + level, granularity, self.splits, OTHER)
+            for level in self.config.levels
+        ]
+        best = int(np.argmin([np.mean(losses) for losses in each]))
+        whole = jnp.mean(lam, 0) + math.log(self.inner) + self.config.levels[best]
+        return whole, each[best]
 
+    def choose(self, granularity: str, shared: Any, many: Any, cost: float) -> None:
+        """The strength, or sharing, by images that neither trained nor validated.
+
+        ``shared`` and ``many``: log decays, and losses of the guarded images of each split.
+        """
+        spreads = (0.0, *self.config.spreads)
+        strengths = [math.inf, *(strength(s, self.count) for s in self.config.spreads)]
+        candidates = dict(zip(strengths, (shared, *many), strict=True))
+        split = {tuple(index.tolist()): k for k, index in enumerate(self.splits.others)}
         choice = choose_strength(
-            HyperPrior(jnp.zeros(1), 1.0, "all"), tune, lambda losses, _: losses,
-            list(zip(self.splits.both, self.splits.guard, strict=True)),
-            strengths=(*of, math.inf), rule="clearly_better", errors=self.config.errors,
+            HyperPrior(jnp.zeros(1), 1.0, "all"),
+            lambda prior, train: candidates[prior.strength][1][split[tuple(train.tolist())]],
+            lambda losses, _: losses,
+            list(zip(self.splits.others, self.splits.guard, strict=True)),
+            strengths=strengths, rule="clearly_better", errors=self.config.errors,
         )  # fmt: skip
         told = {"gains": choice.gains.tolist(), "gain_errors": choice.gain_errors.tolist()}
-        if math.isinf(choice.strength):
-            found, told["spread"] = self.shared(first), 0.0
-        else:
-            k = of[choice.strength]
-            found, told["spread"] = self.averaged(lam[k]), spreads[k]
-        cost = searched + self.tunings(len(spreads)) + self.searches(1 + len(spreads))
+        told["spread"] = spreads[strengths.index(choice.strength)]
+        found = candidates[choice.strength][0]
         self.judge(f"{granularity}_chosen", found, granularity, cost, **told)
 
     def search(self, values: np.ndarray, repeats: Any) -> float:
         """The log decay with the lowest cross-validated loss, for networks of all images."""
-        cuts = {r: Splits(self.count, self.config.splits, self.seed + 1000 * r) for r in repeats}
+        cuts = {r: Splits(self.count, self.config, self.seed + 1000 * r) for r in repeats}
 
         def cross_validated(value: float) -> float:
             each = [self.held_out(self.in_splits(value), TENSOR, s, r) for r, s in cuts.items()]
@@ -182,17 +201,19 @@ class Draw:
     def tune(self, granularity: str, first: float, spreads: Any) -> jax.Array:
         """Log decays of each spread and split, for the images that train there."""
         strengths = jnp.asarray([strength(s, self.count) for s in spreads])
-        parts = self.at(self.splits.train), self.at(self.splits.valid)
-        start = self.shared(first - math.log(self.used))
+        folds = self.at(self.splits.train), self.at(self.splits.valid)
+        start = self.shared(first - math.log(self.inner))
         tuner = _tuner(self.config, self.inputs)
-        return tuner(self.keys(0), start, self.places(granularity), strengths, parts)
+        keys = jax.random.split(self.key(0), self.splits.train.shape[:2])
+        return tuner(keys, start, self.places(granularity), strengths, folds)
 
     def held_out(self, lam: Any, granularity: str, splits: Splits, repeat: int) -> np.ndarray:
         """Losses of the guarded images of each split, by networks trained on all others."""
         place = self.places(granularity)
         decays = jax.vmap(lambda one: problem.spread_out(one, place))(lam)
-        parts = self.at(splits.both), self.at(splits.guard)
-        losses, _ = _fit(self.config, self.inputs)[0](self.keys(repeat), decays, *parts)
+        parts = self.at(splits.others), self.at(splits.guard)
+        keys = jax.random.split(self.key(repeat), len(lam))
+        losses, _ = _fit(self.config, self.inputs)[0](keys, decays, *parts)
         return np.asarray(losses)
 
     def judge(self, arm: str, lam: Any, granularity: str, cost: float, **told: Any) -> None:
@@ -206,12 +227,12 @@ class Draw:
 
     def in_splits(self, value: float) -> jax.Array:
         """A shared log decay of all images, as the fewer images of a split need it."""
-        fewer = value - math.log(1 - 1 / self.config.splits)
+        fewer = value - math.log(self.outer)
         return jnp.stack([self.shared(fewer)] * self.config.splits)
 
     def averaged(self, lam: jax.Array) -> jax.Array:
         """The mean over the splits, for networks of all images."""
-        return jnp.mean(lam, 0) + math.log(self.used)
+        return jnp.mean(lam, 0) + math.log(self.inner)
 
     def shared(self, value: float) -> jax.Array:
         """The same log decay for all weights."""
@@ -226,22 +247,26 @@ class Draw:
         """Some of the images."""
         return self.fitted[0][index], self.fitted[1][index]
 
-    def keys(self, repeat: int) -> jax.Array:
-        """Of the networks of the splits: the same for all."""
-        key = jax.random.key(self.seed + 1000 * repeat)
-        return jnp.stack([key] * self.config.splits)
+    def key(self, repeat: int) -> jax.Array:
+        """Networks of one repeat begin from these random numbers."""
+        return jax.random.key(self.seed + 1000 * repeat)
 
     def searches(self, points: int) -> float:
         """Cost of trainings in every split, in gradients of all images."""
-        return points * (self.config.splits - 1) * self.config.steps
+        return points * self.config.splits * self.outer * self.config.steps
+
+    def choosing(self) -> float:
+        """Cost of all candidates, sharing among them, likewise."""
+        spreads, levels = len(self.config.spreads), len(self.config.levels)
+        return self.tunings(spreads) + self.searches(1 + spreads * levels)
 
     def tunings(self, strengths: int) -> float:
-        """Cost of hypergradients in every split, likewise."""
+        """Cost of hypergradients in every split and fold, likewise."""
         c = self.config
-        outer = budget.weight(1, c.splits - 2)
+        outer = budget.weight(1, c.folds - 1)
         each = budget.training(c.inner_steps).plus(budget.implicit_hypergradient(c.products, outer))
         steps = c.steps + strengths * c.rounds * each.total
-        return c.splits * self.used * steps
+        return c.splits * c.folds * self.inner * steps
 
 
 def summary(records: list[record.Record]) -> dict[str, Any]:
