@@ -38,7 +38,9 @@ def test_it_runs_and_falls_back_to_one_decay(tmp_path):
 
 def test_the_one_decay_is_searched_at_the_cost_of_all_the_rest():
     c = config.cpu()
-    draw = run.Draw("digits", (np.zeros((50, 4)), np.zeros(50)), (), c, record.Records(Path(), 0))
+    draw = run.Draw(
+        "digits", (np.zeros((50, 4)), np.zeros(50)), ((), ()), c, record.Records(Path(), 0)
+    )
     assert draw.searches(c.repeats * c.points_beside) >= draw.choosing()
 
 
