@@ -32,7 +32,7 @@ class Config:
       fresh: networks that are trained anew, to judge what was found.
     """
 
-    sets: tuple[tuple[str, int, int], ...] = (("digits", 300, 10), ("fashion_mnist", 1000, 3))
+    sets: tuple[tuple[str, int, int], ...] = (("digits", 300, 10), ("fashion_mnist", 1000, 5))
     test: int = 10_000
     hidden: int = 32
     steps: int = 300
