@@ -30,9 +30,7 @@ def figures(out: Path) -> list[Path]:
         cells[1].set_yticklabels([])
         handles = cells[0].get_legend_handles_labels()
         drawn.legend(*handles, loc="outside lower center", ncols=2)
-        drawn.suptitle(
-            "Many decays of a network need a prior: change of the mean over draws, 95 % interval"
-        )
+        drawn.suptitle("Many decays of a network need a prior: mean over draws, 95 % interval")
     return [path]
 
 

@@ -86,7 +86,7 @@ def _training(records: list[record.Record], path: Path) -> Path:
                 xlabel="training steps (% of all)",
                 yscale="log",
             )
-            panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            panel.legend(fontsize="small", frameon=True, framealpha=0.85)
         for panel in np.reshape(axes, (-1, 2))[:, 0]:
             panel.set_ylabel("training loss, mean over inputs")
     return path
