@@ -77,7 +77,7 @@ def _accuracy(records: list[record.Record], sets: list[str], path: Path) -> Path
         for column, name in enumerate(sets):
             top, bottom = axes[:, column]
             _bars(top, records, name, NAMES)
-            top.set(title=SETS[name], xlabel="test accuracy at the end, % (dots: single seeds)")
+            top.set(title=SETS[name], xlabel="test accuracy, % (dots: single seeds)")
             for method, (text, shade) in NAMES.items():
                 chosen = [r for r in records if r.method == f"{name}_{method}"]
                 steps = sorted({r.step for r in chosen})
