@@ -63,7 +63,7 @@ def test_costs_are_those_that_the_loops_count():
         @jax.jit
         def step(state, key, method=method, algorithm=algorithm):
             inner, outer = loops.draw(method, SETTINGS, made.train, made.valid, key)
-            if method == "saba":
+            if method in loops.SABA:
                 inner, outer = bilevel.Indexed(*inner), bilevel.Indexed(*outer)
             if method in ("srba", "spaba"):
                 inner, outer = bilevel.Anchored(*inner), bilevel.Anchored(*outer)
