@@ -61,17 +61,18 @@ def test_the_truth_of_hoag_has_the_derivative_of_its_value_and_a_bound_that_hold
 
 
 def test_costs_until_near_are_compared_seed_by_seed():
-    def run(method, seed, *losses):
+    def run(method, seed, *losses, spent=None):
         return [
             record.Record(seed, f"a9a_{method}", k, 100.0 * (k + 1), {
-                "validation_loss": loss, "products": 10.0 * k})
+                "validation_loss": loss, "products": 10.0 * k,
+                "spent": spent or 100.0 * (k + 1)})
             for k, loss in enumerate(losses)
         ]  # fmt: skip
 
     told = hoag_run.summary(
         [
             *run("exact", 0, 0.5, 0.4, 0.3), *run("exponential", 0, 0.3001),
-            *run("exact", 1, 0.5, 0.2), *run("exponential", 1, 0.4, 0.3),
+            *run("exact", 1, 0.5, 0.2), *run("exponential", 1, 0.4, 0.3, spent=2000.0),
         ]
     )  # fmt: skip
     ratios = told["near_a9a_exponential"]

@@ -19,10 +19,6 @@ from bilevel.ground import tree
 
 GROUPS = 10
 """Groups of examples, of equal size. More of them hold more of M, and are merged to few vectors."""
-NEEDS_BATCH = (
-    "`EKFAC(rank=...)` groups the examples, which must be the first axis of the outputs and of "
-    "every layer's inputs (or set `rank=0`)"
-)
 
 
 class Groups(NamedTuple):
@@ -49,7 +45,10 @@ def group(outputs: Any) -> Groups:
     n = leaves[0].shape[0]
     if any(x.shape[0] != n for x in leaves):
         shapes = [x.shape for x in leaves]
-        raise ValueError(f"{NEEDS_BATCH}, but this model's outputs have shapes {shapes}.")
+        raise ValueError(
+            "`EKFAC` with a `rank` groups the examples, which must be the first axis of the "
+            f"outputs: this model's have shapes {shapes}. Put the batch first, or set `rank=0`."
+        )
     z = jnp.concatenate([x.reshape(n, -1) for x in leaves], -1)
     order = jnp.lexsort((jnp.max(z, -1), jnp.argmax(z, -1)))
     count = min(GROUPS, n)
@@ -67,7 +66,9 @@ def sums(groups: Groups, x: jax.Array, d: jax.Array, signs: jax.Array) -> jax.Ar
     """
     if x.shape[0] != groups.size:
         raise ValueError(
-            f"{NEEDS_BATCH}, {groups.size} in the outputs, but a layer has {x.shape[0]} rows."
+            "`EKFAC` with a `rank` groups the examples, which must be the first axis of every "
+            f"layer's inputs: there are {groups.size} in the outputs, but a layer has "
+            f"{x.shape[0]} rows. Put the batch first, or set `rank=0`."
         )
 
     def take(v: jax.Array) -> jax.Array:
