@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bilevel.ground import tree
 from bilevel.ground.aliases import Key, MatVec, Vector
-from bilevel.ground.factor import solve
+from bilevel.ground.factor import cholesky
 from bilevel.ground.keys import require_key
 from bilevel.ground.linear_map import Kronecker, LinearMap
 from bilevel.ground.settings import check_settings, count, real
@@ -208,7 +208,8 @@ def _blocks(
     rank = largest[0].shape[0] if largest else 0
     if rank > 0:
         parts = [contract(b / s[None], b) for b, s in zip(largest, diagonals, strict=True)]
-        system = functools.reduce(jnp.add, parts, jnp.eye(rank, dtype=parts[0].dtype))
+        # Factored here, once, and not in every step of CG.
+        factor = cholesky(functools.reduce(jnp.add, parts, jnp.eye(rank, dtype=parts[0].dtype)))
 
     def blocks(matrices: list[jax.Array]) -> list[jax.Array]:
         made = []
@@ -217,7 +218,8 @@ def _blocks(
         if rank > 0:
             both = zip(largest, made, strict=True)
             seen = [jnp.tensordot(b, v.astype(b.dtype), 2) for b, v in both]
-            inner = solve(system, functools.reduce(jnp.add, seen))
+            total = functools.reduce(jnp.add, seen)
+            inner = jax.scipy.linalg.cho_solve((factor, True), total)
             lifts = zip(made, largest, diagonals, strict=True)
             made = [v - (jnp.tensordot(inner, b, 1) / s).astype(v.dtype) for v, b, s in lifts]
         turns = zip(made, bases, strict=True)
