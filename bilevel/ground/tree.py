@@ -224,6 +224,12 @@ def summed_product(x: jax.Array, y: jax.Array) -> jax.Array:
     )
 
 
+def placed_along(x: jax.Array, like: Any) -> jax.Array:
+    """``x`` divided as the leading axes of ``like`` are, which an explicit mesh may divide."""
+    spec = explicit_spec(like)
+    return x if spec is None else jax.reshard(x, PartitionSpec(*tuple(spec)[: x.ndim]))
+
+
 def placed_like(x: jax.Array, like: Any) -> jax.Array:
     """``x`` divided as ``like`` where an explicit mesh divides that: types must agree there."""
     spec = explicit_spec(like)

@@ -93,6 +93,8 @@ class _Source:
         self._function: Callable[[int], Batch] = lambda step: constant
 
     def __call__(self, step: int) -> Batch:
+        if self.constant is not None and self._form is not None:
+            return self.constant
         try:
             batch = self._function(step)
         except StopIteration as error:
@@ -122,7 +124,14 @@ class _Source:
 
     def _check_form(self, batch: Batch, step: int) -> None:
         leaves, structure = jax.tree.flatten(batch)
-        form = structure, [(_dtype(x), np.ndim(x)) for x in leaves]
+        # Asked in every step, and `result_type` of an array takes longer than all else here.
+        form = (
+            structure,
+            [
+                (x.dtype, x.ndim) if isinstance(x, jax.Array) else (_dtype(x), np.ndim(x))
+                for x in leaves
+            ],
+        )
         if self._form is not None and form == self._form:
             return
         if batch is None and self._form is None:

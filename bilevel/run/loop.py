@@ -13,7 +13,8 @@ from bilevel.run import arguments
 from bilevel.run.best import Measured, keep_best_jitted, no_best, point_of_jitted
 from bilevel.run.checkpoint import Checkpoints
 from bilevel.run.data import Data
-from bilevel.run.processes import placed, several
+from bilevel.run.packed import Packed, unpack
+from bilevel.run.processes import on_host, placed, several
 from bilevel.run.record import Record
 from bilevel.run.report import Report
 from bilevel.run.step import Carry, check_step, compiled_step, stays_finite
@@ -128,24 +129,23 @@ class Run:
             self.carry, numbers, before = advance(self.carry, batches, options.key, i, hold)
             done = i + 1
             last = done == options.steps
-            evaluated = None
-            if options.evaluate is not None:
-                if last or done % options.evaluate_every == 0:
-                    evaluated = self._evaluate(i, numbers, before)
-                # `best` itself is donated to the next step.
-                numbers["mark_step"] = jnp.copy(self.carry.best.mark_step)
-            report.push(i, numbers, evaluated)
+            evaluated, mark = None, None
+            if options.evaluate is not None and (last or done % options.evaluate_every == 0):
+                evaluated = self._evaluate(i, numbers, before)
+                mark = int(self.carry.best.mark_step)
+            report.push(i, numbers, evaluated, mark)
             save_now = self.checkpoints is not None and done % options.checkpoint_every == 0
             report.settle(0 if last or save_now or report.must_wait(i) else 1)
             if save_now and report.stopped != "nonfinite":
                 self._save()
             check_interrupt()
 
-    def _evaluate(self, i: int, numbers: Any, hparams: Hparams) -> float | None:
+    def _evaluate(self, i: int, packed: Packed, hparams: Hparams) -> float | None:
         """``evaluate`` at the point of step ``i``, unless that step was dropped."""
         options = self.options
         state, best, halted = self.carry
-        if bool(halted) or not all(bool(fine) for fine in numbers["finite"].values()):
+        finite = unpack(on_host(packed.data), packed.layout)["finite"]
+        if bool(halted) or not all(finite.values()):
             return None
         point = point_of_jitted(options.alg, state, hparams)
         try:

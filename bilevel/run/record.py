@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bilevel.ground.aliases import Hparams
 from bilevel.ground.status import Status
@@ -35,7 +34,7 @@ def numbers_of(info: Any, hparams: Hparams) -> dict[str, Any]:
     if hasattr(info, "cost"):
         numbers["cost"] = info.cost.total
     for path, leaf in named_leaves(getattr(info, "aux", None), "").items():
-        if jnp.shape(leaf) == ():
+        if jnp.shape(leaf) == () and not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             numbers[f"aux/{path}".rstrip("/")] = leaf
     numbers["hparams"] = {}
     for path, leaf in named_leaves(hparams, "hparams").items():
@@ -71,17 +70,11 @@ def _median(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 def record_of(
     step: int, numbers: dict[str, Any], evaluated: float | None, seconds: float
 ) -> Record:
-    """The same as plain Python numbers and lists, in the order of the log."""
-
-    def plain(x: Any) -> Any:
-        # JSON knows one kind of float; widening bfloat16 and float32 is exact.
-        x = np.asarray(x)
-        return (x if x.dtype.kind in "iub" else x.astype(np.float64)).tolist()
-
+    """The same as Python numbers and lists, in the order of the log."""
     record: Record = {"step": step}
     first = ("outer_loss", "inner_loss", "hypergrad_norm", "status")
-    for name in (*(n for n in first if n in numbers), *(n for n in numbers if n not in first)):
-        record[name] = jax.tree.map(plain, numbers[name])
+    record.update((name, numbers[name]) for name in first if name in numbers)
+    record.update((name, numbers[name]) for name in numbers if name not in first)
     if "status" in record:
         record["status"] = Status(record["status"]).name
     if evaluated is not None:

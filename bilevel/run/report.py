@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from bilevel.run.arguments import wants_to_stop
+from bilevel.run.packed import Packed, unpack
 from bilevel.run.processes import on_host
 from bilevel.run.record import Record, record_of
 from bilevel.run.step import PARTS
@@ -42,14 +41,12 @@ class Report:
         self._patience = patience
         self._mark = mark
         self._hold = hold
-        self._pending: list[tuple[int, Any, float | None]] = []
+        self._pending: list[tuple[int, Packed, float | None, int | None]] = []
         self._began = time.perf_counter()
 
-    def push(self, i: int, numbers: Any, evaluated: float | None) -> None:
-        """Take the numbers of step ``i``, which need not be there yet."""
-        for leaf in jax.tree.leaves(numbers):
-            leaf.copy_to_host_async()
-        self._pending.append((i, numbers, evaluated))
+    def push(self, i: int, numbers: Packed, evaluated: float | None, mark: int | None) -> None:
+        """Take the numbers of step ``i``, which need not be there yet; ``mark`` as evaluated."""
+        self._pending.append((i, numbers, evaluated, mark))
 
     def must_wait(self, i: int) -> bool:
         """Whether what is known about step ``i`` may end the run."""
@@ -60,9 +57,10 @@ class Report:
     def settle(self, leave: int = 0, ask: bool = True) -> None:
         """Write the records of all but the last ``leave`` steps; ``ask`` the callbacks."""
         while len(self._pending) > leave and self.stopped is None:
-            i, numbers, evaluated = self._pending[0]
-            numbers = on_host(numbers)
-            self._mark = int(numbers.pop("mark_step"))
+            i, packed, evaluated, mark = self._pending[0]
+            numbers = unpack(on_host(packed.data), packed.layout)
+            known = int(numbers.pop("mark_step"))
+            self._mark = known if mark is None else mark
             finite = numbers.pop("finite")
             bad = [name for name in PARTS if not finite.get(name, True)]
             record = record_of(i, numbers, evaluated, time.perf_counter() - self._began)

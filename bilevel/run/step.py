@@ -13,6 +13,7 @@ from bilevel.ground.aliases import Batch, Key, Scalar
 from bilevel.ground.loops import keep_types
 from bilevel.outer.base import Algorithm
 from bilevel.run.best import Best, keep_best, point_of
+from bilevel.run.packed import Packed, pack
 from bilevel.run.record import numbers_of
 
 PARTS = ("outer_loss", "inner_loss", "hypergradient", "params", "hparams", "model_state", "state")
@@ -53,7 +54,7 @@ def compiled_step(alg: Algorithm, min_delta: float, by_loss: bool) -> Callable[.
 
     def advance(
         carry: Carry, batches: dict[str, Batch], key: Key | None, i: Any, hold: Any
-    ) -> tuple[Carry, dict[str, Any], Any]:
+    ) -> tuple[Carry, Packed, Any]:
         old, best, halted = carry
         new, info = one_step(alg, old, batches, key, i)
         new = keep_types(new, old, "state", "`alg.step` must return the state as it received it.")
@@ -73,13 +74,27 @@ def compiled_step(alg: Algorithm, min_delta: float, by_loss: bool) -> Callable[.
             "mark_step": best.mark_step,
             "finite": parts,
         }
-        return Carry(state, best, halted), numbers, (None if by_loss else old.hparams)
+        return Carry(state, best, halted), pack(numbers), (None if by_loss else old.hparams)
 
     return jax.jit(advance, donate_argnums=0)
 
 
 def finite_parts(new: Any, old: Any, info: Any) -> dict[str, Scalar]:
-    """Whether each part of a step is finite, by its name in messages and the log."""
+    """Whether each part of a step is finite, by its name in messages and the log.
+
+    Mostly all is: one maximum of each array says so, and they are looked through only where not.
+    """
+    told = [new, *(getattr(info, name, ()) for name in ("value", "inner_value", "hypergrad_norm"))]
+    numbers = [x for x in jax.tree.leaves(told) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    largest = [jnp.max(jnp.abs(x)).astype(jnp.float32) for x in numbers if jnp.size(x) > 0]
+    fine = jnp.all(jnp.isfinite(jnp.stack(largest)))
+    exact = jax.eval_shape(_finite_parts, new, old, info)
+    return jax.lax.cond(
+        fine, lambda: dict.fromkeys(exact, jnp.asarray(True)), lambda: _finite_parts(new, old, info)
+    )
+
+
+def _finite_parts(new: Any, old: Any, info: Any) -> dict[str, Scalar]:
     parts = {"outer_loss": tree.all_finite(info.value)}
     for field, name in (("inner_value", "inner_loss"), ("hypergrad_norm", "hypergradient")):
         if hasattr(info, field):

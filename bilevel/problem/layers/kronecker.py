@@ -165,6 +165,7 @@ def _seeds(
             else:
                 signs = jax.random.rademacher(key, root.shape[:-1], root.dtype)
                 signs = signs * float(count) ** -0.5
+            signs = tree.placed_along(signs, root)
             parts.append(jnp.einsum("...ij,...j->...i", root, signs).reshape(z.shape))
         cotangents = [
             tree.placed_like(x.astype(z.dtype), z) for x, z in zip(parts, leaves, strict=True)
