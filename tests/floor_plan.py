@@ -193,6 +193,7 @@ FLOORS = {
         "run.data",
         "run.checkpoint",
         "run.record",
+        "run.packed",
         "run.log",
         "run.display",
         "run.trust",

@@ -224,6 +224,18 @@ def summed_product(x: jax.Array, y: jax.Array) -> jax.Array:
     )
 
 
+def sum_of_squares(x: Any) -> Scalar:
+    """Σ x² of one array in float32, by the fastest kernel there is: a product with itself."""
+    x = jnp.abs(x) if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating) else jnp.asarray(x)
+    axes = tuple(range(x.ndim))
+    out = None if explicit_spec(x) is None else PartitionSpec()
+    contract = ((axes, axes), ((), ()))
+    square = jax.lax.dot_general(
+        x, x, contract, preferred_element_type=accumulator_dtype(x.dtype), out_sharding=out
+    )
+    return square.astype(jnp.float32)
+
+
 def placed_along(x: jax.Array, like: Any) -> jax.Array:
     """``x`` divided as the leading axes of ``like`` are, which an explicit mesh may divide."""
     spec = explicit_spec(like)

@@ -4,6 +4,7 @@ Arrays have their examples on the leading axis. A strength is a scalar or ``(B,)
 traced, and is checked where its value is known. Functions that draw take a key first.
 """
 
+from bilevel.regularizers import prox as prox
 from bilevel.regularizers.activations import activation_penalty as activation_penalty
 from bilevel.regularizers.activations import (
     temporal_activation_penalty as temporal_activation_penalty,

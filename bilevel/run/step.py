@@ -82,12 +82,12 @@ def compiled_step(alg: Algorithm, min_delta: float, by_loss: bool) -> Callable[.
 def finite_parts(new: Any, old: Any, info: Any) -> dict[str, Scalar]:
     """Whether each part of a step is finite, by its name in messages and the log.
 
-    Mostly all is: one maximum of each array says so, and they are looked through only where not.
+    Mostly all is: the sum of all squares says so, and parts are looked through only where it does
+    not, as where squares overflow.
     """
     told = [new, *(getattr(info, name, ()) for name in ("value", "inner_value", "hypergrad_norm"))]
     numbers = [x for x in jax.tree.leaves(told) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    largest = [jnp.max(jnp.abs(x)).astype(jnp.float32) for x in numbers if jnp.size(x) > 0]
-    fine = jnp.all(jnp.isfinite(jnp.stack(largest)))
+    fine = jnp.isfinite(sum(tree.sum_of_squares(x) for x in numbers))
     exact = jax.eval_shape(_finite_parts, new, old, info)
     return jax.lax.cond(
         fine, lambda: dict.fromkeys(exact, jnp.asarray(True)), lambda: _finite_parts(new, old, info)

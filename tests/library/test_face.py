@@ -33,10 +33,19 @@ soba spaba split_equinox split_linen split_nnx srba stocbio value_and_hypergrad 
 
 def public():
     return {
-        name: value
-        for name, value in vars(bilevel).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
+        name: getattr(bilevel, name)
+        for name in bilevel.__all__
+        if not inspect.ismodule(getattr(bilevel, name))
     }
+
+
+def test_names_are_imported_when_they_are_used():
+    """So that importing the package alone costs next to nothing."""
+    program = (
+        "import sys, bilevel; loaded = [m for m in sys.modules if m.startswith('bilevel.')]; "
+        "assert not loaded and 'jax' not in sys.modules, loaded; bilevel.CG, bilevel.prox"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_public_names_are_these():

@@ -114,7 +114,7 @@ def test_what_is_not_done_here(name):
 
 def test_extras_are_imported_late():
     """``import bilevel`` needs the core dependencies only."""
-    core = {"jax", "flax", "optax", "numpy", "bilevel"}
+    core = {"jax", "flax", "lazy_loader", "optax", "numpy", "bilevel"}
     for name, path in MODULES.items():
         for node in parse(path).body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
