@@ -27,7 +27,7 @@ RATES: dict[str, dict[str, tuple[float, float]]] = {
         "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.03, 1e4), "srba": (0.01, 1e3),
         "spaba": (0.01, 1e3), "mrbo": (0.03, 1e4), "stocbio": (0.03, 100.0), "amigo": (0.03, 1e3),
         "f2sa": (0.03, 1e3), "pbgd": (0.03, 1e3), "bome": (0.03, 1e3),
-        "saba_momentum": (0.01, 600.0),
+        "saba_momentum": (0.003, 1e3),
     },
 }  # fmt: skip
 
@@ -46,6 +46,8 @@ class Config:
         adjoint of `amigo`.
       inner_steps: training steps of `stocbio`, `amigo`, `bome` and (of both its copies) `f2sa`.
       decay: of the momentum of the parameters and of the adjoint, in `saba_momentum`.
+      horizon: steps after which the steps of its hyperparameters begin to fall, as their inverse
+        root.
       penalty: that of `pbgd`, and the first of `f2sa`, which grows as the seventh root of the step.
       passes: a full step of `srba` comes every so many passes over the training data.
       timed: seconds of a timing; 0 times nothing.
@@ -60,6 +62,7 @@ class Config:
     products: int = 10
     inner_steps: int = 10
     decay: float = 0.9
+    horizon: float = 1000.0
     penalty: float = 10.0
     passes: float = 0.5
     timed: float = 0.02

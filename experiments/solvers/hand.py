@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from experiments.solvers.config import Config
 from experiments.solvers.problem import Loss, Problem
-from experiments.solvers.steps import momentum, period, size, sizes
+from experiments.solvers.steps import momentum, outer_size, period, size, sizes
 
 
 def add(a: Any, x: Any, y: Any) -> Any:
@@ -202,7 +202,8 @@ class Hand:
         return directions(oracles(self.problem.inner, self.problem.outer, point, i, j))
 
     def _moved(self, point: Any, d: Any, t: Any) -> Any:
-        a, b = (size(self.method, rate, t) for rate in self.rates)
+        a = size(self.method, self.rates[0], t)
+        b = outer_size(self.method, self.config.horizon, self.rates[1], t)
         w, q, lam = point
         return add(-a, d[0], w), add(-a, d[1], q), add(-b, d[2], lam)
 

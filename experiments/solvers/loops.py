@@ -13,7 +13,7 @@ from bilevel.ground.cost import PRODUCT
 from experiments.solvers.config import Config
 from experiments.solvers.hand import Hand
 from experiments.solvers.problem import Problem, cached, everything
-from experiments.solvers.steps import falling, momentum, period, sizes
+from experiments.solvers.steps import falling, momentum, outer_size, period, sizes
 
 IMPLEMENTATIONS = ("bilevel", "jax")
 SABA = ("saba", "saba_momentum")  # they keep tables
@@ -43,9 +43,11 @@ def ours(
     k, t, falls = config.products, config.inner_steps, {"schedule": falling(method)}
     if method == "soba":
         return bilevel.soba(*losses, tx, tx, outer_tx, **falls)
-    if method in SABA:
-        decay = config.decay if method == "saba_momentum" else None
-        heavy = optax.sgd(rates[0], momentum=decay)
+    if method == "saba":
+        return bilevel.saba(*losses, tx, tx, outer_tx, *sizes(problem))
+    if method == "saba_momentum":
+        heavy = optax.sgd(rates[0], momentum=config.decay)
+        outer_tx = optax.sgd(lambda t: outer_size(method, config.horizon, rates[1], t))
         return bilevel.saba(*losses, heavy, heavy, outer_tx, *sizes(problem))
     if method == "fsla":
         return bilevel.fsla(*losses, tx, tx, outer_tx, momentum(method), **falls)

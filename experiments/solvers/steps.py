@@ -16,6 +16,13 @@ def size(method: str, rate: Any, t: Any) -> Any:
     return rate / (1 + t) ** ROOT[method] if method in ROOT else rate
 
 
+def outer_size(method: str, horizon: float, rate: Any, t: Any) -> Any:
+    """That of the hyperparameters: with momentum it alone falls, as (1 + t / horizon)^(-1/2)."""
+    if method == "saba_momentum":
+        return rate / (1 + t / horizon) ** 0.5
+    return size(method, rate, t)
+
+
 def falling(method: str) -> Callable[[Any], Any] | None:
     """What all step sizes are multiplied with in step t; None where they are constant."""
     return (lambda t: size(method, 1.0, t)) if method in ROOT else None
