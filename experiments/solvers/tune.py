@@ -2,8 +2,9 @@
 
 On seed 100, which no run uses. All pairs of a grid have three tenths of the budget; as long as the
 best lies at an edge, the grid grows there. The best six then have the whole budget. A pair is
-judged by the median of its last three recorded gradients. Last, its first step size is divided by
-three until none of nine further seeds diverges.
+judged by the median of its last three recorded gradients. Last, the best must diverge on none of
+nine further seeds: else the next best is taken, and two pairs join in which one of its step sizes
+is shorter.
 """
 
 import functools
@@ -80,20 +81,29 @@ def tune(
         if before == (len(grid[0]), len(grid[1])):
             break
     last = [*sorted(found, key=lambda pair: found[pair])[:kept], *more]
-    ends = {pair: reach(pair, 1.0, SEEDS[0]) for pair in last}
-    return stable(reach, min(ends, key=lambda pair: ends[pair]))
+    return stable(reach, {pair: reach(pair, 1.0, SEEDS[0]) for pair in last})
 
 
-def stable(reach: Reach, pair: Pair) -> tuple[Pair, float]:
-    """The pair, or one with a shorter first step size, that diverges on no seed; and the worst."""
-    worst = 0.0
-    for seed in SEEDS:
-        worst = max(worst, reach(pair, 1.0, seed))
-        if not np.isfinite(worst):
-            break
-    else:
-        return pair, worst
-    return stable(reach, (_round(pair[0] / FACTORS[0]), pair[1]))
+def stable(reach: Reach, ends: dict[Pair, float]) -> tuple[Pair, float]:
+    """The best pair that diverges on no seed, and its worst; `ends` is what pairs end with on one.
+
+    In place of a pair that diverges come two, with one of its step sizes shorter each.
+    """
+    ends, seen = dict(ends), set(ends)
+    while True:
+        pair = min(ends, key=lambda pair: ends[pair])
+        worst = ends.pop(pair)
+        for seed in SEEDS[1:]:
+            if not np.isfinite(worst):
+                break
+            worst = max(worst, reach(pair, 1.0, seed))
+        else:
+            return pair, worst
+        a, b = pair
+        for shorter in ((_round(a / FACTORS[0]), b), (a, _round(b / FACTORS[1]))):
+            if shorter not in seen:
+                seen.add(shorter)
+                ends[shorter] = reach(shorter, 1.0, SEEDS[0])
 
 
 def _round(x: float) -> float:
