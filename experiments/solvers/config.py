@@ -8,25 +8,24 @@ METHODS = (
 )  # fmt: skip
 
 # (step size of parameters and adjoint, that of the hyperparameters), found by `tune.py` on seed
-# 100. Where a method's steps decrease, the first one. Those of `f2sa` on ijcnn1 and covtype, of
-# `pbgd`, `bome`, and `saba_momentum` on the quadratic are guesses as yet.
+# 100; they diverge on none of seeds 100 to 109. Where a method's steps decrease, the first one.
 RATES: dict[str, dict[str, tuple[float, float]]] = {
     "quadratic": {
         "soba": (0.1, 0.1), "saba": (0.1, 0.01), "fsla": (0.1, 0.1), "srba": (0.3, 0.1),
         "spaba": (0.1, 1.0), "mrbo": (1.0, 0.1), "stocbio": (1.0, 0.01), "amigo": (0.3, 0.01),
-        "f2sa": (0.1, 0.01), "pbgd": (0.1, 0.01), "bome": (0.1, 0.01),
-        "saba_momentum": (0.03, 0.01),
+        "f2sa": (0.1, 0.01), "pbgd": (0.01, 0.001), "bome": (1.0, 0.001),
+        "saba_momentum": (0.01, 1.0),
     },
     "ijcnn1": {
-        "soba": (0.3, 100.0), "saba": (0.3, 10.0), "fsla": (30.0, 10.0), "srba": (1.0, 10.0),
-        "spaba": (1.0, 1.0), "mrbo": (0.3, 1e4), "stocbio": (0.01, 1e5), "amigo": (0.3, 100.0),
-        "f2sa": (0.3, 100.0), "pbgd": (0.3, 10.0), "bome": (0.3, 10.0),
-        "saba_momentum": (0.1, 1.0),
+        "soba": (0.3, 100.0), "saba": (0.3, 1.0), "fsla": (3.0, 10.0), "srba": (3.0, 1.0),
+        "spaba": (1.0, 1.0), "mrbo": (0.03, 1e4), "stocbio": (0.03, 1e4), "amigo": (1.0, 10.0),
+        "f2sa": (1.0, 10.0), "pbgd": (1.0, 10.0), "bome": (3.0, 100.0),
+        "saba_momentum": (0.3, 1.0),
     },
     "covtype": {
         "soba": (0.03, 1e4), "saba": (0.03, 100.0), "fsla": (0.03, 1e4), "srba": (0.01, 1e3),
-        "spaba": (0.01, 1e3), "mrbo": (0.03, 1e4), "stocbio": (0.03, 100.0), "amigo": (0.03, 1e3),
-        "f2sa": (0.03, 1e3), "pbgd": (0.03, 1e3), "bome": (0.03, 1e3),
+        "spaba": (0.01, 1e3), "mrbo": (0.01, 1e4), "stocbio": (0.03, 100.0), "amigo": (0.03, 1e3),
+        "f2sa": (0.003, 1e4), "pbgd": (0.003, 1e3), "bome": (0.09, 10.0),
         "saba_momentum": (0.003, 1e3),
     },
 }  # fmt: skip

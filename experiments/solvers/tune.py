@@ -97,7 +97,7 @@ def stable(reach: Reach, ends: dict[Pair, float]) -> tuple[Pair, float]:
             if not np.isfinite(worst):
                 break
             worst = max(worst, reach(pair, 1.0, seed))
-        else:
+        if np.isfinite(worst):
             return pair, worst
         a, b = pair
         for shorter in ((_round(a / FACTORS[0]), b), (a, _round(b / FACTORS[1]))):

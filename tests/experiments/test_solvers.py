@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="needs bilevel[experiments]")
 
 import bilevel
 from experiments.common import data, record
-from experiments.solvers import benchmark, config, figure, loops, problem, referee, run
+from experiments.solvers import benchmark, config, figure, loops, problem, referee, run, tune
 
 SETTINGS = config.smoke()
 
@@ -259,3 +259,17 @@ def test_the_presets_have_rates_for_all():
         for name in preset.problems:
             assert set(config.RATES[name]) == set(preset.methods)
         assert dataclasses.replace(preset) == preset
+
+
+def test_a_pair_of_steps_that_diverges_on_the_last_seed_is_left_for_a_shorter_one():
+    """The best of seed 100 has too long a step for the parameters on seed 109."""
+
+    def reach(pair, part, seed):
+        if seed == tune.SEEDS[-1] and pair[0] > 0.5:
+            return np.inf
+        return 1 / pair[0] / pair[1]
+
+    ends = {pair: reach(pair, 1.0, 100) for pair in ((3.0, 1.0), (0.3, 1.0))}
+    pair, worst = tune.stable(reach, ends)
+    # (1, 1) ends better on seed 100 than (0.3, 1), and diverges too.
+    assert pair == (0.3, 1.0) and worst == pytest.approx(1 / 0.3)
