@@ -36,8 +36,8 @@ def figures(out: Path) -> list[Path]:
 def _curves(records: list[record.Record], path: Path) -> Path:
     known = {r.method for r in records}
     problems = [name for name in TITLES if any(m.startswith(name + "_") for m in known)]
-    size: Any = dict(rows=2, columns=len(problems), width=1.5 + 4.2 * len(problems), height=7.5)
-    with draw.figure(path, **size) as (_, axes):
+    size: Any = dict(rows=2, columns=len(problems), width=1.5 + 4.2 * len(problems), height=8.3)
+    with draw.figure(path, **size) as (fig, axes):
         axes = np.asarray(axes).reshape(2, -1)
         for column, name in zip(axes.T, problems, strict=True):
             for method in METHODS:
@@ -48,7 +48,9 @@ def _curves(records: list[record.Record], path: Path) -> Path:
             column[1].set(xlabel="seconds")
         for row in axes:
             row[0].set_ylabel("squared gradient of the value function")
-        axes[0, 0].legend(ncols=2)
+        # Below the panels: lines go everywhere in them.
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, names, ncols=6, loc="outside lower center")
     return path
 
 
