@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.common import expected, record
 from experiments.solvers import loops, times
-from experiments.solvers.config import RATES, Config
+from experiments.solvers.config import RATES, Config, cpu
 from experiments.solvers.problem import Problem, cached
 
 TABLE = ("gradient", "relative", "seconds", "time_ratio", "difference")
@@ -90,7 +90,9 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
 
     ``calls_PROBLEM_METHOD.to_2`` are the calls until the squared gradient is ``1e-2`` of that at
     the start, between records by a straight line of the logarithms; ``missed_2`` whether it never
-    was: the calls are then all that were made, so that the truth is larger.
+    was: the calls are then all that were made, so that the truth is larger. ``referee_PROBLEM`` has
+    the calls to 1e-4 of our first loop there (`ours`), those of the first of the benchmark's other
+    solvers as `referee.py` found them (`its`), and their ratio.
     """
     told: dict[str, Any] = {}
     last = {r.method: r.metrics for r in records if "time_ratio" in r.metrics}
@@ -112,7 +114,31 @@ def summary(records: list[record.Record]) -> dict[str, Any]:
             missed = {s: float(x) for s, (_, x) in calls.items()}
             into[f"missed_{power}"] = expected.statistics(missed)
         told[f"calls_{method}"] = into
-    return told
+    return told | _against(told)
+
+
+def _against(told: dict[str, Any]) -> dict[str, Any]:
+    path = Path(__file__).parent / "results" / "referee.json"
+    found = record.read_json(path) if path.exists() else {}
+    against = {}
+    for name in cpu().problems:
+        first = []
+        for calls in (told, found):
+            begin = f"calls_{name}_{'public_' if calls is found else ''}"
+            reached = [
+                x["to_4"] for key, x in calls.items()
+                if key.startswith(begin) and x["missed_4"]["max"] == 0
+            ]  # fmt: skip
+            first.append(min(reached, key=lambda x: x["mean"], default={"values": {}})["values"])
+        ours, its = first
+        seeds = [seed for seed in ours if seed in its]
+        if seeds:
+            into = {"ours": ours, "its": its, "ratio": {s: ours[s] / its[s] for s in seeds}}
+            against[f"referee_{name}"] = {
+                key: expected.interval({int(s): x for s, x in values.items()})
+                for key, values in into.items()
+            }
+    return against
 
 
 def _calls(run: list[record.Record], target: float) -> tuple[float, bool]:

@@ -273,3 +273,19 @@ def test_a_pair_of_steps_that_diverges_on_the_last_seed_is_left_for_a_shorter_on
     pair, worst = tune.stable(reach, ends)
     # (1, 1) ends better on seed 100 than (0.3, 1), and diverges too.
     assert pair == (0.3, 1.0) and worst == pytest.approx(1 / 0.3)
+
+
+def test_our_first_loop_is_held_against_the_first_of_the_benchmark():
+    """Seed by seed; a loop that missed the level on some seed is not the first."""
+    saved = record.read_json(Path(run.__file__).parent / "results" / "referee.json")
+    its = min(
+        (x["to_4"] for key, x in saved.items()
+         if key.startswith("calls_quadratic_public") and x["missed_4"]["max"] == 0),
+        key=lambda x: x["mean"],
+    )["values"]  # fmt: skip
+    late = {"to_4": {"mean": 2.0, "values": {"0": 2.0, "1": 2.0}}, "missed_4": {"max": 0.0}}
+    never = {"to_4": {"mean": 1.0, "values": {"0": 1.0, "1": 1.0}}, "missed_4": {"max": 1.0}}
+    told = run._against({"calls_quadratic_saba": late, "calls_quadratic_soba": never})
+    assert told.keys() == {"referee_quadratic"}
+    ratios = told["referee_quadratic"]["ratio"]["values"]
+    assert ratios == {s: pytest.approx(2.0 / its[s]) for s in ("0", "1")}
