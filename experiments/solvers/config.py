@@ -70,7 +70,7 @@ class Config:
 
 def smoke() -> Config:
     """A short run on the problem that needs no file: does everything run?"""
-    return Config(problems=("quadratic",), budget=(4_000.0,), points=3, timed=0.001, rounds=2)
+    return Config(problems=("quadratic",), budget=(6_000.0,), points=3, timed=0.001, rounds=2)
 
 
 def cpu() -> Config:
