@@ -124,14 +124,7 @@ class _Source:
 
     def _check_form(self, batch: Batch, step: int) -> None:
         leaves, structure = jax.tree.flatten(batch)
-        # Asked in every step, and `result_type` of an array takes longer than all else here.
-        form = (
-            structure,
-            [
-                (x.dtype, x.ndim) if isinstance(x, jax.Array) else (_dtype(x), np.ndim(x))
-                for x in leaves
-            ],
-        )
+        form = structure, [(_dtype(x), np.ndim(x)) for x in leaves]
         if self._form is not None and form == self._form:
             return
         if batch is None and self._form is None:
@@ -172,6 +165,8 @@ def _sizes(inner: Batch, outer: Batch) -> tuple[int, int] | None:
 
 def _dtype(leaf: Any) -> Any:
     """The dtype JAX gives a number or an array of them, or None for what is neither."""
+    if isinstance(leaf, jax.Array):  # in every step, and `result_type` is slow
+        return leaf.dtype
     if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
         return None
     try:

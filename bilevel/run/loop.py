@@ -14,7 +14,7 @@ from bilevel.run.best import Measured, keep_best_jitted, no_best, point_of_jitte
 from bilevel.run.checkpoint import Checkpoints
 from bilevel.run.data import Data
 from bilevel.run.packed import Packed, unpack
-from bilevel.run.processes import on_host, placed, several
+from bilevel.run.processes import placed, several
 from bilevel.run.record import Record
 from bilevel.run.report import Report
 from bilevel.run.step import Carry, check_step, compiled_step, stays_finite
@@ -144,7 +144,7 @@ class Run:
         """``evaluate`` at the point of step ``i``, unless that step was dropped."""
         options = self.options
         state, best, halted = self.carry
-        finite = unpack(on_host(packed.data), packed.layout)["finite"]
+        finite = unpack(packed)["finite"]
         if bool(halted) or not all(finite.values()):
             return None
         point = point_of_jitted(options.alg, state, hparams)

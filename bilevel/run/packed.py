@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.ground.tree import replicated
+from bilevel.run.processes import on_host
 
 _FORMATS = {"bool": "?", "int32": "i", "uint32": "I", "int64": "q", "uint64": "Q",
             "float32": "f", "float64": "d"}  # fmt: skip
@@ -37,10 +38,10 @@ def pack(numbers: Any) -> Packed:
     return Packed(jnp.concatenate([_bytes(x) for x in leaves]), (structure, shapes, code))
 
 
-def unpack(data: np.ndarray, layout: Any) -> Any:
-    """The tree again, of Python numbers and nested lists of them, from the bytes on the host."""
-    structure, shapes, code = layout
-    found = struct.unpack(code, data.tobytes())
+def unpack(packed: Packed) -> Any:
+    """The tree again, on the host, of Python numbers and nested lists of them; waits for it."""
+    structure, shapes, code = packed.layout
+    found = struct.unpack(code, on_host(packed.data).tobytes())
     leaves, at = [], 0
     for shape in shapes:
         if shape == ():
@@ -57,7 +58,7 @@ def _wide(x: Any) -> jax.Array:
     """``x`` whole on every device, in a dtype that both JAX and :mod:`struct` know."""
     x = replicated(jnp.asarray(x))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.real(x)
+        x = jnp.stack([jnp.real(x), jnp.imag(x)], -1)  # told as a pair
     if x.dtype.name in _FORMATS:
         return x
     return x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)

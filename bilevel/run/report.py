@@ -6,7 +6,6 @@ from typing import Any
 
 from bilevel.run.arguments import wants_to_stop
 from bilevel.run.packed import Packed, unpack
-from bilevel.run.processes import on_host
 from bilevel.run.record import Record, record_of
 from bilevel.run.step import PARTS
 
@@ -58,7 +57,7 @@ class Report:
         """Write the records of all but the last ``leave`` steps; ``ask`` the callbacks."""
         while len(self._pending) > leave and self.stopped is None:
             i, packed, evaluated, mark = self._pending[0]
-            numbers = unpack(on_host(packed.data), packed.layout)
+            numbers = unpack(packed)
             known = int(numbers.pop("mark_step"))
             self._mark = known if mark is None else mark
             finite = numbers.pop("finite")

@@ -31,6 +31,7 @@ from bilevel import (  # noqa: E402
     alternate,
     fit,
 )
+from bilevel.run.packed import pack, unpack  # noqa: E402
 from bilevel.run.record import numbers_of  # noqa: E402
 
 INNER_STEPS = 3
@@ -471,3 +472,19 @@ def test_every_step_draws_with_its_own_number_folded_into_the_key():
     result = fit(alg, state, jnp.ones(1), jnp.ones(1), steps=4, key=key, progress=False)
     expected = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(4)]
     assert [record["outer_loss"] for record in result.history] == expected
+
+
+def test_numbers_of_all_kinds_come_to_the_host_in_one_array():
+    numbers = {
+        "empty": jnp.zeros(0), "bool": jnp.array([True, False]), "int8": jnp.int8(-3),
+        "uint32": jnp.uint32(4_000_000_000), "bfloat16": jnp.bfloat16(1.5),
+        "float16": jnp.float16(jnp.inf), "float64": jnp.asarray(0.1), "complex": 1 - 2j,
+        "matrix": jnp.arange(4.0).reshape(2, 2), "none": {},
+    }  # fmt: skip
+    packed = jax.jit(pack)(numbers)
+    assert packed.data.dtype == jnp.uint8 and packed.data.ndim == 1
+    assert unpack(packed) == {
+        "empty": [], "bool": [True, False], "int8": -3, "uint32": 4_000_000_000, "bfloat16": 1.5,
+        "float16": float("inf"), "float64": float(jnp.asarray(0.1)), "complex": [1.0, -2.0],
+        "matrix": [[0.0, 1.0], [2.0, 3.0]], "none": {},
+    }  # fmt: skip
