@@ -124,10 +124,10 @@ def _against(told: dict[str, Any]) -> dict[str, Any]:
     for name in cpu().problems:
         first = []
         for calls in (told, found):
-            begin = f"calls_{name}_{'public_' if calls is found else ''}"
             reached = [
                 x["to_4"] for key, x in calls.items()
-                if key.startswith(begin) and x["missed_4"]["max"] == 0
+                if key.startswith(f"calls_{name}_") and ("_public_" in key) == (calls is found)
+                and x["missed_4"]["max"] == 0
             ]  # fmt: skip
             first.append(min(reached, key=lambda x: x["mean"], default={"values": {}})["values"])
         ours, its = first

@@ -285,7 +285,11 @@ def test_our_first_loop_is_held_against_the_first_of_the_benchmark():
     )["values"]  # fmt: skip
     late = {"to_4": {"mean": 2.0, "values": {"0": 2.0, "1": 2.0}}, "missed_4": {"max": 0.0}}
     never = {"to_4": {"mean": 1.0, "values": {"0": 1.0, "1": 1.0}}, "missed_4": {"max": 1.0}}
-    told = run._against({"calls_quadratic_saba": late, "calls_quadratic_soba": never})
+    early = {"to_4": {"mean": 1.0, "values": {"0": 1.0}}, "missed_4": {"max": 0.0}}
+    told = run._against(
+        {"calls_quadratic_saba": late, "calls_quadratic_soba": never,
+         "calls_quadratic_public_vrbo": early}  # in the records of the referee: not one of ours
+    )  # fmt: skip
     assert told.keys() == {"referee_quadratic"}
     ratios = told["referee_quadratic"]["ratio"]["values"]
     assert ratios == {s: pytest.approx(2.0 / its[s]) for s in ("0", "1")}
