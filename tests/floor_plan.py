@@ -41,6 +41,7 @@ FLOORS = {
         "problem.layers.kronecker",
         "problem.layers",
         "problem.operators.base",
+        "problem.operators.stored",
         "problem.operators.hessian",
         "problem.operators.jacobian",
         "problem.operators.composite",

@@ -1,6 +1,7 @@
 """A traced model as one flat list of operations, run again with something added on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,8 @@ from jax.extend import core
 
 from bilevel.ground.traced import programs_within
 
-CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
+PLAIN_CALLS = ("jit", "pjit", "closed_call", "core_call")
+CALLS = (*PLAIN_CALLS, "checkpoint", "remat", "remat2")
 """Operations that only hold a program: it is written out in their place."""
 
 
@@ -43,8 +45,8 @@ class Program(NamedTuple):
     names: Any
 
 
-def trace(function: Callable[..., Any], *args: Any) -> Program:
-    """``function(*args)`` as a flat program; calls are written out, loops stay whole."""
+def trace(function: Callable[..., Any], *args: Any, calls: Container[str] = CALLS) -> Program:
+    """``function(*args)`` as a flat program; ``calls`` are written out, loops stay whole."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
     constants: dict[int, Any] = {}
     ops: list[Op] = []
@@ -67,7 +69,7 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
         for eqn in jaxpr.eqns:
             incoming = [read(atom) for atom in eqn.invars]
             bodies = list(programs_within(eqn))
-            if eqn.primitive.name in CALLS and len(bodies) == 1:
+            if eqn.primitive.name in calls and len(bodies) == 1:
                 body = bodies[0]
                 outgoing = inline(body, _constants_of(eqn), incoming)
             else:
@@ -91,11 +93,16 @@ def _constants_of(eqn: Any) -> Sequence[Any]:
 
 
 def evaluate(
-    program: Program, leaves: Sequence[Any], added: dict[int, Any], kept: Sequence[Any]
+    program: Program,
+    leaves: Sequence[Any],
+    added: Mapping[int, Any] = MappingProxyType({}),
+    kept: Sequence[Any] = (),
+    instead: Mapping[tuple[int, ...], Callable[..., Any]] = MappingProxyType({}),
 ) -> tuple[Any, list[Any]]:
     """Outputs of the program, and the values at the indices ``kept``.
 
-    ``added`` holds what is added to values, by index.
+    ``added`` holds what is added to values, by index; ``instead`` functions of an operation and
+    its inputs that compute its one output in its place, by ``outputs`` of the operation.
     """
     values: dict[int, Any] = dict(program.constants)
     values.update(zip(program.arguments, leaves, strict=True))
@@ -104,7 +111,9 @@ def evaluate(
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for op in program.ops:
-        made = _run(op.eqn, [read(atom) for atom in op.inputs], program.names)
+        inputs = [read(atom) for atom in op.inputs]
+        other = instead.get(op.outputs)
+        made = [other(op, inputs)] if other else _run(op.eqn, inputs, program.names)
         for index, value in zip(op.outputs, made, strict=True):
             values[index] = value + added[index] if index in added else value
     outputs = jax.tree.unflatten(program.treedef, [read(atom) for atom in program.outputs])

@@ -25,6 +25,7 @@ from bilevel.problem.layers import (
 )
 from bilevel.problem.operators.base import BoundOperator
 from bilevel.problem.operators.linear_model import LinearModel
+from bilevel.problem.operators.stored import with_stored
 from bilevel.problem.two_losses import Problem
 from bilevel.problem.validate import check_split
 
@@ -175,6 +176,8 @@ def _jacobian(
         return z, lambda v: transposed((v,))[0], lambda u: pull(u)[0]
     z, push = jax.linearize(outputs, params)
     transposed = jax.linear_transpose(push, params)
+    if repeated:
+        return z, push, with_stored(lambda u: transposed(u)[0], z, room=params)
     return z, push, lambda u: transposed(u)[0]
 
 

@@ -12,6 +12,7 @@ from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
 from bilevel.problem.operators.base import BoundOperator
+from bilevel.problem.operators.stored import with_stored
 from bilevel.problem.two_losses import Problem
 
 
@@ -48,4 +49,5 @@ class Hessian:
             return BoundOperator(bound.inner_grad, dataclasses.replace(bound.mv, fresh=product))
         inner_grad, mv = problem.linearize(params, hparams, batch)
         unroll = must_unroll(problem.inner_loss, params, hparams, batch)
+        mv = with_stored(mv, params, room=params)
         return BoundOperator(inner_grad, LinearMap(mv, self.damping, unroll))

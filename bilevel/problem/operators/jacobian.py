@@ -12,6 +12,7 @@ from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.loops import must_unroll
 from bilevel.ground.settings import check_settings, real
 from bilevel.problem.operators.base import BoundOperator
+from bilevel.problem.operators.stored import with_stored
 from bilevel.problem.two_losses import Problem
 
 
@@ -58,5 +59,6 @@ class Jacobian:
         def adjoint(v: Vector) -> Vector:
             return transposed(tree.cast_like(v, residual))[0]
 
+        adjoint = with_stored(adjoint, residual, room=params)
         unroll = must_unroll(problem.condition, params, hparams, batch)
         return BoundOperator(residual, LinearMap(adjoint, self.damping, unroll, transpose=forward))
