@@ -1,11 +1,13 @@
 """W7: tuning while training: 20 or 40 Adam steps of the MLP of W2, then one hypergradient.
 
 The hand-written column is the training alone; a cell of the others says what tuning 668 672 decays
-adds to it, or one decay for each layer. States come from two cycles before, so that what is carried
-from call to call is warm.
+adds to it, or one decay for each layer, or one for all weights. States come from two cycles before,
+so that what is carried from call to call is warm.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,49 +34,90 @@ def mean_penalty(params: Any, lam: Any) -> Any:
     return w2.penalty(params, [jnp.log(jnp.mean(jnp.exp(x))) for x in lam])
 
 
-def _dual_cg(penalty: Any) -> bilevel.Implicit:
-    operator = bilevel.GaussNewton(w2.model, w2.cross_entropy, DAMPING, penalty)
-    return bilevel.Implicit(bilevel.DualCG(CG_STEPS), operator)
+def one_penalty(params: Any, lam: Any) -> Any:
+    """Half the squares of all weights, biases too, times one strength."""
+    return 0.5 * jnp.exp(lam) * plain.dot(params, params)
 
 
-RESPONSES = {
-    "bilevel": bilevel.Implicit(bilevel.Neumann(TERMS), bilevel.Hessian()),
-    "bilevel_uncertified": bilevel.Implicit(
-        bilevel.Neumann(TERMS), bilevel.Hessian(), certify=False
-    ),
-    "neumann_gn": bilevel.Implicit(bilevel.Neumann(TERMS), w2._operator()),
-    "neumann_gn_uncertified": bilevel.Implicit(
-        bilevel.Neumann(TERMS), w2._operator(), certify=False
-    ),
-    "cg_gn": bilevel.Implicit(bilevel.CG(CG_STEPS), w2._operator(DAMPING)),
-    "cg_gn_uncertified": bilevel.Implicit(
-        bilevel.CG(CG_STEPS), w2._operator(DAMPING), certify=False
-    ),
-    "dual_cg_mean": _dual_cg(mean_penalty),
-    "identity": bilevel.Implicit(bilevel.Identity(), bilevel.Hessian()),
-}
-# With one decay for each layer, as networks are tuned.
-RESPONSES_OF_LAYERS = {"bilevel": _dual_cg(w2.penalty), "cg_gn": RESPONSES["cg_gn"]}
+def _operator(penalty: Callable) -> bilevel.GaussNewton:
+    return bilevel.GaussNewton(w2.model, w2.cross_entropy, DAMPING, penalty)
 
 
-def _algorithm(response: Any, steps: int) -> bilevel.Algorithm:
+def _implicit(solver: Any, operator: Any, certify: bool = True) -> bilevel.Implicit:
+    return bilevel.Implicit(solver, operator, certify=certify)
+
+
+def _both(name: str, solver: Any, operator: Any) -> dict[str, bilevel.Implicit]:
+    """With its certificate and without."""
+    return {
+        name: _implicit(solver, operator),
+        f"{name}_uncertified": _implicit(solver, operator, certify=False),
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuned:
+    """What is tuned: its name in rows and titles, the decays, their penalty, the methods."""
+
+    name: str
+    title: str
+    decays: Callable[[Any], Any]
+    penalty: Callable[[Any, Any], Any]
+    responses: dict[str, bilevel.Implicit]
+
+    def inner(self, params: Any, lam: Any, batch: Any) -> Any:
+        """Cross-entropy and penalty."""
+        loss = w2.cross_entropy(w2.model(params, lam, batch), lam, batch)
+        return loss + self.penalty(params, lam)
+
+
+def _by_dual(name: str, title: str, decays: Callable, penalty: Callable) -> Tuned:
+    operator = _operator(penalty)
+    responses = {
+        "bilevel": _implicit(bilevel.DualCG(CG_STEPS), operator),
+        "cg_gn": _implicit(bilevel.CG(CG_STEPS), operator),
+    }
+    return Tuned(name, title, decays, penalty, responses)
+
+
+WEIGHTS = Tuned(
+    "",
+    "",
+    lambda lam: lam,
+    w2.penalty,
+    _both("bilevel", bilevel.Neumann(TERMS), bilevel.Hessian())
+    | _both("neumann_gn", bilevel.Neumann(TERMS), w2._operator())
+    | _both("cg_gn", bilevel.CG(CG_STEPS), w2._operator(DAMPING))
+    | {
+        "dual_cg_mean": _implicit(bilevel.DualCG(CG_STEPS), _operator(mean_penalty)),
+        "identity": _implicit(bilevel.Identity(), bilevel.Hessian()),
+    },
+)
+# As networks are tuned.
+LAYERS = _by_dual(
+    "_layers", ", a decay per layer", lambda lam: [jnp.mean(x) for x in lam], w2.penalty
+)
+# The curvature of the penalty is then one number, and the iterates of `DualCG` are those of CG.
+ONE = _by_dual("_one", ", one decay", lambda lam: jnp.mean(lam[0]), one_penalty)
+
+
+def _algorithm(tuned: Tuned, response: Any, steps: int) -> bilevel.Algorithm:
     outer_tx = optax.adam(OUTER_RATE)
     tx = optax.adam(RATE, B1, B2, EPS)
-    return bilevel.alternate(w2.outer, w2.inner, response, tx, outer_tx, inner_steps=steps)
+    return bilevel.alternate(w2.outer, tuned.inner, response, tx, outer_tx, inner_steps=steps)
 
 
 @functools.lru_cache(maxsize=1)
-def arguments(tiny: bool, seed: int, steps: int, by_layer: bool = False) -> tuple[Any, str]:
+def arguments(tiny: bool, seed: int, steps: int, tuned: Tuned = WEIGHTS) -> tuple[Any, str]:
     """The states of each method after two cycles, and the batches of the third."""
     (params, lam, batches, held_out, key), source = w3.arguments(tiny, seed, steps, w3.BATCH)
-    if by_layer:
-        lam = [jnp.mean(x) for x in lam]
+    lam = tuned.decays(lam)
     states = {}
-    for name, response in (RESPONSES_OF_LAYERS if by_layer else RESPONSES).items():
+    for name, response in tuned.responses.items():
         if name.removesuffix("_uncertified") in states:
             states[name] = states[name.removesuffix("_uncertified")]
             continue
-        algorithm = _algorithm(response, steps)
+        algorithm = _algorithm(tuned, response, steps)
         step = jax.jit(algorithm.step)
         state = algorithm.init(params, lam)
         for _ in range(2):
@@ -98,41 +141,43 @@ def _moments(state: Any) -> tuple:
     return state.mu, state.nu, state.count
 
 
-def _trained(steps: int, params: Any, lam: Any, inner_batch: Any) -> tuple[Any, tuple]:
+def _trained(
+    tuned: Tuned, steps: int, params: Any, lam: Any, inner_batch: Any
+) -> tuple[Any, tuple]:
     """Parameters and moments after the Adam steps of a cycle."""
     batches, states = inner_batch
 
     def step(carry: tuple, i: Any) -> tuple:
         w, moments = carry
-        g = jax.grad(w2.inner)(w, lam, plain.pick(batches, i))
+        g = jax.grad(tuned.inner)(w, lam, plain.pick(batches, i))
         return _adam(RATE, w, moments, g), None
 
     start = (params, _moments(states["bilevel"].trained.opt_state[0]))
     return jax.lax.scan(step, start, jnp.arange(steps))[0]
 
 
-def train_by_hand(steps: int) -> Any:
+def train_by_hand(tuned: Tuned, steps: int) -> Any:
     """Adam steps from the state that the tuned run has; the rest of it stays as it is."""
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
-        return _trained(steps, params, lam, inner_batch)[0], lam
+        return _trained(tuned, steps, params, lam, inner_batch)[0], lam
 
     return function
 
 
-def tune_by_hand(steps: int) -> Any:
+def tune_by_hand(tuned: Tuned, steps: int) -> Any:
     """The same and a hypergradient by Neumann (5), whose products also give its step."""
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         batches, states = inner_batch
         state = states["bilevel"]
-        params, _ = _trained(steps, params, lam, inner_batch)
+        params, _ = _trained(tuned, steps, params, lam, inner_batch)
         batch = plain.pick(batches, steps - 1)
 
         def solve(g: Any, params: Any, lam: Any, batch: Any, key: Any) -> Any:
             return plain.series(w2._hessian(params, lam, batch), g, TERMS)
 
-        gradient = plain.hypergradient(w2.outer, w2.inner, solve)
+        gradient = plain.hypergradient(w2.outer, tuned.inner, solve)
         grads = gradient(params, lam, batch, held_out, key)
         lam = _adam(OUTER_RATE, lam, _moments(state.outer.opt_state[0]), grads)[0]
         return params, lam
@@ -140,33 +185,45 @@ def tune_by_hand(steps: int) -> Any:
     return function
 
 
-def dual_by_hand(steps: int) -> Any:
-    """The same with CG (10) on Gauss–Newton, preconditioned by the decay, from its last solution.
+def dual_by_hand(tuned: Tuned, steps: int) -> Any:
+    """The same with CG (10) on Gauss–Newton, preconditioned by the decay.
 
-    Vectors are as long as the parameters: what agrees with the library, not how it is fast.
+    It starts from its last solution where that is better than zero. Vectors are as long as the parameters: what agrees with the library, not how it is fast.
     """
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         batches, states = inner_batch
         state = states["bilevel"]
-        params, _ = _trained(steps, params, lam, inner_batch)
+        params, _ = _trained(tuned, steps, params, lam, inner_batch)
 
         def solve(g: Any, params: Any, lam: Any, batch: Any, key: Any) -> Any:
-            mv = w2._gauss_newton(params, lam, batch, DAMPING)
-            inverse = jax.tree.map(lambda d: 1 / d, w2._decay(params, lam, DAMPING))
-            start = state.response
-            left = plain.axpy(-1.0, mv(start), g)
+            curvature = plain.gauss_newton(
+                lambda v: w2.model(v, lam, batch),
+                lambda z: w2.cross_entropy(z, lam, batch),
+                params,
+            )
+            bend = jax.linearize(jax.grad(lambda w: tuned.penalty(w, lam)), params)[1]
+            decay = jax.tree.map(lambda d: d + DAMPING, bend(jax.tree.map(jnp.ones_like, params)))
+            inverse = jax.tree.map(lambda d: 1 / d, decay)
+
+            def mv(v: Any) -> Any:
+                return jax.tree.map(lambda image, d, x: image + d * x, curvature(v), decay, v)
+
+            left = plain.axpy(-1.0, mv(state.response), g)
+            better = plain.dot(left, left) < plain.dot(g, g)
+            start = jax.tree.map(lambda x: jnp.where(better, x, 0), state.response)
+            left = jax.tree.map(lambda r, b: jnp.where(better, r, b), left, g)
             return plain.axpy(1.0, start, plain.cg(mv, left, CG_STEPS - 1, inverse=inverse))
 
-        gradient = plain.hypergradient(w2.outer, w2.inner, solve)
+        gradient = plain.hypergradient(w2.outer, tuned.inner, solve)
         grads = gradient(params, lam, plain.pick(batches, steps - 1), held_out, key)
         return params, _adam(OUTER_RATE, lam, _moments(state.outer.opt_state[0]), grads)[0]
 
     return function
 
 
-def _tuned(response: bilevel.Implicit, name: str, steps: int) -> Any:
-    step = _algorithm(response, steps).step
+def _tuned(tuned: Tuned, name: str, steps: int) -> Any:
+    step = _algorithm(tuned, tuned.responses[name], steps).step
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         batches, states = inner_batch
@@ -181,42 +238,56 @@ def _tuned(response: bilevel.Implicit, name: str, steps: int) -> Any:
     return function
 
 
-def _row(steps: int, config: Config, seed: int, by_layer: bool = False) -> Row:
-    args, source = arguments(config.tiny, seed, steps, by_layer)
-    responses = RESPONSES_OF_LAYERS if by_layer else RESPONSES
-    by_hand = (dual_by_hand if by_layer else tune_by_hand)(steps)
+def _row(tuned: Tuned, steps: int, config: Config, seed: int) -> Row:
+    args, source = arguments(config.tiny, seed, steps, tuned)
+    by_hand = (tune_by_hand if tuned is WEIGHTS else dual_by_hand)(tuned, steps)
 
     def inner(params: Any, hparams: Any, inner_batch: Any) -> Any:
-        return w2.inner(params, hparams, plain.pick(inner_batch[0], 0))
+        return tuned.inner(params, hparams, plain.pick(inner_batch[0], 0))
 
-    tuned = {name: _tuned(response, name, steps) for name, response in responses.items()}
-    columns = {"jax": train_by_hand(steps), "bilevel": tuned.pop("bilevel"), **NONE}
+    methods = {name: _tuned(tuned, name, steps) for name in tuned.responses}
+    columns = {"jax": train_by_hand(tuned, steps), "bilevel": methods.pop("bilevel"), **NONE}
     return Row(
-        f"w7_tuning{'_layers' if by_layer else ''}_{steps}",
-        f"W7 {steps} Adam steps and one hypergradient{', a decay per layer' if by_layer else ''}",
+        f"w7_tuning{tuned.name}_{steps}",
+        f"W7 {steps} Adam steps and one hypergradient{tuned.title}",
         source,
         args,
         inner,
         columns=columns,
-        extras=tuned | {"by_hand": by_hand},
+        extras=methods | {"by_hand": by_hand},
         twin=by_hand,
     )
 
 
 def tuning_20(config: Config, seed: int) -> Row:
-    return _row(20, config, seed)
+    """A decay for each weight, 20 steps."""
+    return _row(WEIGHTS, 20, config, seed)
 
 
 def tuning_40(config: Config, seed: int) -> Row:
-    return _row(40, config, seed)
+    """A decay for each weight, 40 steps."""
+    return _row(WEIGHTS, 40, config, seed)
 
 
 def tuning_layers_20(config: Config, seed: int) -> Row:
-    return _row(20, config, seed, by_layer=True)
+    """A decay for each layer, 20 steps."""
+    return _row(LAYERS, 20, config, seed)
+
+
+def tuning_one_20(config: Config, seed: int) -> Row:
+    """One decay, 20 steps."""
+    return _row(ONE, 20, config, seed)
+
+
+def tuning_one_40(config: Config, seed: int) -> Row:
+    """One decay, 40 steps."""
+    return _row(ONE, 40, config, seed)
 
 
 ROWS = {
     "w7_tuning_20": tuning_20,
     "w7_tuning_40": tuning_40,
     "w7_tuning_layers_20": tuning_layers_20,
+    "w7_tuning_one_20": tuning_one_20,
+    "w7_tuning_one_40": tuning_one_40,
 }

@@ -35,8 +35,9 @@ def test_self_tuning_steps_are_those_written_by_hand(name):
     assert results["jax"]["error"] < 1e-5 and results["bilevel"]["error"] < 1e-5
 
 
-def test_tuning_by_dual_cg_is_that_written_by_hand():
-    row = workloads.ROWS["w7_tuning_layers_20"](config.Config(tiny=True), 0)
+@pytest.mark.parametrize("name", ["w7_tuning_layers_20", "w7_tuning_one_20"])
+def test_tuning_by_dual_cg_is_that_written_by_hand(name):
+    row = workloads.ROWS[name](config.Config(tiny=True), 0)
     results = measure.measure(row, rounds=1, compilations=1, only=("bilevel",))
     # Twenty steps of Adam in float32; without a hypergradient (the column of training) 1.5e-3.
     assert results["bilevel"]["error"] < 1e-4 < results["jax"]["error"]
