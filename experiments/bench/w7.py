@@ -188,7 +188,8 @@ def tune_by_hand(tuned: Tuned, steps: int) -> Any:
 def dual_by_hand(tuned: Tuned, steps: int) -> Any:
     """The same with CG (10) on Gauss–Newton, preconditioned by the decay.
 
-    It starts from its last solution where that is better than zero. Vectors are as long as the parameters: what agrees with the library, not how it is fast.
+    It starts from its last solution where that is better than zero. Vectors are as long as the
+    parameters: what agrees with the library, not how it is fast.
     """
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
