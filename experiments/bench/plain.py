@@ -23,8 +23,8 @@ def axpy(s: Any, a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: s * x + y, a, b)
 
 
-def cg(mv: Callable, b: Any, steps: int, rtol: float | None = None, inverse: Any = None) -> Any:
-    """`steps` of CG from zero, or fewer when the residual falls below `rtol |b|`."""
+def _cg(mv: Callable, b: Any, inverse: Any) -> tuple[tuple, Callable]:
+    """`(step, x, r, p, r'z, r'r)` at zero, and a step of CG on it."""
 
     def precondition(r: Any) -> Any:
         return r if inverse is None else jax.tree.map(jnp.multiply, inverse, r)
@@ -40,12 +40,33 @@ def cg(mv: Callable, b: Any, steps: int, rtol: float | None = None, inverse: Any
         return k + 1, x, r, axpy(following / rz, p, z), following, rr
 
     z = precondition(b)
-    bb = dot(b, b)
-    start = (0, jax.tree.map(jnp.zeros_like, b), b, z, dot(b, z), bb)
+    return (0, jax.tree.map(jnp.zeros_like, b), b, z, dot(b, z), dot(b, b)), advance
+
+
+def cg(mv: Callable, b: Any, steps: int, rtol: float | None = None, inverse: Any = None) -> Any:
+    """`steps` of CG from zero, or fewer when the residual falls below `rtol |b|`."""
+    start, advance = _cg(mv, b, inverse)
     if rtol is None:
         return jax.lax.fori_loop(0, steps, lambda _, carry: advance(carry), start)[1]
-    limit = rtol**2 * bb
+    limit = rtol**2 * start[5]
     return jax.lax.while_loop(lambda c: (c[0] < steps) & (c[5] > limit), advance, start)[1]
+
+
+def cg_no_worse(mv: Callable, b: Any, steps: int, inverse: Any) -> Any:
+    """The same, or where that is worse than zero the mean of all iterates of least residual.
+
+    Keeps every iterate.
+    """
+    start, advance = _cg(mv, b, inverse)
+
+    def body(carry: tuple, _: Any) -> tuple[tuple, tuple]:
+        carry = advance(carry)
+        return carry, (carry[1], carry[4])
+
+    last, (iterates, sizes) = jax.lax.scan(body, start, length=steps)
+    total = 1 / start[4] + jnp.sum(1 / sizes)
+    mean = jax.tree.map(lambda x: jnp.tensordot(1 / sizes, x, 1) / total, iterates)
+    return jax.tree.map(lambda m, x: jnp.where(last[4] > start[4], m, x), mean, last[1])
 
 
 def neumann(mv: Callable, b: Any, steps: int, step_size: Any, unroll: bool = False) -> Any:

@@ -52,7 +52,8 @@ class GaussNewton:
         then takes each Jacobian row from one example instead of the whole batch, and none at all
         for the layers it finds.
 
-    Cost: about 0.75 of a Hessian product (a forward tangent and a backward pass).
+    Cost: about 0.75 of a Hessian product (a forward tangent and a backward pass); on CPU at most
+    one vector of memory for transposed activations.
 
     Reference: Schraudolph, "Fast curvature matrix-vector products for second-order gradient
     descent", Neural Computation 2002.
