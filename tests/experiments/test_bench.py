@@ -39,7 +39,7 @@ def test_self_tuning_steps_are_those_written_by_hand(name):
 def test_tuning_by_dual_cg_is_that_written_by_hand(name):
     row = workloads.ROWS[name](config.Config(tiny=True), 0)
     results = measure.measure(row, rounds=1, compilations=1, only=("bilevel",))
-    # How far Adam moves the decays, after twenty steps in float32; the column of training moves none.
+    # How far Adam moves the decays after twenty steps in float32; training alone moves none.
     assert results["bilevel"]["error"] < 1e-4 and results["jax"]["error"] == 1
 
 
