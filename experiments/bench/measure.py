@@ -5,7 +5,6 @@ All implementations of a row are timed in one process in turns, forwards then ba
 are medians over rounds of ratios taken within a round.
 """
 
-import ctypes
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -50,23 +49,6 @@ class Row:
     extras: Mapping[str, Function] = dataclasses.field(default_factory=dict)
     twin: Function | None = None
     compared: Callable[[Any], Any] = lambda returned: returned
-
-
-def keep_memory() -> None:
-    """Tell glibc to keep what is freed, where that is the allocator.
-
-    By default it gives allocations above 32 MiB back after each call, and the kernel's new pages
-    of the next call are then a part of the time: more for a program that takes 33 MiB than for one
-    that takes 31, whatever it computes.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**26)
 
 
 def compiled(function: Function, arguments: Arguments, repeats: int) -> tuple[Any, float]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from experiments.bench import table, workloads
 from experiments.bench.config import Config
-from experiments.bench.measure import Row, keep_memory, measure
+from experiments.bench.measure import Row, measure
 from experiments.common import record
 
 
@@ -17,7 +17,6 @@ def run(config: Config, seed: int, out: Path, resume: bool) -> None:
     rows = dict(workloads.ROWS)
     if unknown := set(config.rows) - set(rows):
         raise ValueError(f"`rows` names {sorted(unknown)}, but there are only {list(rows)}.")
-    keep_memory()
     records = record.Records(out, seed)
     finished = {r.metrics["row"] for r in record.read(out, seed=seed) if r.metrics["last"]}
     for name in config.rows or rows:
