@@ -25,11 +25,16 @@ def figures(out: Path) -> list[Path]:
 
 
 def ratios(records: Sequence[record.Record], path: Path) -> None:
-    """A dot for each library, with the range of the ratios of single rounds."""
+    """A dot for each library, with the range of the ratios of single rounds.
+
+    Without W7, whose ratios are to training alone.
+    """
     measured = [
         r
         for r in records
-        if r.metrics["column"] in COLOURS and np.isfinite(r.metrics.get("time_ratio", np.nan))
+        if r.metrics["column"] in COLOURS
+        and np.isfinite(r.metrics.get("time_ratio", np.nan))
+        and not r.metrics["row"].startswith("w7")
     ]
     names = list(dict.fromkeys(r.metrics["row"] for r in measured))
     with style.figure(path, width=9.0, height=1.2 + 0.24 * len(names)) as (_, axes):
@@ -56,4 +61,4 @@ def ratios(records: Sequence[record.Record], path: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower right")

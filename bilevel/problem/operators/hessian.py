@@ -26,7 +26,8 @@ class Hessian:
 
     Symmetric but indefinite away from a minimum of a non-convex loss. Cost: one gradient to
     bind (linearized once at this batch), about 1.2 gradients a product, and one backward
-    pass of memory, on CPU at most one vector more for transposed activations; with fresh batches about 2.5 gradients a product.
+    pass of memory, on CPU at most one vector more for transposed activations; with fresh batches
+    about 2.5 gradients a product.
     """
 
     damping: float | jax.Array = real(0.0, low=0)
