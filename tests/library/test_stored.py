@@ -157,6 +157,19 @@ def test_constants_larger_than_the_room_are_not_stored(columns):
         np.testing.assert_allclose(function(u), x.T @ u, rtol=1e-12)
 
 
+def test_one_constant_in_two_products():
+    x = jax.random.normal(KEYS[1], (N, T, D))
+
+    def product(v):
+        u, s = v
+        return jnp.einsum("btg,btf->gf", u, x), jnp.einsum("bg,btf->gtf", s, x)
+
+    v = jax.random.normal(KEYS[2], (N, T, C)), jax.random.normal(KEYS[3], (N, C))
+    turned = with_stored(product, v, room=(x, x))
+    assert across(product, v) == 2 and across(turned, v) == 0
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), turned(v), product(v))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("operator", ["hessian", "gauss_newton"])
 def test_dtypes_are_kept(dtype, operator):

@@ -28,15 +28,16 @@ def with_stored(product: Callable[[Any], Vector], like: Any, room: Vector) -> Ca
     sides = _turned(program, sum(map(_bytes, jax.tree.leaves(room))))
     if not sides:
         return product
-    stored: dict[int, jax.Array] = {}
+    # By constant and by how many of its numbers are contracted.
+    stored: dict[tuple[int, int], jax.Array] = {}
     for op in program.ops:
         index = op.inputs[sides[op.outputs]] if op.outputs in sides else None
         if index in program.constants:
-            stored[index] = _turn(program.constants[index], op)
+            stored[index, _rows(op)] = _turn(program.constants[index], op)
 
     def contract(op: Op, inputs: list[Any]) -> jax.Array:
         side = sides[op.outputs]
-        turned = stored.get(op.inputs[side])
+        turned = stored.get((op.inputs[side], _rows(op)))
         turned = _turn(inputs[side], op) if turned is None else turned
         names = ("precision", "preferred_element_type")
         made = jax.lax.dot_general(
@@ -57,20 +58,21 @@ def _turned(program: Program, room: int) -> dict[tuple[int, ...], int]:
     The one whose columns become the rows of the result, since XLA exchanges the two where the
     result is transposed; or the one with a single column, which a reshape turns.
     """
-    read_by = {op.inputs: op for op in program.ops if _is_transpose(op)}
+    transposed = {op.inputs for op in program.ops if _is_transpose(op)}
     sides, constants = {}, {}
     for op in filter(_over_examples, program.ops):
-        columns = [v.aval.size // _rows(v, op) for v in op.eqn.invars]
-        side = 1 if op.outputs in read_by else 0
+        columns = [v.aval.size // _rows(op) for v in op.eqn.invars]
+        side = 1 if op.outputs in transposed else 0
         side = columns.index(1) if 1 in columns else side
         sides[op.outputs] = side
         index = op.inputs[side]
         if index in program.constants:
-            constants[index] = _bytes(program.constants[index])
+            constants[index, _rows(op)] = _bytes(program.constants[index])
     if sum(constants.values()) <= room:
         return sides
     inputs = {op.outputs: op.inputs for op in program.ops}
-    return {at: side for at, side in sides.items() if inputs[at][side] not in constants}
+    known = program.constants
+    return {at: side for at, side in sides.items() if inputs[at][side] not in known}
 
 
 def _is_transpose(op: Op) -> bool:
@@ -90,13 +92,15 @@ def _over_examples(op: Op) -> bool:
     )
 
 
-def _rows(x: Any, op: Op) -> int:
-    return math.prod(x.aval.shape[: len(op.eqn.params["dimension_numbers"][0][0])])
+def _rows(op: Op) -> int:
+    """How many numbers are contracted: the product of the leading axes of both arrays."""
+    count = len(op.eqn.params["dimension_numbers"][0][0])
+    return math.prod(op.eqn.invars[0].aval.shape[:count])
 
 
 def _matrix(x: jax.Array, op: Op) -> jax.Array:
     """``x`` with the contracted axes as its rows."""
-    return x.reshape(_rows(op.eqn.invars[0], op), -1)
+    return x.reshape(_rows(op), -1)
 
 
 def _turn(x: jax.Array, op: Op) -> jax.Array:
