@@ -39,8 +39,9 @@ def test_self_tuning_steps_are_those_written_by_hand(name):
 def test_tuning_by_dual_cg_is_that_written_by_hand(name):
     row = workloads.ROWS[name](config.Config(tiny=True), 0)
     results = measure.measure(row, rounds=1, compilations=1, only=("bilevel",))
-    # How far Adam moves the decays after twenty steps in float32; training alone moves none.
-    assert results["bilevel"]["error"] < 1e-4 and results["jax"]["error"] == 1
+    # A logarithm of seven is stored to 5e-7 and moves by a hundredth, after twenty steps in float32.
+    # A warm start that is not dropped where it is worse than zero moves it by 0.06 more.
+    assert results["bilevel"]["error"] < 1e-3 and results["jax"]["error"] == 1
 
 
 def test_wrong_and_absent_columns_are_told(tmp_path):
