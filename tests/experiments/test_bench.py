@@ -39,8 +39,8 @@ def test_self_tuning_steps_are_those_written_by_hand(name):
 def test_tuning_by_dual_cg_is_that_written_by_hand(name):
     row = workloads.ROWS[name](config.Config(tiny=True), 0)
     results = measure.measure(row, rounds=1, compilations=1, only=("bilevel",))
-    # A logarithm of seven is stored to 5e-7 and moves by a hundredth, after twenty steps in float32.
-    # A warm start that is not dropped where it is worse than zero moves it by 0.06 more.
+    # A logarithm of seven is stored to 5e-7 and moves by a hundredth, after twenty float32 steps.
+    # A warm start that is kept where it is worse than zero changes the move by 0.06.
     assert results["bilevel"]["error"] < 1e-3 and results["jax"]["error"] == 1
 
 
