@@ -189,8 +189,8 @@ def _from_krylov(
     silent = tree.norm(rhs) == 0  # no direction was looked along
     low, high = jnp.where(silent, jnp.inf, low), jnp.where(silent, -jnp.inf, high)
     more = terms - steps
-    last = _combined(basis, term) if more > 0 else rhs
-    series = _Series(last, _combined(basis, total), low, high, growth)
+    last = _combined(basis, term, rhs) if more > 0 else rhs
+    series = _Series(last, _combined(basis, total, rhs), low, high, growth)
     if more > 0:
         series = _go_on(lambda v, i: amap(v), series, step, more, 0, unroll)
     return step, series, max(terms, 1)
@@ -260,14 +260,19 @@ def _times(alpha: jax.Array, beta: jax.Array, c: jax.Array) -> jax.Array:
     return jnp.append(alpha * c, zero) + jnp.append(zero, beta * c) + above
 
 
-def _combined(basis: Vector, coefficients: jax.Array) -> Vector:
-    """The combination of stacked vectors, in full precision: no matrix unit rounds it.
+def _combined(basis: Vector, coefficients: jax.Array, like: Vector) -> Vector:
+    """The combination of stacked vectors like ``like``, elementwise: no matrix unit rounds it.
 
-    One product for each leaf: XLA makes a sum of rows anew for everything that reads it.
+    In a branch, or XLA makes the sum anew for everything that reads it. Without a right side the
+    coefficients are zero.
     """
 
     def leaf(stack: jax.Array) -> jax.Array:
         c = coefficients.astype(stack.dtype)
-        return jnp.tensordot(c, stack, axes=1, precision=jax.lax.Precision.HIGHEST)
+        return sum((c[i] * stack[i] for i in range(1, len(c))), c[0] * stack[0])
 
-    return jax.tree.map(leaf, basis)
+    def combined() -> Vector:
+        return jax.tree.map(leaf, basis)
+
+    silent = jnp.all(coefficients == 0)
+    return jax.lax.cond(silent, lambda: jax.tree.map(jnp.zeros_like, like), combined)
