@@ -176,6 +176,11 @@ def test_dtypes_are_kept(dtype, operator):
     model, w, v, batch = setting("dense", dtype)
     image = product("dense", operator, w, batch, model)(v)
     assert {x.dtype for x in jax.tree.leaves(image)} == {jnp.dtype(dtype)}
+    # A solver's vectors are wider than parameters of half precision: the product casts them.
+    mv = product("dense", operator, w, batch, model).undamped
+    wide = mv(jax.tree.map(lambda a: a.astype(jnp.float32), v))
+    jax.tree.map(np.testing.assert_array_equal, wide, mv(v))
+    assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(dtype)}
 
 
 def test_under_vmap_and_grad():

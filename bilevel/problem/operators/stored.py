@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from bilevel.ground import tree
 from bilevel.ground.aliases import Vector
 from bilevel.problem.layers.program import PLAIN_CALLS, Op, Program, evaluate, trace
 
@@ -49,7 +50,12 @@ def with_stored(product: Callable[[Any], Vector], like: Any, room: Vector) -> Ca
         return (made if side == 0 else made.T).reshape(op.eqn.outvars[0].aval.shape)
 
     instead = dict.fromkeys(sides, contract)
-    return lambda v: evaluate(program, jax.tree.leaves(v), instead=instead)[0]
+
+    def stored_product(v: Any) -> Vector:
+        # The program has the casts of the types that it was traced with, and no others.
+        return evaluate(program, jax.tree.leaves(tree.cast_like(v, like)), instead=instead)[0]
+
+    return stored_product
 
 
 def _turned(program: Program, room: int) -> dict[tuple[int, ...], int]:
