@@ -191,3 +191,31 @@ def reaching(
     indices = range(len(jaxpr.invars))
     found = [any(_masks(jaxpr, [i == j for j in indices], blocked)) for i in range(len(leaves))]
     return jax.tree.unflatten(treedef, found)
+
+
+COSTLY = (
+    *("dot_general", "conv_general_dilated", "ragged_dot_general", "fft", "sort"),
+    *("cholesky", "eigh", "lu", "householder_product", "qr", "svd", "triangular_solve"),
+    *("scan", "while", "cond", "custom_vjp_call", "pallas_call", "ffi_call", "pure_callback"),
+)
+"""Primitives that are, or may contain, more than a pass over their inputs."""
+
+
+def is_costly(eqn: Any) -> bool:
+    """Whether an operation is more than a pass over its inputs."""
+    return eqn.primitive.name in COSTLY
+
+
+def reaches(function: Callable[..., Any], *args: Any, where: Callable[[Any], bool]) -> bool:
+    """Whether an operation for which ``where(equation)`` holds reads the *first* argument.
+
+    Directly or by other operations; conservative as :func:`depends`.
+    """
+    found = []
+
+    def asked(eqn: Any) -> bool:
+        found.append(where(eqn))
+        return found[-1]
+
+    depends(function, *args, blocked=asked)
+    return any(found)

@@ -14,7 +14,7 @@ from bilevel.ground.cost import UNKNOWN, Cost
 from bilevel.ground.linear_map import LinearMap
 from bilevel.ground.settings import check_settings
 from bilevel.ground.status import Status, status_of, worst
-from bilevel.ground.traced import depends
+from bilevel.ground.traced import depends, is_costly, reaches
 from bilevel.hypergradient.base import Pullback
 from bilevel.hypergradient.judge import rounding_of_solve, stationarity_stats
 from bilevel.linear.base import CarryingSolver, LinearSolution, LinearSolver, state_of
@@ -204,7 +204,10 @@ class Implicit:
             mv, right_side, back = system.equation(g)
             (z, result, stats), carried = self._solve(mv, right_side, state, key)
             q = back(z)
-            b_transpose_q = problem.cross_vjp(params, hparams, mixed_batch, q)
+            read = hparams
+            if problem.has_loss and not costly_to_redo(problem, params, hparams, mixed_batch):
+                read = read_after(q, hparams)
+            b_transpose_q = problem.cross_vjp(params, read, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
             result = rounding_of_solve(result, params, stats)
             stats = {**stationarity_stats(system.inner_grad, params, g, q, stats), **stats}
@@ -264,6 +267,26 @@ class System(NamedTuple):
         if self.form is None:
             return self.bound.mv.transposed()(v)
         return self.form.forward(v)
+
+
+def costly_to_redo(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> bool:
+    """Whether more than elementwise work in the inner loss depends on the hyperparameters."""
+
+    def loss(lam: Hparams, w: Params) -> Any:
+        return problem.inner_loss(w, lam, batch)
+
+    return reaches(loss, hparams, params, where=is_costly)
+
+
+def read_after(q: Vector, hparams: Hparams) -> Hparams:
+    """``hparams``, or NaN where the solution is NaN: they are not known before it.
+
+    What the mixed product computes of them is then made after the solve. Otherwise the compiler
+    shares it with what was computed before, and keeps it through the solve: for one strength for
+    each weight, a vector more of memory.
+    """
+    lost = jnp.isnan(jnp.sum(min(jax.tree.leaves(q), key=jnp.size)))
+    return jax.tree.map(lambda lam: jnp.where(lost, jnp.nan, lam), hparams)
 
 
 def responding(problem: Problem, params: Params, hparams: Hparams, batch: Batch) -> Any:

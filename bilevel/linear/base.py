@@ -171,11 +171,16 @@ def _residual_norm(
     def recomputed() -> Scalar:
         return tree.norm(tree.sub(rhs, mv(value)))
 
-    if known is None:
+    if known is not None:
+        norm, moved = known
+        # A NaN on either side is not "sure".
+        return jax.lax.cond(moved <= SURE * norm, lambda: norm, recomputed)
+    if getattr(mv, "unroll", False):  # a branch would be as slow as a loop
         return recomputed()
-    norm, moved = known
-    # A NaN on either side is not "sure".
-    return jax.lax.cond(moved <= SURE * norm, lambda: norm, recomputed)
+    # In a branch, though a NaN needs no product: XLA would make constants of this product, as large
+    # as a vector, before the solve and keep them through it.
+    size = tree.vdot(value, value)
+    return jax.lax.cond(jnp.isnan(size), lambda: jnp.sqrt(size), recomputed)
 
 
 def rounding(mv: LinearMap, rhs: Vector) -> float:

@@ -91,10 +91,11 @@ class Neumann:
         """Sum the series; ``x0`` and ``key`` are not used."""
         rhs = tree.accumulate(rhs)
         amap = as_map(mv, rhs)
+        length = tree.norm(rhs)
         unroll = amap.unroll if self.unroll is None else self.unroll
         one_symmetric = amap.fresh is None and amap.transpose is None
         if one_symmetric and self.step_size is None:
-            step, series, made = _from_krylov(amap, rhs, self.num_matvecs, unroll)
+            step, series, made, rhs = _from_krylov(amap, rhs, self.num_matvecs, unroll)
         else:
             step, offset = self.step_size, 0
             if step is None:
@@ -102,16 +103,16 @@ class Neumann:
             step, made = jnp.asarray(step), offset + self.num_matvecs
             product = amap.fresh or (lambda v, i: amap(v))
             series = _go_on(product, _begin(rhs), step, self.num_matvecs, offset, unroll)
-        real = tree.vdot(rhs, rhs).dtype
         stats = {
+            "rhs_norm": length,
             "num_matvecs": jnp.asarray(made, jnp.int32),
-            "step_size": step.astype(real),
+            "step_size": step.astype(length.dtype),
         }
         result = status_of(Status.ok)
         if self.num_matvecs > 0:
             low, high = series.low, series.high
             # One ulp of slack: at rho = 1 (a singular matrix) rounding may tip the ratio over.
-            slack = 8 * jnp.finfo(real).eps
+            slack = 8 * jnp.finfo(length.dtype).eps
             if one_symmetric:
                 stats |= {"min_curvature": low, "max_curvature": high}
                 grows = (series.growth > 1 + slack) | (step * high > 2 * (1 + slack))
@@ -175,8 +176,8 @@ def _inverse(largest: Scalar) -> Scalar:
 
 def _from_krylov(
     amap: LinearMap, rhs: Vector, terms: int, unroll: bool
-) -> tuple[Scalar, _Series, int]:
-    """The step, the series and its products: Lanczos' vectors first, then term by term."""
+) -> tuple[Scalar, _Series, int, Vector]:
+    """The step, the series, its products, ``rhs``: Lanczos' vectors first, then term by term."""
     steps = min(max(terms, 1), KEPT)
     basis, alpha, beta, dead = _lanczos(amap, rhs, steps, unroll)
     step, low, high = _step(alpha, beta, dead, rounding(amap, rhs))
@@ -193,7 +194,8 @@ def _from_krylov(
     series = _Series(last, _combined(basis, total, rhs), low, high, growth)
     if more > 0:
         series = _go_on(lambda v, i: amap(v), series, step, more, 0, unroll)
-    return step, series, max(terms, 1)
+    # Read back from the basis, so that the right side is not a vector more through the loop.
+    return step, series, max(terms, 1), tree.scale(tree.norm(rhs), _row(basis, 0))
 
 
 def _lanczos(

@@ -126,7 +126,9 @@ def _measure(
             results[column] = function
             continue
         try:
-            executable, seconds = compiled(function, row.arguments, compilations)
+            # Compile times of the extras are not told.
+            times = compilations if column in COLUMNS else 1
+            executable, seconds = compiled(function, row.arguments, times)
         except ImportError as error:
             results[column] = f"not installed ({error.name})"
             continue

@@ -1,9 +1,10 @@
 """W7: tuning while training: 20 or 40 Adam steps of the MLP of W2, then one hypergradient.
 
-A column returns the trained parameters and how far the decays moved, which is what is compared. The
-hand-written column is the training alone; a cell of the others says what tuning 668 672 decays
-adds to it, or one decay for each layer, or one for all weights. States come from two cycles before,
-so that what is carried from call to call is warm.
+A column returns the trained parameters, how far the decays moved, which is what is compared, and
+its report: training losses, and what the tuning tells and carries. The hand-written column is the
+training alone; a cell of the others says what tuning 668 672 decays adds to it, or one decay for
+each layer, or one for all weights. States come from two cycles before, so that what is carried from
+call to call is warm.
 """
 
 import dataclasses
@@ -44,18 +45,6 @@ def _operator(penalty: Callable) -> bilevel.GaussNewton:
     return bilevel.GaussNewton(w2.model, w2.cross_entropy, DAMPING, penalty)
 
 
-def _implicit(solver: Any, operator: Any, certify: bool = True) -> bilevel.Implicit:
-    return bilevel.Implicit(solver, operator, certify=certify)
-
-
-def _both(name: str, solver: Any, operator: Any) -> dict[str, bilevel.Implicit]:
-    """With its certificate and without."""
-    return {
-        name: _implicit(solver, operator),
-        f"{name}_uncertified": _implicit(solver, operator, certify=False),
-    }
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tuned:
     """What is tuned: its name in rows and titles, the decays, their penalty, the methods."""
@@ -75,8 +64,8 @@ class Tuned:
 def _by_dual(name: str, title: str, decays: Callable, penalty: Callable) -> Tuned:
     operator = _operator(penalty)
     responses = {
-        "bilevel": _implicit(bilevel.DualCG(CG_STEPS), operator),
-        "cg_gn": _implicit(bilevel.CG(CG_STEPS), operator),
+        "bilevel": bilevel.Implicit(bilevel.DualCG(CG_STEPS), operator),
+        "cg_gn": bilevel.Implicit(bilevel.CG(CG_STEPS), operator),
     }
     return Tuned(name, title, decays, penalty, responses)
 
@@ -86,12 +75,12 @@ WEIGHTS = Tuned(
     "",
     lambda lam: lam,
     w2.penalty,
-    _both("bilevel", bilevel.Neumann(TERMS), bilevel.Hessian())
-    | _both("neumann_gn", bilevel.Neumann(TERMS), w2._operator())
-    | _both("cg_gn", bilevel.CG(CG_STEPS), w2._operator(DAMPING))
-    | {
-        "dual_cg_mean": _implicit(bilevel.DualCG(CG_STEPS), _operator(mean_penalty)),
-        "identity": _implicit(bilevel.Identity(), bilevel.Hessian()),
+    {
+        "bilevel": bilevel.Implicit(bilevel.Neumann(TERMS), bilevel.Hessian()),
+        "neumann_gn": bilevel.Implicit(bilevel.Neumann(TERMS), w2._operator()),
+        "cg_gn": bilevel.Implicit(bilevel.CG(CG_STEPS), w2._operator(DAMPING)),
+        "dual_cg_mean": bilevel.Implicit(bilevel.DualCG(CG_STEPS), _operator(mean_penalty)),
+        "identity": bilevel.Implicit(bilevel.Identity(), bilevel.Hessian()),
     },
 )
 # As networks are tuned.
@@ -115,9 +104,6 @@ def arguments(tiny: bool, seed: int, steps: int, tuned: Tuned = WEIGHTS) -> tupl
     lam = tuned.decays(lam)
     states = {}
     for name, response in tuned.responses.items():
-        if name.removesuffix("_uncertified") in states:
-            states[name] = states[name.removesuffix("_uncertified")]
-            continue
         algorithm = _algorithm(tuned, response, steps)
         step = jax.jit(algorithm.step)
         state = algorithm.init(params, lam)
@@ -150,25 +136,26 @@ def _moved(lam: Any, state: Any, grads: Any) -> Any:
 
 def _trained(
     tuned: Tuned, steps: int, params: Any, lam: Any, inner_batch: Any
-) -> tuple[Any, tuple]:
-    """Parameters and moments after the Adam steps of a cycle."""
+) -> tuple[Any, jax.Array]:
+    """Parameters after the Adam steps of a cycle, and the losses that the steps saw."""
     batches, states = inner_batch
 
     def step(carry: tuple, i: Any) -> tuple:
         w, moments = carry
-        g = jax.grad(tuned.inner)(w, lam, plain.pick(batches, i))
-        return _adam(RATE, w, moments, g), None
+        value, g = jax.value_and_grad(tuned.inner)(w, lam, plain.pick(batches, i))
+        return _adam(RATE, w, moments, g), value
 
     start = (params, _moments(states["bilevel"].trained.opt_state[0]))
-    return jax.lax.scan(step, start, jnp.arange(steps))[0]
+    (params, _), losses = jax.lax.scan(step, start, jnp.arange(steps))
+    return params, losses
 
 
 def train_by_hand(tuned: Tuned, steps: int) -> Any:
     """Adam steps from the state that the tuned run has; the rest of it stays as it is."""
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
-        params, _ = _trained(tuned, steps, params, lam, inner_batch)
-        return params, jax.tree.map(jnp.zeros_like, lam)
+        params, losses = _trained(tuned, steps, params, lam, inner_batch)
+        return params, jax.tree.map(jnp.zeros_like, lam), losses
 
     return function
 
@@ -179,7 +166,7 @@ def tune_by_hand(tuned: Tuned, steps: int) -> Any:
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         batches, states = inner_batch
         state = states["bilevel"]
-        params, _ = _trained(tuned, steps, params, lam, inner_batch)
+        params, losses = _trained(tuned, steps, params, lam, inner_batch)
         batch = plain.pick(batches, steps - 1)
 
         def solve(g: Any, params: Any, lam: Any, batch: Any, key: Any) -> Any:
@@ -187,7 +174,7 @@ def tune_by_hand(tuned: Tuned, steps: int) -> Any:
 
         gradient = plain.hypergradient(w2.outer, tuned.inner, solve)
         grads = gradient(params, lam, batch, held_out, key)
-        return params, _moved(lam, state, grads)
+        return params, _moved(lam, state, grads), losses
 
     return function
 
@@ -202,7 +189,7 @@ def dual_by_hand(tuned: Tuned, steps: int) -> Any:
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         batches, states = inner_batch
         state = states["bilevel"]
-        params, _ = _trained(tuned, steps, params, lam, inner_batch)
+        params, losses = _trained(tuned, steps, params, lam, inner_batch)
 
         def solve(g: Any, params: Any, lam: Any, batch: Any, key: Any) -> Any:
             curvature = plain.gauss_newton(
@@ -225,7 +212,7 @@ def dual_by_hand(tuned: Tuned, steps: int) -> Any:
 
         gradient = plain.hypergradient(w2.outer, tuned.inner, solve)
         grads = gradient(params, lam, plain.pick(batches, steps - 1), held_out, key)
-        return params, _moved(lam, state, grads)
+        return params, _moved(lam, state, grads), losses
 
     return function
 
@@ -236,12 +223,10 @@ def _tuned(tuned: Tuned, name: str, steps: int) -> Any:
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         batches, states = inner_batch
         state, info = step(states[name], inner_batches=batches, outer_batch=held_out)
-        # A loop that reads its report pays for the residual, and carries the state of the response:
-        # zero times their numbers keeps both in the program.
-        rest = jax.tree.leaves((info.value, info.result, info.stats, state.response))
-        told = 0.0 * sum(jnp.sum(x).astype(jnp.float32) for x in rest)
-        *layers, (kernel, bias) = state.params
-        return [*layers, (kernel, bias + told)], jax.tree.map(jnp.subtract, state.hparams, lam)
+        # A loop that reads its report pays for the residual and the losses, and carries the state
+        # of the response.
+        report = (info.inner_value, info.value, info.result, info.stats, state.response)
+        return state.params, jax.tree.map(jnp.subtract, state.hparams, lam), report
 
     return function
 

@@ -23,6 +23,8 @@ from bilevel import (
     raise_for_status,
     value_and_hypergrad,
 )
+from bilevel.hypergradient import implicit
+from bilevel.hypergradient.implicit import read_after
 from bilevel.testing import (
     Case,
     cases,
@@ -264,3 +266,28 @@ def test_argnums_chooses_the_positions_it_names_in_their_order():
         # The curvature is 2 and the step 1/2: the series is exact, up to rounding.
         np.testing.assert_allclose(np.array(got), want[np.array(numbers) - 1], rtol=1e-13)
         np.testing.assert_allclose(aux, w)
+
+
+def test_only_what_costs_little_is_made_again_after_the_solve(monkeypatch):
+    """The mixed product reads hyperparameters anew where they only regularize or weigh examples."""
+    calls = []
+    w, lam, x = jnp.ones(2), jnp.asarray([0.5, 2.0]), jnp.asarray([[1.0, 2.0], [3.0, -1.0]])
+
+    def anew(q, hparams):
+        calls.append(hparams)
+        return read_after(q, hparams)
+
+    monkeypatch.setattr(implicit, "read_after", anew)
+    outer = lambda w, lam, batch: jnp.sum((batch @ w - 1) ** 2)  # noqa: E731
+    losses = {
+        lambda w, lam, b: outer(w, lam, b) + jnp.sum(jnp.exp(lam) * w**2): 1,
+        lambda w, lam, b: jnp.sum(lam * (b @ w - 1) ** 2) + jnp.sum(w**2): 1,
+        lambda w, lam, b: outer(w * lam, lam, b) + jnp.sum(w**2): 0,
+    }
+    for inner, count in losses.items():
+        calls.clear()
+        hypergrad_solve(outer, inner, Implicit(Dense()), w, lam, inner_batch=x, outer_batch=x)
+        assert len(calls) == count
+    # NaN is passed on, and anything else left as it is.
+    for q, same in ((jnp.asarray([1.0, jnp.inf]), True), (jnp.asarray([1.0, jnp.nan]), False)):
+        assert bool(jnp.all(read_after({"w": q}, lam) == lam)) is same

@@ -8,7 +8,7 @@ import pytest
 
 import bilevel
 from bilevel import Evolution, FiniteDifference, Implicit, Unroll
-from bilevel.ground.traced import depends, reaching
+from bilevel.ground.traced import depends, is_costly, reaches, reaching
 from bilevel.regularizers import dropout
 
 ONE = jnp.ones(())
@@ -87,6 +87,23 @@ def test_blocked_operations_pass_nothing_on_wherever_they_stand():
 def test_reaching_asks_for_each_leaf():
     found = reaching(lambda t, y: scanned(t["x"], y, t["z"])[0][1], {"x": ONE, "z": ONE}, ONE)
     assert found == {"x": True, "z": False}
+
+
+def test_reaches_finds_matrix_products_and_loops_on_the_way():
+    x, w = jnp.ones((3, 2)), jnp.ones(2)
+    scan = lambda lam: jax.lax.scan(lambda c, _: (c + lam, None), lam, None, 2)[0]  # noqa: E731
+    programs = {
+        lambda lam: jnp.sum(x @ w) + jnp.exp(lam) * jnp.sum(w**2): False,
+        lambda lam: jnp.sum(lam * (x @ w)): False,  # a weight of the examples
+        lambda lam: jnp.sum(jax.nn.softplus(lam) * w) + 0 * scan(1.0): False,
+        lambda lam: jnp.sum(x @ (lam * w)): True,
+        lambda lam: jnp.sum(jax.jit(jnp.matmul)(x * lam, w)): True,
+        lambda lam: scan(lam): True,
+        lambda lam: jax.lax.cond(lam > 0, lambda: lam, lambda: 2 * lam): True,
+    }
+    for program, found in programs.items():
+        assert reaches(program, ONE, where=is_costly) == found
+    assert not reaches(lambda w, lam: jnp.exp(lam) * jnp.sum(w), ONE, x, where=is_costly)
 
 
 KEYS = jax.random.split(jax.random.key(0), 4)

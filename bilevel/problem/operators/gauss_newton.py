@@ -130,10 +130,7 @@ def _gauss_newton(
     weigh = jax.linearize(jax.grad(lambda z: op.output_loss(z, hparams, batch)), z)[1]
     bend, penalty = None, op.penalty
     if penalty is not None:
-        # The barrier keeps XLA from sharing the penalty's strengths with the mixed product after
-        # the solve: what is shared lives through the whole loop, one more vector of memory.
-        strengths = jax.lax.optimization_barrier(hparams)
-        bend = jax.linearize(jax.grad(lambda w: penalty(w, strengths)), params)[1]
+        bend = jax.linearize(jax.grad(lambda w: penalty(w, hparams)), params)[1]
 
     def mv(v: Vector) -> Vector:
         v = tree.cast_like(v, params)
