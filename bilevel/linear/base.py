@@ -175,11 +175,13 @@ def _residual_norm(
         norm, moved = known
         # A NaN on either side is not "sure".
         return jax.lax.cond(moved <= SURE * norm, lambda: norm, recomputed)
-    if getattr(mv, "unroll", False):  # a branch would be as slow as a loop
-        return recomputed()
-    # In a branch, though a NaN needs no product: XLA would make constants of this product, as large
-    # as a vector, before the solve and keep them through it.
     size = tree.vdot(value, value)
+    # As a branch, convolutions would be as slow as in a loop; outside `jit` it is compiled anew in
+    # each call.
+    if getattr(mv, "unroll", False) or not isinstance(size, jax.core.Tracer):
+        return recomputed()
+    # In a branch, or XLA makes constants of this product, as large as a vector, before the solve
+    # and keeps them through it.
     return jax.lax.cond(jnp.isnan(size), lambda: jnp.sqrt(size), recomputed)
 
 

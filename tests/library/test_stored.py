@@ -198,3 +198,25 @@ def test_under_vmap_and_grad():
     difference = (length(1.1 + step, batch) - length(1.1 - step, batch)) / (2 * step)
     # Central differences err by step^2, about 1e-10, and by rounding over the step, 1e-11.
     np.testing.assert_allclose(jax.grad(length)(1.1, batch), difference, rtol=1e-8)
+
+
+def test_what_is_there_to_be_transposed_is_made_as_its_transpose():
+    """Also a sum of two products, but not one that is read besides."""
+    a, b = jax.random.normal(KEYS[1], (4, 3)), jax.random.normal(KEYS[2], (4, 3))
+
+    def summed(e):
+        return jax.jvp(lambda a, e: jnp.einsum("ni,nj->ij", e, a).T, (a, e), (b, e))[1]
+
+    def read_besides(e):
+        z = jnp.einsum("ni,nj->ij", e, a) + jnp.einsum("ni,nj->ij", e, b)
+        return z.T, z
+
+    e = jax.random.normal(KEYS[3], (4, 5))
+    for product, count in ((summed, 0), (read_besides, 1)):
+        turned = with_stored(product, e, room=(a, b))
+        eqns = jax.make_jaxpr(turned)(e).jaxpr.eqns
+        made = [eqn.outvars[0].aval.shape for eqn in eqns if eqn.primitive.name == "transpose"]
+        assert made.count((3, 5)) == count
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-12), turned(e), product(e)
+        )

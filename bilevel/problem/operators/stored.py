@@ -7,7 +7,8 @@ once; what changes is turned in each product, which takes less than it saves.
 """
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ def with_stored(product: Callable[[Any], Vector], like: Any, room: Vector) -> Ca
     sides = _turned(program, sum(map(_bytes, jax.tree.leaves(room))))
     if not sides:
         return product
+    across = _across(program, sides)
     # By constant and by how many of its numbers are contracted.
     stored: dict[tuple[int, int], jax.Array] = {}
     for op in program.ops:
@@ -47,9 +49,14 @@ def with_stored(product: Callable[[Any], Vector], like: Any, room: Vector) -> Ca
             (((1,), (0,)), ((), ())),
             **{name: op.eqn.params[name] for name in names},
         )
+        if op.outputs[0] in across:
+            return made if side == 1 else made.T
         return (made if side == 0 else made.T).reshape(op.eqn.outvars[0].aval.shape)
 
-    instead = dict.fromkeys(sides, contract)
+    instead: dict[tuple[int, ...], Callable] = dict.fromkeys(sides, contract)
+    for op in filter(_is_transpose, program.ops):
+        if op.inputs[0] in across:
+            instead[op.outputs] = lambda op, inputs: inputs[0]
 
     def stored_product(v: Any) -> Vector:
         # The program has the casts of the types that it was traced with, and no others.
@@ -64,11 +71,12 @@ def _turned(program: Program, room: int) -> dict[tuple[int, ...], int]:
     The one whose columns become the rows of the result, since XLA exchanges the two where the
     result is transposed; or the one with a single column, which a reshape turns.
     """
-    transposed = {op.inputs for op in program.ops if _is_transpose(op)}
+    products = {op.outputs: op for op in program.ops if _over_examples(op)}
+    across = _across(program, products)
     sides, constants = {}, {}
-    for op in filter(_over_examples, program.ops):
+    for op in products.values():
         columns = [v.aval.size // _rows(op) for v in op.eqn.invars]
-        side = 1 if op.outputs in transposed else 0
+        side = 1 if op.outputs[0] in across else 0
         side = columns.index(1) if 1 in columns else side
         sides[op.outputs] = side
         index = op.inputs[side]
@@ -79,6 +87,30 @@ def _turned(program: Program, room: int) -> dict[tuple[int, ...], int]:
     inputs = {op.outputs: op.inputs for op in program.ops}
     known = program.constants
     return {at: side for at, side in sides.items() if inputs[at][side] not in known}
+
+
+def _across(program: Program, products: Container[tuple[int, ...]]) -> set[int]:
+    """Values that are there to be transposed and nothing else: these products, and sums of them.
+
+    They are made as their transposes. A tangent of a product is a sum of two, and to transpose
+    that would take as long as to make one of them.
+    """
+    reads = [*program.outputs, *(index for op in program.ops for index in op.inputs)]
+    uses = Counter(index for index in reads if isinstance(index, int))  # the others are literals
+    made_by = {index: op for op in program.ops for index in op.outputs}
+
+    def parts(index: Any) -> set[int]:
+        op = made_by.get(index) if isinstance(index, int) else None
+        if op is None or uses[index] > 1:
+            return set()
+        if op.outputs in products:
+            return {index}
+        if op.eqn.primitive.name not in ("add_any", "add"):
+            return set()
+        found = [parts(i) for i in op.inputs]
+        return {index}.union(*found) if all(found) else set()
+
+    return set().union(*(parts(op.inputs[0]) for op in program.ops if _is_transpose(op)))
 
 
 def _is_transpose(op: Op) -> bool:
