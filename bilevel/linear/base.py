@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from bilevel.ground import tree
@@ -178,7 +179,7 @@ def _residual_norm(
     size = tree.vdot(value, value)
     # As a branch, convolutions would be as slow as in a loop; outside `jit` it is compiled anew in
     # each call.
-    if getattr(mv, "unroll", False) or not isinstance(size, jax.core.Tracer):
+    if getattr(mv, "unroll", False) or not isinstance(size, Tracer):
         return recomputed()
     # In a branch, or XLA makes constants of this product, as large as a vector, before the solve
     # and keeps them through it.
