@@ -194,9 +194,10 @@ def reaching(
 
 
 COSTLY = (
-    *("dot_general", "conv_general_dilated", "ragged_dot_general", "fft", "sort"),
-    *("cholesky", "eigh", "lu", "householder_product", "qr", "svd", "triangular_solve"),
-    *("scan", "while", "cond", "custom_vjp_call", "pallas_call", "ffi_call", "pure_callback"),
+    *("dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated", "fft", "sort"),
+    *("cholesky", "eig", "eigh", "lu", "householder_product", "qr", "schur", "svd"),
+    *("triangular_solve", "tridiagonal_solve", "custom_linear_solve", "scan", "while", "cond"),
+    *(BACKWARD_RULE, "pallas_call", "ffi_call", "pure_callback"),
 )
 """Primitives that are, or may contain, more than a pass over their inputs."""
 

@@ -198,15 +198,14 @@ class Implicit:
         if self.fresh_batches:
             mixed_batch = select_batch(inner_batch, (self.num_inner_batches() or 1) - 1)
         responds = responding(problem, params, hparams, mixed_batch)
+        anew = problem.has_loss and not costly_to_redo(problem, params, hparams, mixed_batch)
 
         def pullback(g: Vector) -> tuple[Hparams, Any, jax.Array, Stats]:
             g = restricted(g, responds)
             mv, right_side, back = system.equation(g)
             (z, result, stats), carried = self._solve(mv, right_side, state, key)
             q = back(z)
-            read = hparams
-            if problem.has_loss and not costly_to_redo(problem, params, hparams, mixed_batch):
-                read = read_after(q, hparams)
+            read = read_after(q, hparams) if anew else hparams
             b_transpose_q = problem.cross_vjp(params, read, mixed_batch, q)
             indirect = tree.scale(-1, b_transpose_q)  # the one place where the sign is decided
             result = rounding_of_solve(result, params, stats)

@@ -27,6 +27,7 @@ B1, B2, EPS = 0.9, 0.999, 1e-8
 TERMS = 5
 CG_STEPS = 10
 DAMPING = 1e-2
+UNREAD = ("bilevel", "neumann_gn", "cg_gn")
 NO_LOOP = "no loop of training and tuning"
 NONE = dict.fromkeys(("lineax", "optimistix", "jaxopt"), NO_LOOP)
 
@@ -150,12 +151,12 @@ def _trained(
     return params, losses
 
 
-def train_by_hand(tuned: Tuned, steps: int) -> Any:
+def train_by_hand(tuned: Tuned, steps: int, losses_read: bool = True) -> Any:
     """Adam steps from the state that the tuned run has; the rest of it stays as it is."""
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
         params, losses = _trained(tuned, steps, params, lam, inner_batch)
-        return params, jax.tree.map(jnp.zeros_like, lam), losses
+        return params, jax.tree.map(jnp.zeros_like, lam), losses if losses_read else ()
 
     return function
 
@@ -217,7 +218,7 @@ def dual_by_hand(tuned: Tuned, steps: int) -> Any:
     return function
 
 
-def _tuned(tuned: Tuned, name: str, steps: int) -> Any:
+def _tuned(tuned: Tuned, name: str, steps: int, losses_read: bool = True) -> Any:
     step = _algorithm(tuned, tuned.responses[name], steps).step
 
     def function(params: Any, lam: Any, inner_batch: Any, held_out: Any, key: Any) -> Any:
@@ -225,7 +226,8 @@ def _tuned(tuned: Tuned, name: str, steps: int) -> Any:
         state, info = step(states[name], inner_batches=batches, outer_batch=held_out)
         # A loop that reads its report pays for the residual and the losses, and carries the state
         # of the response.
-        report = (info.inner_value, info.value, info.result, info.stats, state.response)
+        report = [info.value, info.result, info.stats, state.response]
+        report += [info.inner_value] if losses_read else []
         return state.params, jax.tree.map(jnp.subtract, state.hparams, lam), report
 
     return function
@@ -240,6 +242,10 @@ def _row(tuned: Tuned, steps: int, config: Config, seed: int) -> Row:
 
     methods = {name: _tuned(tuned, name, steps) for name in tuned.responses}
     columns = {"jax": train_by_hand(tuned, steps), "bilevel": methods.pop("bilevel"), **NONE}
+    unread = {}
+    if tuned is WEIGHTS and steps == 20:  # without the losses, a pass over all weights in each step
+        unread = {f"{name}_unread": _tuned(tuned, name, steps, False) for name in UNREAD}
+        unread["training_unread"] = train_by_hand(tuned, steps, False)
     return Row(
         f"w7_tuning{tuned.name}_{steps}",
         f"W7 {steps} Adam steps and one hypergradient{tuned.title}",
@@ -247,7 +253,7 @@ def _row(tuned: Tuned, steps: int, config: Config, seed: int) -> Row:
         args,
         inner,
         columns=columns,
-        extras=methods | {"by_hand": by_hand},
+        extras=methods | {"by_hand": by_hand} | unread,
         twin=by_hand,
         # Parameters after steps in float32 err alike in all columns.
         compared=lambda returned: returned[1],

@@ -220,3 +220,17 @@ def test_what_is_there_to_be_transposed_is_made_as_its_transpose():
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-12), turned(e), product(e)
         )
+
+
+def test_a_sum_of_a_thousand_products_is_looked_through():
+    """The gradient of a kernel that an unrolled recurrence reads has as many parts as steps."""
+    a, e = jax.random.normal(KEYS[1], (4, 3)), jax.random.normal(KEYS[3], (4, 5))
+
+    def product(e):
+        parts = [jnp.einsum("ni,nj->ij", e, a) for _ in range(1100)]
+        return functools.reduce(jnp.add, parts).T
+
+    turned = with_stored(product, e, room=a)
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(turned)(e).jaxpr.eqns]
+    assert names.count("dot_general") == 1100 and names.count("transpose") == 0
+    np.testing.assert_allclose(jax.jit(turned)(e), 1100 * a.T @ e, rtol=1e-11)

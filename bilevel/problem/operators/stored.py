@@ -3,7 +3,8 @@ r"""Products that read a matrix along its rows, where JAX's derivative reads it 
 A backward pass contracts the activations a of a layer with the errors e over the examples,
 :math:`aᵀ e`. XLA on CPU takes 1.2 times as long for that as for a product with :math:`aᵀ` stored
 as a matrix of its own, more for few columns. What all products of a solve share is stored so
-once; what changes is turned in each product, which takes less than it saves.
+once; what changes is turned in each product, which takes less than it saves. Results that are there
+to be transposed are made as their transposes.
 """
 
 import math
@@ -68,8 +69,8 @@ def with_stored(product: Callable[[Any], Vector], like: Any, room: Vector) -> Ca
 def _turned(program: Program, room: int) -> dict[tuple[int, ...], int]:
     """By its outputs, for each product over examples, which of its two matrices is turned.
 
-    The one whose columns become the rows of the result, since XLA exchanges the two where the
-    result is transposed; or the one with a single column, which a reshape turns.
+    The one whose columns become the rows of what is made, which may be the transpose of the result
+    (:func:`_across`); or the one with a single column, which a reshape turns.
     """
     products = {op.outputs: op for op in program.ops if _over_examples(op)}
     across = _across(program, products)
@@ -97,20 +98,20 @@ def _across(program: Program, products: Container[tuple[int, ...]]) -> set[int]:
     """
     reads = [*program.outputs, *(index for op in program.ops for index in op.inputs)]
     uses = Counter(index for index in reads if isinstance(index, int))  # the others are literals
-    made_by = {index: op for op in program.ops for index in op.outputs}
+    able: set[int] = set()
+    for op in program.ops:
+        parts = _is_sum(op) and all(isinstance(i, int) and i in able for i in op.inputs)
+        if op.outputs in products or parts:
+            able.update(index for index in op.outputs if uses[index] == 1)
+    across = {op.inputs[0] for op in program.ops if _is_transpose(op) and op.inputs[0] in able}
+    for op in reversed(program.ops):
+        if _is_sum(op) and op.outputs[0] in across:
+            across.update(op.inputs)
+    return across
 
-    def parts(index: Any) -> set[int]:
-        op = made_by.get(index) if isinstance(index, int) else None
-        if op is None or uses[index] > 1:
-            return set()
-        if op.outputs in products:
-            return {index}
-        if op.eqn.primitive.name not in ("add_any", "add"):
-            return set()
-        found = [parts(i) for i in op.inputs]
-        return {index}.union(*found) if all(found) else set()
 
-    return set().union(*(parts(op.inputs[0]) for op in program.ops if _is_transpose(op)))
+def _is_sum(op: Op) -> bool:
+    return op.eqn.primitive.name in ("add_any", "add")
 
 
 def _is_transpose(op: Op) -> bool:
